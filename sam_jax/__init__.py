@@ -1,0 +1,1 @@
+"""Segment Anything in JAX: the model, its training, its evaluation."""

@@ -1,0 +1,31 @@
+"""Shape aliases and the glossary of dimensions that every annotation uses.
+
+Dimensions, in the order in which they appear in a shape:
+
+====== ==================================================================
+name   meaning
+====== ==================================================================
+b      image of the batch
+p      prompted object of an image (padded; ``_valid`` says which are real)
+n      point of a prompt (padded likewise)
+m      mask candidate that the decoder returns (3, or 1)
+t      token of the decoder's sequence
+h w    pixels of the model input (resized and padded)
+lh lw  pixels of the low-resolution logits, four per grid cell and side
+gh gw  cells of the patch grid, ``h / patch_size`` by ``w / patch_size``
+a      attention head
+d c    channels
+====== ==================================================================
+
+Coordinates are ``(x, y)`` pixels of the resized, padded model input unless a name says otherwise;
+sizes are ``(height, width)``.
+"""
+
+from typing import TypeAlias
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, UInt8
+
+__all__ = ["Array", "Bool", "Float", "GridShape", "Int", "UInt8"]
+
+GridShape: TypeAlias = tuple[int, int]

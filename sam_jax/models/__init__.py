@@ -1,0 +1,1 @@
+"""The promptable model: image encoder, prompt encoder, mask decoder, and the whole."""

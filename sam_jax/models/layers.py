@@ -1,0 +1,37 @@
+"""Layers that several parts of the model share."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sam_jax.arrays import Array, Float
+
+
+def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """A LayerNorm over channels whose statistics are float32 and exact.
+
+    Linen's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
+    """
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def gelu(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """The exact GELU; linen's default is the tanh approximation, which checkpoints do not use."""
+    return nn.gelu(x, approximate=False)
+
+
+class Mlp(nn.Module):
+    """Dense layers of the given widths with an activation between them, none after the last."""
+
+    widths: Sequence[int]
+    activation: Callable[[Array], Array]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:
+        for index, width in enumerate(self.widths):
+            if index:
+                x = self.activation(x)
+            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{index}")(x)
+        return x

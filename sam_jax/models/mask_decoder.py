@@ -1,0 +1,184 @@
+"""The mask decoder: masks and their predicted quality from embeddings."""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from einops import rearrange
+
+from sam_jax.arrays import Array, Bool, Float
+from sam_jax.models.layers import Mlp, gelu, layer_norm
+from sam_jax.models.prompt_encoder import PromptEmbeddings
+from sam_jax.models.two_way_transformer import TwoWayTransformer
+
+NUM_MULTIMASK = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskDecoderConfig:
+    """Shape of a mask decoder.
+
+    Attributes:
+      depth: layers of the two-way transformer.
+      num_heads: its attention heads.
+      mlp_dim: hidden width of its MLPs.
+      dropout_rate: probability with which its branches' outputs are zeroed in training.
+      iou_head_dim: hidden width of the quality head.
+    """
+
+    depth: int = 2
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    dropout_rate: float = 0.1
+    iou_head_dim: int = 256
+
+
+@flax.struct.dataclass
+class MaskPrediction:
+    """Candidates for each object.
+
+    Attributes:
+      low_res_logits: mask logits, four per cell and side, unbounded; above 0 is foreground.
+      iou_predictions: what the model believes the IoU of each candidate to be; a plain regression,
+        so it may leave [0, 1].
+    """
+
+    low_res_logits: Float[Array, "b p m lh lw"]
+    iou_predictions: Float[Array, "b p m"]
+
+
+class MaskDecoder(nn.Module):
+    """Mask candidates of every prompted object.
+
+    Four output tokens make masks: the first is used where the prompt leaves no doubt, the other
+    three where several objects fit it.
+
+    Source: Kirillov et al. 2023, section 3 and appendix A.
+    """
+
+    config: MaskDecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        image_embeddings: Float[Array, "b gh gw d"],
+        prompts: PromptEmbeddings,
+        *,
+        multimask_output: bool,
+        train: bool = False,
+    ) -> MaskPrediction:
+        """Three candidates per object, or the single one, in float32."""
+        cfg = self.config
+        dim = image_embeddings.shape[-1]
+        gh, gw = image_embeddings.shape[1:3]
+
+        normal = nn.initializers.normal(1.0)
+        output_tokens = self.param("output_tokens", normal, (2 + NUM_MULTIMASK, dim))
+        b, p = prompts.sparse.shape[:2]
+        tokens, tokens_valid = _with_output_tokens(
+            jnp.broadcast_to(output_tokens.astype(self.dtype), (b, p, *output_tokens.shape)),
+            prompts,
+        )
+        cells = image_embeddings[:, None].astype(self.dtype) + prompts.dense
+        tokens, cells = TwoWayTransformer(
+            depth=cfg.depth,
+            num_heads=cfg.num_heads,
+            mlp_dim=cfg.mlp_dim,
+            dropout_rate=cfg.dropout_rate,
+            dtype=self.dtype,
+            name="transformer",
+        )(
+            tokens,
+            rearrange(cells, "b p h w d -> b p (h w) d"),
+            rearrange(prompts.image_pe, "h w d -> (h w) d"),
+            tokens_valid,
+            train=train,
+        )
+
+        wanted = slice(1, None) if multimask_output else slice(0, 1)
+        iou_head = Mlp(
+            (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK),
+            nn.relu,
+            self.dtype,
+            name="iou_head",
+        )
+        iou_predictions = iou_head(tokens[:, :, 0])[..., wanted]
+        mask_tokens = tokens[:, :, 1 : 2 + NUM_MULTIMASK]
+        filters = HyperNetworks(dim // 8, self.dtype, name="hyper_networks")(mask_tokens, wanted)
+        pixels = Upscaling(dim, self.dtype, name="upscaling")(
+            rearrange(cells, "b p (h w) d -> b p h w d", h=gh, w=gw)
+        )
+        # Sub-pixels stay apart from the grid until only one number per candidate is left of them:
+        # putting 32 channels in order would move far more memory than putting one.
+        logits = jnp.einsum(
+            "bpmc,bphwijklc->bpmhwijkl", filters, pixels, preferred_element_type=jnp.float32
+        )
+        return MaskPrediction(
+            low_res_logits=rearrange(logits, "b p m h w i j k l -> b p m (h i k) (w j l)"),
+            iou_predictions=iou_predictions.astype(jnp.float32),
+        )
+
+
+def _with_output_tokens(
+    output_tokens: Float[Array, "b p o d"], prompts: PromptEmbeddings
+) -> tuple[Float[Array, "b p t d"], Bool[Array, "b p t"]]:
+    tokens = jnp.concatenate([output_tokens, prompts.sparse], axis=2)
+    always = jnp.ones(output_tokens.shape[:3], bool)
+    return tokens, jnp.concatenate([always, prompts.sparse_valid], axis=2)
+
+
+class HyperNetworks(nn.Module):
+    """One three-layer MLP for each mask token, which makes the filter of its mask."""
+
+    output_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, mask_tokens: Float[Array, "b p k d"], wanted: slice
+    ) -> Float[Array, "b p m c"]:
+        dim = mask_tokens.shape[-1]
+        indices = range(mask_tokens.shape[2]) if self.is_initializing() else range(4)[wanted]
+        filters = [
+            Mlp((dim, dim, self.output_dim), nn.relu, self.dtype, name=f"mlp_{index}")(
+                mask_tokens[:, :, index]
+            )
+            for index in indices
+        ]
+        filters = jnp.stack(filters, axis=2)
+        return filters[:, :, wanted] if self.is_initializing() else filters
+
+
+class SplitCells(nn.Module):
+    """Each cell split into 2 x 2: a transposed convolution with kernel and stride 2.
+
+    Its kernels do not overlap, so it is a dense layer per cell.
+    """
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, cells: Float[Array, "*batch d"]) -> Float[Array, "*batch 2 2 c"]:
+        split = nn.DenseGeneral((2, 2, self.channels), use_bias=False, dtype=self.dtype, name="conv")
+        # Unlike a dense layer's, the bias is the same for the four parts.
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        return split(cells) + bias.astype(self.dtype)
+
+
+class Upscaling(nn.Module):
+    """Cells split into 4 x 4 sub-pixels of an eighth of the channels.
+
+    ``i j`` are the sub-pixels of the first split and ``k l`` those of the second.
+    """
+
+    embed_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, cells: Float[Array, "b p gh gw d"]) -> Float[Array, "b p gh gw 2 2 2 2 c"]:
+        x = SplitCells(self.embed_dim // 4, self.dtype, name="split1")(cells)
+        x = gelu(layer_norm(1e-6, self.dtype, "norm")(x))
+        return gelu(SplitCells(self.embed_dim // 8, self.dtype, name="split2")(x))

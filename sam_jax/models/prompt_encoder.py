@@ -1,0 +1,204 @@
+"""The prompt encoder: points, boxes, text tokens and masks become embeddings."""
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from einops import rearrange
+
+from sam_jax.arrays import Array, Bool, Float, GridShape, Int
+from sam_jax.models.layers import gelu, layer_norm
+from sam_jax.ops.positional import fourier_features, grid_coords
+
+# What a point means. The model has one learned embedding for each of the four kinds from
+# BACKGROUND on, and another one for "not a point".
+NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
+NUM_POINT_KINDS = 4
+
+
+@flax.struct.dataclass
+class Prompts:
+    """What the user says about each object; every kind of prompt may be absent (None).
+
+    Within a batch, an object without a certain kind has it marked invalid. Values at invalid
+    places are ignored entirely: they change no output.
+
+    Attributes:
+      point_coords: ``(x, y)`` pixels of the resized, padded model input; pixel indices, the model
+        adds the half pixel.
+      point_labels: 1 foreground, 0 background, 2 and 3 the corners of a box given as points, -1
+        for a token that stands for "no point" and is attended to, as clients of the published ONNX
+        decoder send it.
+      point_valid: which points exist.
+      boxes_xyxy: corners in the same frame as the points.
+      box_valid: which objects have a box.
+      mask_logits: low-resolution logits as the decoder returns them, unbounded.
+      mask_valid: which objects have a mask.
+      text_tokens: embeddings already projected to the decoder's width, appended as they are: the
+        place where a text encoder enters.
+      text_valid: which text tokens exist.
+    """
+
+    point_coords: Float[Array, "b p n 2"] | None = None
+    point_labels: Int[Array, "b p n"] | None = None
+    point_valid: Bool[Array, "b p n"] | None = None
+    boxes_xyxy: Float[Array, "b p 4"] | None = None
+    box_valid: Bool[Array, "b p"] | None = None
+    mask_logits: Float[Array, "b p lh lw"] | None = None
+    mask_valid: Bool[Array, "b p"] | None = None
+    text_tokens: Float[Array, "b p s d"] | None = None
+    text_valid: Bool[Array, "b p s"] | None = None
+
+
+@flax.struct.dataclass
+class PromptEmbeddings:
+    """What the mask decoder takes in.
+
+    Attributes:
+      sparse: one token per point, box corner or text token; the count of objects is 1 if there is
+        no sparse prompt at all.
+      sparse_valid: which of them exist.
+      dense: added to the image embeddings; the axis of objects has size 1 where all objects share
+        one embedding, so that nothing is copied per object.
+      image_pe: positional encoding of the grid.
+    """
+
+    sparse: Float[Array, "b p t d"]
+    sparse_valid: Bool[Array, "b p t"]
+    dense: Float[Array, "b q gh gw d"]
+    image_pe: Float[Array, "gh gw d"]
+
+
+class PromptEncoder(nn.Module):
+    """Sparse and dense embeddings of prompts.
+
+    Attributes:
+      embed_dim: channels of the embeddings, those of the image embeddings.
+      mask_channels: channels in the middle of the mask branch.
+
+    Source: Kirillov et al. 2023, appendix A.
+    """
+
+    embed_dim: int = 256
+    mask_channels: int = 16
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        normal = nn.initializers.normal(1.0)
+        self.point_kinds = self.param("point_kinds", normal, (NUM_POINT_KINDS, self.embed_dim))
+        self.not_a_point = self.param("not_a_point", normal, (self.embed_dim,))
+        self.no_mask = self.param("no_mask", normal, (self.embed_dim,))
+        self.mask_downscaling = MaskDownscaling(
+            self.embed_dim, self.mask_channels, self.dtype, name="mask_downscaling"
+        )
+        # Not a parameter: an optimizer that decays weights would shrink it although it has no
+        # gradient.
+        self.frequencies = self.variable(
+            "constants",
+            "frequencies",
+            lambda: normal(self.make_rng("params"), (2, self.embed_dim // 2)),
+        )
+
+    def __call__(
+        self, prompts: Prompts, grid: GridShape, image_size: tuple[int, int], batch_size: int
+    ) -> PromptEmbeddings:
+        """Embeds the prompts for image embeddings of the given grid.
+
+        Args:
+          prompts: see ``Prompts``.
+          grid: rows and columns of the image embeddings.
+          image_size: height and width in pixels of the padded model input, the frame of the
+            coordinates.
+          batch_size: number of images; prompts may say nothing of it if there are none.
+
+        Raises:
+          ValueError: if a kind of prompt comes without its validity, or points without labels.
+        """
+        _check_complete(prompts)
+        sparse, valid = self._embed_sparse(prompts, image_size)
+        if not sparse:
+            sparse.append(jnp.zeros((batch_size, 1, 0, self.embed_dim), self.dtype))
+            valid.append(jnp.zeros((batch_size, 1, 0), bool))
+        image_pe = fourier_features(jnp.asarray(grid_coords(grid)), self.frequencies.value)
+        return PromptEmbeddings(
+            sparse=jnp.concatenate(sparse, axis=2).astype(self.dtype),
+            sparse_valid=jnp.concatenate(valid, axis=2),
+            dense=self._embed_dense(prompts, grid, batch_size),
+            image_pe=image_pe.astype(self.dtype),
+        )
+
+    def _embed_sparse(self, prompts: Prompts, image_size):
+        tokens, valid = [], []
+        if prompts.point_coords is not None:
+            tokens.append(self._embed_points(prompts.point_coords, prompts.point_labels, image_size))
+            valid.append(prompts.point_valid)
+            # The published model closes a list of points that comes without a box with one token
+            # that says "not a point", and one that comes with a box with none.
+            pad_valid = jnp.any(prompts.point_valid, axis=-1, keepdims=True)
+            if prompts.boxes_xyxy is not None:
+                pad_valid &= ~prompts.box_valid[..., None]
+            tokens.append(jnp.broadcast_to(self.not_a_point, (*pad_valid.shape, self.embed_dim)))
+            valid.append(pad_valid)
+        if prompts.boxes_xyxy is not None:
+            corners = rearrange(prompts.boxes_xyxy, "b p (corner xy) -> b p corner xy", xy=2)
+            labels = jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])
+            labels = jnp.broadcast_to(labels, corners.shape[:-1])
+            tokens.append(self._embed_points(corners, labels, image_size))
+            valid.append(jnp.broadcast_to(prompts.box_valid[..., None], labels.shape))
+        if prompts.text_tokens is not None:
+            tokens.append(prompts.text_tokens)
+            valid.append(prompts.text_valid)
+        return tokens, valid
+
+    def _embed_points(self, coords, labels, image_size):
+        height, width = image_size
+        # Half a pixel takes the index of a pixel to its centre.
+        coords_01 = (coords + 0.5) / jnp.array([width, height], jnp.float32)
+        kinds = self.point_kinds[jnp.clip(labels, 0, NUM_POINT_KINDS - 1)]
+        points = fourier_features(coords_01, self.frequencies.value) + kinds
+        return jnp.where((labels == NOT_A_POINT)[..., None], self.not_a_point, points)
+
+    def _embed_dense(self, prompts: Prompts, grid: GridShape, batch_size: int):
+        no_mask = self.no_mask.astype(self.dtype)
+        if prompts.mask_logits is None:
+            if self.is_initializing():
+                self.mask_downscaling(jnp.zeros((1, 1, 4 * grid[0], 4 * grid[1])))
+            return jnp.broadcast_to(no_mask, (batch_size, 1, *grid, self.embed_dim))
+        # Invalid maps may hold anything, NaN included, which a later jnp.where would let through
+        # to the gradients.
+        logits = jnp.where(prompts.mask_valid[..., None, None], prompts.mask_logits, 0.0)
+        embedded = self.mask_downscaling(logits)
+        return jnp.where(prompts.mask_valid[..., None, None, None], embedded, no_mask)
+
+
+def _check_complete(prompts: Prompts) -> None:
+    for kind, others in {
+        "point_coords": ("point_labels", "point_valid"),
+        "boxes_xyxy": ("box_valid",),
+        "mask_logits": ("mask_valid",),
+        "text_tokens": ("text_valid",),
+    }.items():
+        for other in others:
+            if (getattr(prompts, kind) is None) != (getattr(prompts, other) is None):
+                raise ValueError(f"prompts.{kind} and prompts.{other} must be given together")
+
+
+class MaskDownscaling(nn.Module):
+    """Dense embeddings of masks: two strided convolutions and a pointwise one."""
+
+    embed_dim: int
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, mask_logits: Float[Array, "b p lh lw"]) -> Float[Array, "b p gh gw d"]:
+        # A 2 x 2 convolution with stride 2 is a dense layer on blocks, which every backend
+        # multiplies as a matrix.
+        x = rearrange(
+            mask_logits.astype(self.dtype), "b p (h i) (w j) -> b p h w (i j)", i=2, j=2
+        )
+        x = nn.Dense(self.channels // 4, dtype=self.dtype, name="conv1")(x)
+        x = gelu(layer_norm(1e-6, self.dtype, "norm1")(x))
+        x = rearrange(x, "b p (h i) (w j) c -> b p h w (i j c)", i=2, j=2)
+        x = nn.Dense(self.channels, dtype=self.dtype, name="conv2")(x)
+        x = gelu(layer_norm(1e-6, self.dtype, "norm2")(x))
+        return nn.Dense(self.embed_dim, dtype=self.dtype, name="conv3")(x)

@@ -1,0 +1,155 @@
+"""Segment Anything: one encoder call per image, any number of prompts after it."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam_jax.arrays import Array, Float
+from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
+from sam_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, MaskPrediction
+from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
+from sam_jax.ops.attention import Implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """Shape of a whole model; ``models.variants`` holds the published and the small ones.
+
+    Attributes:
+      image_encoder: shape of the image encoder, whose ``output_dim`` is also the width of prompt
+        embeddings and decoder.
+      mask_decoder: shape of the mask decoder.
+      mask_channels: channels in the middle of the branch that embeds masks.
+    """
+
+    image_encoder: ImageEncoderConfig = ImageEncoderConfig()
+    mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
+    mask_channels: int = 16
+
+    def __post_init__(self):
+        encoder = self.image_encoder
+        for side in encoder.image_size:
+            if side % encoder.patch_size:
+                raise ValueError(
+                    f"image_size {encoder.image_size} is not a multiple of the patch size "
+                    f"{encoder.patch_size}"
+                )
+        if encoder.embed_dim % encoder.num_heads:
+            raise ValueError(
+                f"embed_dim {encoder.embed_dim} is not divisible by num_heads {encoder.num_heads}"
+            )
+
+
+class Sam(nn.Module):
+    """The promptable segmentation model.
+
+    ``encode`` and ``decode`` are separate and embeddings are arguments, so there is no state that
+    could belong to another image::
+
+        embeddings = model.apply(variables, images, method=Sam.encode)
+        masks = model.apply(variables, embeddings, prompts, multimask_output=True,
+                            method=Sam.decode)
+
+    Variables have two collections: ``params``, which is trained, and ``constants``, the fixed
+    random frequencies of the positional encoding.
+
+    Attributes:
+      config: the shape.
+      remat: whether the encoder's blocks are computed again in the backward pass.
+      attention: which form of the encoder's attention to use.
+      dtype: type of the computation; parameters, logits and predicted IoU are float32.
+
+    Source: Kirillov et al. 2023, "Segment Anything", arXiv 2304.02643.
+    """
+
+    config: SamConfig
+    remat: bool = False
+    attention: Implementation = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.image_encoder = ImageEncoderViT(
+            cfg.image_encoder, self.remat, self.attention, self.dtype
+        )
+        self.prompt_encoder = PromptEncoder(
+            cfg.image_encoder.output_dim, cfg.mask_channels, self.dtype
+        )
+        self.mask_decoder = MaskDecoder(cfg.mask_decoder, self.dtype)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the model input that the positions are made for."""
+        return self.config.image_encoder.image_size
+
+    @property
+    def low_res_size(self) -> tuple[int, int]:
+        """Height and width of low-resolution logits at ``image_size``."""
+        gh, gw = self.config.image_encoder.grid
+        return 4 * gh, 4 * gw
+
+    def encode(
+        self, images: Float[Array, "b h w 3"], *, train: bool = False
+    ) -> Float[Array, "b gh gw d"]:
+        """Image embeddings of normalised, zero-padded images (``ops.images.normalize_images``).
+
+        Training needs a ``dropout`` key for the dropped paths.
+        """
+        return self.image_encoder(images, train=train)
+
+    def decode(
+        self,
+        image_embeddings: Float[Array, "b gh gw d"],
+        prompts: Prompts,
+        *,
+        multimask_output: bool,
+        train: bool = False,
+    ) -> MaskPrediction:
+        """Mask candidates for the prompted objects of embedded images.
+
+        Args:
+          image_embeddings: from ``encode``.
+          prompts: at least one kind, or the decoder answers one empty prompt per image.
+          multimask_output: three candidates, for prompts that leave room for doubt (the paper: one
+            single prompt), or the one of the fourth token.
+          train: whether dropout acts; needs a ``dropout`` key then.
+        """
+        grid = image_embeddings.shape[1:3]
+        patch = self.config.image_encoder.patch_size
+        embedded = self.prompt_encoder(
+            prompts, grid, (grid[0] * patch, grid[1] * patch), image_embeddings.shape[0]
+        )
+        return self.mask_decoder(
+            image_embeddings, embedded, multimask_output=multimask_output, train=train
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        prompts: Prompts,
+        *,
+        multimask_output: bool,
+        train: bool = False,
+    ) -> MaskPrediction:
+        """``encode`` and ``decode`` in one call."""
+        embeddings = self.encode(images, train=train)
+        return self.decode(embeddings, prompts, multimask_output=multimask_output, train=train)
+
+
+def init_variables(model: Sam, key: Array) -> dict:
+    """Fresh variables of a model: ``{"params": ..., "constants": ...}``, all float32.
+
+    Works under ``jax.eval_shape``, for sizes and shardings without memory.
+    """
+    height, width = model.image_size
+    prompts = Prompts(
+        point_coords=jnp.zeros((1, 1, 1, 2)),
+        point_labels=jnp.ones((1, 1, 1), jnp.int32),
+        point_valid=jnp.ones((1, 1, 1), bool),
+    )
+    images = jnp.zeros((1, height, width, 3))
+    return jax.jit(model.init, static_argnames="multimask_output")(
+        key, images, prompts, multimask_output=True
+    )
