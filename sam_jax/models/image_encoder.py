@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
 from sam_jax.models.layers import Mlp, gelu, layer_norm
@@ -63,7 +64,7 @@ class RelativePositionAttention(nn.Module):
     num_heads: int
     table_grid: tuple[int, int]
     implementation: Implementation = "auto"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b gh gw d"]) -> Float[Array, "b gh gw d"]:
@@ -108,7 +109,7 @@ class EncoderBlock(nn.Module):
     table_grid: tuple[int, int]
     drop_path_rate: float = 0.0
     implementation: Implementation = "auto"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b gh gw d"], train: bool) -> Float[Array, "b gh gw d"]:
@@ -129,6 +130,24 @@ class EncoderBlock(nn.Module):
         return tokens + DropPath(self.drop_path_rate, name="drop_path2")(branch, train=train)
 
 
+class PatchEmbed(nn.Module):
+    """A vector for each patch: a convolution with kernel and stride of a patch, as a product."""
+
+    patch_size: int
+    embed_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+        patches = rearrange(
+            images.astype(self.dtype),
+            "b (gh i) (gw j) c -> b gh gw (i j c)",
+            i=self.patch_size,
+            j=self.patch_size,
+        )
+        return nn.Dense(self.embed_dim, dtype=self.dtype, name="proj")(patches)
+
+
 class ImageEncoderViT(nn.Module):
     """Image embeddings, one vector per patch, of normalised images.
 
@@ -145,7 +164,7 @@ class ImageEncoderViT(nn.Module):
     config: ImageEncoderConfig
     remat: bool = False
     implementation: Implementation = "auto"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -162,10 +181,7 @@ class ImageEncoderViT(nn.Module):
                 f"images of {images.shape[1]} x {images.shape[2]} pixels: height and width must be "
                 f"multiples of the patch size {cfg.patch_size}"
             )
-        patch = (cfg.patch_size, cfg.patch_size)
-        tokens = nn.Conv(
-            cfg.embed_dim, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embed"
-        )(images)
+        tokens = PatchEmbed(cfg.patch_size, cfg.embed_dim, self.dtype, name="patch_embed")(images)
         positions = self.param(
             "pos_embed", nn.initializers.truncated_normal(0.02), (*cfg.grid, cfg.embed_dim)
         )

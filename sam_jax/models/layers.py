@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
 
 
-def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """A LayerNorm over channels whose statistics are float32 and exact.
 
     Linen's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
@@ -26,7 +27,7 @@ class Mlp(nn.Module):
 
     widths: Sequence[int]
     activation: Callable[[Array], Array]
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:

@@ -1,11 +1,13 @@
 """The mask decoder: masks and their predicted quality from embeddings."""
 
 import dataclasses
+from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float
 from sam_jax.models.layers import Mlp, gelu, layer_norm
@@ -34,6 +36,7 @@ class MaskDecoderConfig:
     iou_head_dim: int = 256
 
 
+@no_type_check  # JAX's transformations fill a pytree with placeholders
 @flax.struct.dataclass
 class MaskPrediction:
     """Candidates for each object.
@@ -58,7 +61,7 @@ class MaskDecoder(nn.Module):
     """
 
     config: MaskDecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -133,7 +136,7 @@ class HyperNetworks(nn.Module):
     """One three-layer MLP for each mask token, which makes the filter of its mask."""
 
     output_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -158,7 +161,7 @@ class SplitCells(nn.Module):
     """
 
     channels: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, cells: Float[Array, "*batch d"]) -> Float[Array, "*batch 2 2 c"]:
@@ -175,7 +178,7 @@ class Upscaling(nn.Module):
     """
 
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, cells: Float[Array, "b p gh gw d"]) -> Float[Array, "b p gh gw 2 2 2 2 c"]:

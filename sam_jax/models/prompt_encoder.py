@@ -1,9 +1,12 @@
 """The prompt encoder: points, boxes, text tokens and masks become embeddings."""
 
+from typing import no_type_check
+
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float, GridShape, Int
 from sam_jax.models.layers import gelu, layer_norm
@@ -15,6 +18,7 @@ NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 
 NUM_POINT_KINDS = 4
 
 
+@no_type_check  # JAX's transformations fill a pytree with placeholders
 @flax.struct.dataclass
 class Prompts:
     """What the user says about each object; every kind of prompt may be absent (None).
@@ -49,6 +53,7 @@ class Prompts:
     text_valid: Bool[Array, "b p s"] | None = None
 
 
+@no_type_check  # JAX's transformations fill a pytree with placeholders
 @flax.struct.dataclass
 class PromptEmbeddings:
     """What the mask decoder takes in.
@@ -80,7 +85,7 @@ class PromptEncoder(nn.Module):
 
     embed_dim: int = 256
     mask_channels: int = 16
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         normal = nn.initializers.normal(1.0)
@@ -187,7 +192,7 @@ class MaskDownscaling(nn.Module):
 
     embed_dim: int
     channels: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, mask_logits: Float[Array, "b p lh lw"]) -> Float[Array, "b p gh gw d"]:

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
@@ -67,7 +68,7 @@ class Sam(nn.Module):
     config: SamConfig
     remat: bool = False
     attention: Implementation = "auto"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config

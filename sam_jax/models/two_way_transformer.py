@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float
 from sam_jax.models.layers import Mlp, layer_norm
@@ -18,16 +19,16 @@ class Attention(nn.Module):
 
     num_heads: int
     downsample_rate: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
-        queries: Float[Array, "b p s d"],
-        keys: Float[Array, "b q t d"],
-        values: Float[Array, "b q t d"],
-        keys_valid: Bool[Array, "b q t"] | None = None,
-    ) -> Float[Array, "b r s d"]:
+        queries: Float[Array, "b #p s d"],
+        keys: Float[Array, "b #p t d"],
+        values: Float[Array, "b #p t d"],
+        keys_valid: Bool[Array, "b #p t"] | None = None,
+    ) -> Float[Array, "b p s d"]:
         dim = queries.shape[-1]
         inner = dim // self.downsample_rate
 
@@ -74,16 +75,16 @@ class TwoWayAttentionBlock(nn.Module):
     mlp_dim: int
     first: bool
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
-        tokens: Float[Array, "b p t d"],
-        cells: Float[Array, "b q k d"],
-        token_pe: Float[Array, "b p t d"],
+        tokens: Float[Array, "b #p t d"],
+        cells: Float[Array, "b #p k d"],
+        token_pe: Float[Array, "b #p t d"],
         cell_pe: Float[Array, "k d"],
-        tokens_valid: Bool[Array, "b p t"],
+        tokens_valid: Bool[Array, "b #p t"],
         *,
         train: bool,
     ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
@@ -131,15 +132,15 @@ class TwoWayTransformer(nn.Module):
     num_heads: int = 8
     mlp_dim: int = 2048
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
-        tokens: Float[Array, "b p t d"],
-        cells: Float[Array, "b q k d"],
+        tokens: Float[Array, "b #p t d"],
+        cells: Float[Array, "b #p k d"],
         cell_pe: Float[Array, "k d"],
-        tokens_valid: Bool[Array, "b p t"],
+        tokens_valid: Bool[Array, "b #p t"],
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
@@ -147,7 +148,7 @@ class TwoWayTransformer(nn.Module):
 
         Args:
           tokens: output tokens followed by the prompts' tokens.
-          cells: image embeddings with the dense prompt added, one set per image (q = 1) or object.
+          cells: image embeddings with the dense prompt added, one set per image (p = 1) or object.
           cell_pe: positional encoding of the cells.
           tokens_valid: tokens that exist; the others are attended to by nothing.
           train: whether dropout acts; needs a ``dropout`` key then.

@@ -1,0 +1,1 @@
+"""Training: optimizer, interactive rounds, step, loop."""

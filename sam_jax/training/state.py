@@ -1,0 +1,44 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax.arrays import Array, Int
+from sam_jax.models.sam import Sam, init_variables
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A plain pytree; there is no key in it, since every key derives from the seed and the step.
+
+    Attributes:
+      step: optimizer steps done.
+      params: trained parameters, float32.
+      constants: fixed variables of the model, never updated.
+      opt_state: the optimizer's.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    constants: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict:
+        """What ``Sam.apply`` takes."""
+        return {"params": self.params, "constants": self.constants}
+
+
+def init_state(model: Sam, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """The state before the first step; works under ``jax.eval_shape``."""
+    variables = init_variables(model, key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        constants=variables["constants"],
+        opt_state=jax.jit(optimizer.init)(variables["params"]),
+    )

@@ -1,0 +1,163 @@
+"""One training step: encode, prompt and correct, backpropagate, update."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+
+from sam_jax.arrays import Array, Bool, Float, Int, UInt8
+from sam_jax.losses import LossConfig
+from sam_jax.models.sam import Sam
+from sam_jax.ops.images import normalize_images
+from sam_jax.ops.masks import unpack_masks
+from sam_jax.prompts import PromptConfig
+from sam_jax.training.rounds import RoundResult, run_rounds
+from sam_jax.training.state import TrainState
+
+
+@flax.struct.dataclass
+class Batch:
+    """Training images with their masks, as the input pipeline yields them.
+
+    Attributes:
+      image: RGB, resized, padded at the bottom and right.
+      image_hw: height and width of each image without its padding.
+      masks_packed: ``numpy.packbits`` of the masks along their rows.
+      mask_valid: which of an image's masks exist.
+    """
+
+    image: UInt8[Array, "b h w 3"]
+    image_hw: Int[Array, "b 2"]
+    masks_packed: UInt8[Array, "b p h w8"]
+    mask_valid: Bool[Array, "b p"]
+
+
+StepMetrics = dict[str, Float[Array, "..."]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def build_train_step(
+    model: Sam,
+    optimizer: optax.GradientTransformation,
+    prompt_config: PromptConfig,
+    loss_config: LossConfig,
+    *,
+    seed: int,
+    accumulate_steps: int = 1,
+) -> TrainStep:
+    """The step as a pure function, to be jitted with shardings by the caller.
+
+    Every random choice follows from ``seed`` and the state's step, so a step computed again gives
+    the same result.
+
+    Args:
+      model: the model.
+      optimizer: made for its parameters.
+      prompt_config: how the simulated user behaves.
+      loss_config: what the losses weigh.
+      seed: of prompts, dropout and dropped paths.
+      accumulate_steps: parts into which the batch is cut; must divide every device's share.
+    """
+
+    def loss_sums(params, constants, batch: Batch, key):
+        """Sum over all objects of the loss, and sums of what is reported."""
+        encode_key, rounds_key = jax.random.split(key)
+        variables = {"params": params, "constants": constants}
+        images = normalize_images(batch.image, batch.image_hw)
+        embeddings = model.apply(
+            variables, images, train=True, rngs={"dropout": encode_key}, method=Sam.encode
+        )
+
+        def decode(prompts, multimask_output, dropout_key):
+            return model.apply(
+                variables,
+                embeddings,
+                prompts,
+                multimask_output=multimask_output,
+                train=True,
+                rngs={"dropout": dropout_key},
+                method=Sam.decode,
+            )
+
+        results = run_rounds(
+            decode,
+            rounds_key,
+            unpack_masks(batch.masks_packed),
+            batch.image_hw,
+            prompt_config,
+            loss_config,
+        )
+        return _report(results, batch.mask_valid)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        # Means are taken over the objects of the whole batch, not of a device or a part.
+        num_masks = jnp.maximum(jnp.sum(batch.mask_valid), 1).astype(jnp.float32)
+
+        def part_gradients(part: Batch, key):
+            def mean_loss(params):
+                loss, sums = loss_sums(params, state.constants, part, key)
+                return loss / num_masks, sums
+
+            return jax.grad(mean_loss, has_aux=True)(state.params)
+
+        if accumulate_steps == 1:
+            grads, sums = part_gradients(batch, key)
+        else:
+            grads, sums = _accumulate(part_gradients, batch, key, accumulate_steps)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        metrics = {name: total / num_masks for name, total in sums.items()}
+        metrics["num_masks"] = num_masks
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["update_norm"] = optax.global_norm(updates)
+        return new_state, metrics
+
+    return train_step
+
+
+def _report(results: RoundResult, mask_valid: Bool[Array, "b p"]):
+    """The loss, summed over rounds and objects, and what is reported, summed over objects."""
+
+    def over_objects(x):
+        return jnp.sum(x, axis=(-2, -1), where=mask_valid)
+
+    loss = jnp.sum(over_objects(results.loss.total))
+    iou = over_objects(results.iou)
+    sums = {
+        "loss": loss,
+        "focal": jnp.sum(over_objects(results.loss.focal)),
+        "dice": jnp.sum(over_objects(results.loss.dice)),
+        "iou_mse": jnp.sum(over_objects(results.loss.iou_error)),
+        "iou_prediction_error": jnp.mean(
+            over_objects(jnp.abs(results.iou_prediction - results.iou))
+        ),
+    }
+    sums |= {f"iou_round_{index + 1:02d}": iou[index] for index in range(iou.shape[0])}
+    return loss, sums
+
+
+def _accumulate(part_gradients, batch: Batch, key, num_parts: int):
+    """Gradients and sums of a batch, computed in parts one after the other.
+
+    Part i holds every ``num_parts``-th image from i on, so that with the batch sharded in blocks
+    each device cuts its own block and nothing moves between devices.
+    """
+    parts = jax.tree.map(lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), batch)
+
+    def add_part(total, indexed_part):
+        index, part = indexed_part
+        return jax.tree.map(jnp.add, total, part_gradients(part, jax.random.fold_in(key, index))), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(part_gradients, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]
