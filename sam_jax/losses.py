@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.arrays import Array, Bool, Float
+from sam_jax.errors import ConfigError
 from sam_jax.ops.masks import mask_iou
 from sam_jax.ops.resize import resize_bilinear
 
@@ -141,8 +142,8 @@ def map_objects(function, objects, prompts_per_chunk: int | None):
     if prompts_per_chunk is None or prompts_per_chunk >= count:
         return function(objects)
     if count % prompts_per_chunk:
-        raise ValueError(
-            f"prompts_per_chunk = {prompts_per_chunk} does not divide the {count} masks per image"
+        raise ConfigError(
+            f"losses.prompts_per_chunk = {prompts_per_chunk} does not divide the {count} masks per image"
         )
     chunked = jax.tree.map(lambda x: x.reshape(-1, prompts_per_chunk, *x.shape[1:]), objects)
     out = jax.lax.map(jax.checkpoint(function), chunked)

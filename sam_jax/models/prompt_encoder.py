@@ -134,7 +134,8 @@ class PromptEncoder(nn.Module):
     def _embed_sparse(self, prompts: Prompts, image_size):
         tokens, valid = [], []
         if prompts.point_coords is not None:
-            tokens.append(self._embed_points(prompts.point_coords, prompts.point_labels, image_size))
+            coords = _zero_invalid(prompts.point_coords, prompts.point_valid)
+            tokens.append(self._embed_points(coords, prompts.point_labels, image_size))
             valid.append(prompts.point_valid)
             # The published model closes a list of points that comes without a box with one token
             # that says "not a point", and one that comes with a box with none.
@@ -144,13 +145,14 @@ class PromptEncoder(nn.Module):
             tokens.append(jnp.broadcast_to(self.not_a_point, (*pad_valid.shape, self.embed_dim)))
             valid.append(pad_valid)
         if prompts.boxes_xyxy is not None:
-            corners = rearrange(prompts.boxes_xyxy, "b p (corner xy) -> b p corner xy", xy=2)
+            boxes = _zero_invalid(prompts.boxes_xyxy, prompts.box_valid)
+            corners = rearrange(boxes, "b p (corner xy) -> b p corner xy", xy=2)
             labels = jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])
             labels = jnp.broadcast_to(labels, corners.shape[:-1])
             tokens.append(self._embed_points(corners, labels, image_size))
             valid.append(jnp.broadcast_to(prompts.box_valid[..., None], labels.shape))
         if prompts.text_tokens is not None:
-            tokens.append(prompts.text_tokens)
+            tokens.append(_zero_invalid(prompts.text_tokens, prompts.text_valid))
             valid.append(prompts.text_valid)
         return tokens, valid
 
@@ -168,11 +170,17 @@ class PromptEncoder(nn.Module):
             if self.is_initializing():
                 self.mask_downscaling(jnp.zeros((1, 1, 4 * grid[0], 4 * grid[1])))
             return jnp.broadcast_to(no_mask, (batch_size, 1, *grid, self.embed_dim))
-        # Invalid maps may hold anything, NaN included, which a later jnp.where would let through
-        # to the gradients.
-        logits = jnp.where(prompts.mask_valid[..., None, None], prompts.mask_logits, 0.0)
-        embedded = self.mask_downscaling(logits)
+        embedded = self.mask_downscaling(_zero_invalid(prompts.mask_logits, prompts.mask_valid))
         return jnp.where(prompts.mask_valid[..., None, None, None], embedded, no_mask)
+
+
+def _zero_invalid(values: Float[Array, "b p ..."], valid: Bool[Array, "b p ..."]) -> Array:
+    """Values, with zeros at invalid places.
+
+    Those may hold anything, NaN included, which would pass through attention, since 0 * NaN is NaN,
+    and through a later ``jnp.where`` to the gradients.
+    """
+    return jnp.where(jnp.expand_dims(valid, range(valid.ndim, values.ndim)), values, 0.0)
 
 
 def _check_complete(prompts: Prompts) -> None:

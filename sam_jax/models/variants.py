@@ -1,10 +1,17 @@
 """The published variants, and small ones for modest hardware."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax.numpy as jnp
+
+from sam_jax.configuration import from_mapping
+from sam_jax.errors import ConfigError
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import MaskDecoderConfig
-from sam_jax.models.sam import SamConfig
+from sam_jax.models.sam import Sam, SamConfig
+from sam_jax.ops.attention import Implementation
 
 # The small ones keep the published design: patches of 16 pixels, one block in three global. Their
 # windows divide the grid, so none of their work goes into padding, and their decoder is half as
@@ -39,34 +46,62 @@ VARIANTS: dict[str, SamConfig] = {
 }
 
 
-def build_config(
-    variant: str,
-    *,
-    image_size: tuple[int, int] | None = None,
-    drop_path_rate: float = 0.0,
-    encoder: dict | None = None,
-    decoder: dict | None = None,
-) -> SamConfig:
-    """The shape of a variant with some of its fields changed.
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model to build, and how it computes.
 
-    Args:
+    Attributes:
       variant: a key of ``VARIANTS``.
-      image_size: height and width of the model input in pixels, if not the variant's own.
+      image_size: height and width of the model input in pixels; None for the variant's own.
       drop_path_rate: see ``ImageEncoderConfig``.
-      encoder: other fields of ``ImageEncoderConfig`` to change.
-      decoder: fields of ``MaskDecoderConfig`` to change.
+      encoder: other fields of ``ImageEncoderConfig`` that differ from the variant's.
+      decoder: fields of ``MaskDecoderConfig`` that differ from the variant's.
+      remat: whether the encoder's blocks are computed again in the backward pass.
+      attention: see ``ops.attention.grid_attention``.
+      dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+    """
+
+    variant: str = "vit_b"
+    image_size: tuple[int, int] | None = None
+    drop_path_rate: float = 0.0
+    encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    remat: bool = False
+    attention: Implementation = "auto"
+    dtype: str = "float32"
+
+    @property
+    def sam(self) -> SamConfig:
+        """The shape of the model.
+
+        Raises:
+          ConfigError: if there is no such variant or field, or the shape is impossible.
+        """
+        if self.variant not in VARIANTS:
+            raise ConfigError(
+                f"model.variant = {self.variant!r} does not exist; there are {', '.join(VARIANTS)}"
+            )
+        base = VARIANTS[self.variant]
+        encoder = {"drop_path_rate": self.drop_path_rate, **self.encoder}
+        if self.image_size is not None:
+            encoder["image_size"] = tuple(self.image_size)
+        return dataclasses.replace(
+            base,
+            image_encoder=_changed(base.image_encoder, encoder, "model.encoder"),
+            mask_decoder=_changed(base.mask_decoder, self.decoder, "model.decoder"),
+        )
+
+
+def _changed(base: Any, changes: Mapping[str, Any], section: str) -> Any:
+    return from_mapping(type(base), dataclasses.asdict(base) | dict(changes), section)
+
+
+def build_model(config: ModelConfig) -> Sam:
+    """The model that a config describes.
 
     Raises:
-      ValueError: if there is no such variant.
+      ConfigError: see ``ModelConfig.sam``; or the type of computation is not known.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
-    base = VARIANTS[variant]
-    encoder_changes = {"drop_path_rate": drop_path_rate, **(encoder or {})}
-    if image_size is not None:
-        encoder_changes["image_size"] = tuple(image_size)
-    return dataclasses.replace(
-        base,
-        image_encoder=dataclasses.replace(base.image_encoder, **encoder_changes),
-        mask_decoder=dataclasses.replace(base.mask_decoder, **(decoder or {})),
-    )
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"model.dtype = {config.dtype!r} must be 'float32' or 'bfloat16'")
+    return Sam(config.sam, config.remat, config.attention, jnp.dtype(config.dtype))

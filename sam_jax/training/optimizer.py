@@ -9,6 +9,8 @@ import flax.traverse_util
 import jax
 import optax
 
+from sam_jax.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -48,10 +50,10 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     """The learning rate at each step, before layer-wise scaling.
 
     Raises:
-      ValueError: if the schedule is not known, or the warm-up is longer than the run.
+      ConfigError: if the schedule is not known, or the warm-up is longer than the run.
     """
     if config.warmup_steps >= num_steps:
-        raise ValueError(
+        raise ConfigError(
             f"optimizer.warmup_steps = {config.warmup_steps} must be less than "
             f"train.num_steps = {num_steps}"
         )
@@ -60,7 +62,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
             0.0, config.peak_learning_rate, config.warmup_steps, num_steps
         )
     if config.schedule != "step":
-        raise ValueError(f"optimizer.schedule = {config.schedule!r} must be 'step' or 'cosine'")
+        raise ConfigError(f"optimizer.schedule = {config.schedule!r} must be 'step' or 'cosine'")
     after_warmup = {
         boundary - config.warmup_steps: config.step_rate for boundary in config.step_boundaries
     }

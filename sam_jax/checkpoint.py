@@ -1,0 +1,179 @@
+"""Checkpoints: a run's state with the position of its data, and the way back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sam_jax.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+
+# A checkpoint has three parts, so that who needs only the model reads only that.
+_MODEL, _OPTIMIZER, _DATA = "model", "optimizer", "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every_steps: steps between checkpoints; the last step is saved in any case.
+      keep: the newest checkpoints that are kept.
+      keep_period: checkpoints at multiples of it are kept for good; None for none.
+    """
+
+    every_steps: int = 1000
+    keep: int = 3
+    keep_period: int | None = None
+
+
+class CheckpointError(UserError):
+    """There is no usable checkpoint where one was asked for."""
+
+
+class Checkpointer:
+    """Saves and restores the training state and the data iterator under a working directory.
+
+    Saving is asynchronous: the arrays are copied, and written while training goes on. A checkpoint
+    that was not written to its end (the process was killed) is not seen again.
+    """
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig):
+        self._config = config
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir).resolve() / CHECKPOINTS,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep,
+                keep_period=config.keep_period,
+                # What a killed run left half-written.
+                cleanup_tmp_directories=True,
+            ),
+            item_names=(_MODEL, _OPTIMIZER, _DATA),
+            item_handlers={
+                _MODEL: ocp.StandardCheckpointHandler(),
+                _OPTIMIZER: ocp.StandardCheckpointHandler(),
+                _DATA: grain.checkpoint.CheckpointHandler(),
+            },
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the config wants a checkpoint after this many steps."""
+        return step % self._config.every_steps == 0
+
+    def save(self, state: Any, data_iterator: Any) -> None:
+        """Starts to save the state as it is now, with the position of the data.
+
+        Saving a step that is saved already does nothing.
+        """
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _MODEL: ocp.args.StandardSave(state.variables),
+                    _OPTIMIZER: ocp.args.StandardSave({"opt_state": state.opt_state}),
+                    _DATA: grain.checkpoint.CheckpointSave(data_iterator),
+                }
+            ),
+            # The loop decides when, so that a last or an interrupted step is saved too.
+            force=True,
+        )
+
+    def restore(self, state: Any, data_iterator: Any) -> Any:
+        """The newest checkpoint's state; the iterator is moved to its position.
+
+        Args:
+          state: shapes, types and shardings of the state to restore.
+          data_iterator: of the same data.
+
+        Raises:
+          CheckpointError: if the checkpoint is of another model or optimizer.
+        """
+        step = self.latest_step
+        assert step is not None, "there is no checkpoint to restore"
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _MODEL: ocp.args.StandardRestore(state.variables),
+                        _OPTIMIZER: ocp.args.StandardRestore({"opt_state": state.opt_state}),
+                        _DATA: grain.checkpoint.CheckpointRestore(data_iterator),
+                    }
+                ),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._manager.directory} does not fit this "
+                f"config; use another --workdir, or the config it was made with ({CONFIG} beside "
+                f"it). {error}"
+            ) from error
+        return state.replace(
+            step=jax.device_put(jax.numpy.asarray(step, state.step.dtype), state.step.sharding),
+            opt_state=restored[_OPTIMIZER]["opt_state"],
+            **restored[_MODEL],
+        )
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_variables(path: str | Path, step: int | None = None) -> dict:
+    """The variables of a model, ``{"params": ..., "constants": ...}``, from a run's directory.
+
+    Reads neither the optimizer's state nor the position of the data, and any number of devices
+    will do: arrays come back on the default device.
+
+    Args:
+      path: a training run's working directory.
+      step: which checkpoint; None for the newest.
+
+    Raises:
+      CheckpointError: if there is none there.
+    """
+    folder = epath.Path(path).resolve()
+    folder = folder if folder.name == CHECKPOINTS else folder / CHECKPOINTS
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no checkpoints in {path}: expected the --workdir of a training run, with a folder "
+            f"{CHECKPOINTS!r} in it"
+        )
+    steps = ocp.utils.checkpoint_steps(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no whole checkpoint")
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps)}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        item = folder / str(step) / _MODEL
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            checkpointer.metadata(item).item_metadata.tree,
+        )
+        return checkpointer.restore(item, shapes)
+
+
+def save_config(workdir: str | Path, config: dict) -> None:
+    """Writes the resolved config beside the checkpoints, whole or not at all."""
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{CONFIG}.unfinished"
+    unfinished.write_text(json.dumps(config, indent=2) + "\n")
+    unfinished.replace(folder / CONFIG)

@@ -1,0 +1,114 @@
+"""What a run tells: a progress bar, lines on the console, TensorBoard files."""
+
+import collections
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class Reporter:
+    """Reports from the first process, and is silent on the others.
+
+    Args:
+      workdir: where the TensorBoard files go, in a folder of their own.
+      first_step: of this run; what an interrupted run wrote from there on is superseded.
+      num_steps: the run's last step.
+    """
+
+    def __init__(self, workdir: str | Path, first_step: int, num_steps: int):
+        self._speaks = jax.process_index() == 0
+        self._num_steps = num_steps
+        self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
+        self._writer = None
+        if self._speaks:
+            self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=self._console,
+            disable=not (self._speaks and sys.stderr.isatty()),
+            transient=True,
+        )
+        self._task = self._progress.add_task(
+            "training", total=num_steps, completed=first_step, news=""
+        )
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        self._console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records a training interval's means and prints the chief ones."""
+        self._write(step, {f"train/{name}": value for name, value in metrics.items()})
+        ious = [value for name, value in metrics.items() if name.startswith("iou_round_")]
+        news = (
+            f"loss {metrics['loss']:.2f}  "
+            f"IoU {ious[0]:.3f} first, {ious[-1]:.3f} last round  "
+            f"{metrics['images_per_second']:.1f} img/s  "
+            f"{metrics['masks_per_second']:.1f} masks/s  "
+            f"input wait {100 * metrics['input_wait_rate']:.0f} %"
+        )
+        self._progress.update(self._task, news=news)
+        self.say(f"step {step}/{self._num_steps}  {news}")
+
+    def evaluation(self, step: int, name: str, report: Any) -> None:
+        """Records an evaluator's numbers and pictures."""
+        numbers = report.as_flat_dict()
+        self._write(step, {f"eval/{name}/{key}": value for key, value in numbers.items()})
+        if self._writer is not None:
+            for title, picture in report.pictures.items():
+                image = np.asarray(picture)
+                self._writer.add_image(f"eval/{name}/{title}", image, step, dataformats="HWC")
+            self._writer.flush()
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Ends the progress bar and the files."""
+        self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Stopwatch:
+    """Seconds spent in named activities since it was last read."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        """A context whose time counts as this activity's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[activity] += time.perf_counter() - start
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Seconds in all, and by activity; starts anew."""
+        now = time.perf_counter()
+        total, seconds = now - self._start, self._seconds
+        self._seconds, self._start = collections.defaultdict(float), now
+        return total, seconds

@@ -1,0 +1,60 @@
+"""Trains a model: python train.py --config configs/demo.py --workdir runs/demo [--config.KEY=VALUE]
+
+Run the same command again and it continues where it stopped.
+"""
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sam_jax.checkpoint import CheckpointConfig, save_config
+from sam_jax.configuration import from_mapping
+from sam_jax.data.pipeline import DataConfig, train_iterator
+from sam_jax.errors import readable_errors
+from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.losses import LossConfig
+from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.prompts import PromptConfig
+from sam_jax.sharding import ShardingConfig
+from sam_jax.training import loop
+from sam_jax.training.optimizer import OptimizerConfig
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a cluster.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+@readable_errors()
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    config = CONFIG.value.to_dict()
+    model = build_model(from_mapping(ModelConfig, config["model"], "model"))
+    data = from_mapping(DataConfig, {**config["data"], "image_size": model.image_size}, "data")
+    evaluators = {
+        name: Evaluator(model, from_mapping(EvalConfig, section, f"evals.{name}"))
+        for name, section in config["evals"].items()
+    }
+    save_config(WORKDIR.value, config)
+    loop.train(
+        workdir=WORKDIR.value,
+        model=model,
+        data_iterator=train_iterator(
+            data, process_index=jax.process_index(), process_count=jax.process_count()
+        ),
+        config=from_mapping(loop.TrainConfig, config["train"], "train"),
+        optimizer_config=from_mapping(OptimizerConfig, config["optimizer"], "optimizer"),
+        prompt_config=from_mapping(PromptConfig, config["prompts"], "prompts"),
+        loss_config=from_mapping(LossConfig, config["losses"], "losses"),
+        sharding_config=from_mapping(ShardingConfig, config["sharding"], "sharding"),
+        checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
+        evaluators=evaluators,
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
