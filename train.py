@@ -1,6 +1,6 @@
-"""Trains a model: python train.py --config configs/demo.py --workdir runs/demo [--config.KEY=VALUE]
+"""Trains a model; the same command again continues a run that stopped.
 
-Run the same command again and it continues where it stopped.
+python train.py --config configs/demo.py --workdir runs/demo [--config.SECTION.KEY=VALUE ...]
 """
 
 import jax
@@ -15,7 +15,7 @@ from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.prompts import PromptConfig
-from sam_jax.sharding import ShardingConfig
+from sam_jax.sharding import ShardingConfig, set_cpu_devices
 from sam_jax.training import loop
 from sam_jax.training.optimizer import OptimizerConfig
 
@@ -30,9 +30,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    config = CONFIG.value.to_dict()
+    sharding = from_mapping(ShardingConfig, config["sharding"], "sharding")
+    set_cpu_devices(sharding)
     if DISTRIBUTED.value:
         jax.distributed.initialize()
-    config = CONFIG.value.to_dict()
     model = build_model(from_mapping(ModelConfig, config["model"], "model"))
     data = from_mapping(DataConfig, {**config["data"], "image_size": model.image_size}, "data")
     evaluators = {
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
         optimizer_config=from_mapping(OptimizerConfig, config["optimizer"], "optimizer"),
         prompt_config=from_mapping(PromptConfig, config["prompts"], "prompts"),
         loss_config=from_mapping(LossConfig, config["losses"], "losses"),
-        sharding_config=from_mapping(ShardingConfig, config["sharding"], "sharding"),
+        sharding_config=sharding,
         checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
         evaluators=evaluators,
     )

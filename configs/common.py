@@ -22,7 +22,7 @@ def base_config() -> ConfigDict:
     config.prompts = ConfigDict()
     config.losses = ConfigDict()
     config.optimizer = ConfigDict()
-    config.sharding = ConfigDict({"data": -1, "fsdp": 1, "rules": FSDP_RULES})
+    config.sharding = ConfigDict({"data": -1, "fsdp": 1, "rules": FSDP_RULES, "cpu_devices": None})
     config.train = ConfigDict()
     config.checkpoint = ConfigDict()
     config.evals = ConfigDict()

@@ -1,6 +1,8 @@
 """The losses of promptable segmentation, per mask candidate, in float32."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -48,13 +50,13 @@ class MaskLosses:
 
 
 def focal_loss(
-    logits: Float[Array, "*batch h w"],
-    masks: Bool[Array, "*batch h w"],
-    area: Bool[Array, "*batch h w"],
+    logits: Float[Array, "*#batch h w"],
+    masks: Bool[Array, "*#batch h w"],
+    area: Bool[Array, "*#batch h w"],
     *,
     alpha: float,
     gamma: float,
-) -> Float[Array, "*batch"]:
+) -> Float[Array, "*#batch"]:
     """Mean over the pixels of ``area`` of the sigmoid focal loss.
 
     Equal to optax's, which is an order of magnitude slower here: this is the one place where a
@@ -73,10 +75,10 @@ def focal_loss(
 
 
 def dice_loss(
-    logits: Float[Array, "*batch h w"],
-    masks: Bool[Array, "*batch h w"],
-    area: Bool[Array, "*batch h w"],
-) -> Float[Array, "*batch"]:
+    logits: Float[Array, "*#batch h w"],
+    masks: Bool[Array, "*#batch h w"],
+    area: Bool[Array, "*#batch h w"],
+) -> Float[Array, "*#batch"]:
     """``1 - (2 sum(p t) + 1) / (sum p + sum t + 1)`` over the pixels of ``area``.
 
     Source: Milletari et al. 2016, with the smoothing of MaskFormer and SAM 2.
@@ -88,8 +90,8 @@ def dice_loss(
 
 
 def sum_over_area(
-    values: Float[Array, "*batch h w"], area: Bool[Array, "*batch h w"]
-) -> Float[Array, "*batch"]:
+    values: Float[Array, "*#batch h w"], area: Bool[Array, "*#batch h w"]
+) -> Float[Array, "*#batch"]:
     """Sums over the pixels of ``area``, as a product, whose operands XLA computes vectorised.
 
     It would fuse the arithmetic into a sum and run it one pixel at a time on a CPU.
@@ -99,7 +101,7 @@ def sum_over_area(
     )
 
 
-def _pixels(area: Bool[Array, "*batch h w"]) -> Float[Array, "*batch"]:
+def _pixels(area: Bool[Array, "*#batch h w"]) -> Float[Array, "*#batch"]:
     return jnp.sum(area, axis=(-2, -1), dtype=jnp.int32).astype(jnp.float32)
 
 
@@ -120,20 +122,20 @@ def mask_losses(
         logits, masks = objects
         logits = resize_bilinear(logits, masks.shape[-2:])
         masks, inside = masks[:, :, None], area[None, :, None]
-        return MaskLosses(
-            focal=focal_loss(
-                logits, masks, inside, alpha=config.focal_alpha, gamma=config.focal_gamma
-            ),
-            dice=dice_loss(logits, masks, inside),
-            iou=mask_iou((logits > 0) & inside, jnp.broadcast_to(masks & inside, logits.shape)),
+        return (
+            focal_loss(logits, masks, inside, alpha=config.focal_alpha, gamma=config.focal_gamma),
+            dice_loss(logits, masks, inside),
+            mask_iou((logits > 0) & inside, masks & inside),
         )
 
     objects = (jnp.swapaxes(low_res_logits, 0, 1), jnp.swapaxes(masks, 0, 1))
     losses = map_objects(of_objects, objects, config.prompts_per_chunk)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), losses)
+    return MaskLosses(*(jnp.swapaxes(x, 0, 1) for x in losses))
 
 
-def map_objects(function, objects, prompts_per_chunk: int | None):
+def map_objects(
+    function: Callable[[Any], Any], objects: Any, prompts_per_chunk: int | None
+) -> Any:
     """``function`` of objects on the first axis, some at a time where a chunk size is given.
 
     Each chunk is computed again in the backward pass, so only low-resolution inputs are kept.
@@ -143,7 +145,8 @@ def map_objects(function, objects, prompts_per_chunk: int | None):
         return function(objects)
     if count % prompts_per_chunk:
         raise ConfigError(
-            f"losses.prompts_per_chunk = {prompts_per_chunk} does not divide the {count} masks per image"
+            f"losses.prompts_per_chunk = {prompts_per_chunk} does not divide the {count} masks "
+            f"per image"
         )
     chunked = jax.tree.map(lambda x: x.reshape(-1, prompts_per_chunk, *x.shape[1:]), objects)
     out = jax.lax.map(jax.checkpoint(function), chunked)
@@ -159,10 +162,10 @@ class RoundLoss:
       focal, dice, iou_error: its unweighted parts, of the candidate with the lowest mask loss.
     """
 
-    total: Float[Array, "b p"]
-    focal: Float[Array, "b p"]
-    dice: Float[Array, "b p"]
-    iou_error: Float[Array, "b p"]
+    total: Float[Array, "*rounds b p"]
+    focal: Float[Array, "*rounds b p"]
+    dice: Float[Array, "*rounds b p"]
+    iou_error: Float[Array, "*rounds b p"]
 
 
 def round_loss(

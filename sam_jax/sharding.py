@@ -27,6 +27,8 @@ class ShardingConfig:
         ``fsdp`` leaves.
       fsdp: devices that share one copy of the state, and see different images too.
       rules: what is split over ``fsdp``; the first rule that matches a path counts.
+      cpu_devices: devices that a CPU without accelerators poses as; much of a small model's step
+        runs on one core, so one for each core is faster than one for all. None for one.
       max_replicated_size: elements that an array may have and still be copied to every device
         without a rule that says so.
     """
@@ -34,6 +36,7 @@ class ShardingConfig:
     data: int = -1
     fsdp: int = 1
     rules: Sequence[Rule] = ()
+    cpu_devices: int | None = None
     max_replicated_size: int = 2**18
 
 
@@ -53,6 +56,12 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
     return jax.make_mesh(
         (data, config.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
     )
+
+
+def set_cpu_devices(config: ShardingConfig) -> None:
+    """Splits the CPU as the config says; must come before JAX's first use of a device."""
+    if config.cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -71,9 +71,7 @@ class RelativePositionAttention(nn.Module):
         dim = tokens.shape[-1]
         head_dim = dim // self.num_heads
         qkv = nn.Dense(3 * dim, dtype=self.dtype, name="qkv")(tokens)
-        q, k, v = rearrange(
-            qkv, "b h w (three a c) -> three b h w a c", three=3, a=self.num_heads
-        )
+        q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=self.num_heads)
         rel_pos_h, rel_pos_w = (
             self.param(name, nn.initializers.zeros, (2 * size - 1, head_dim))
             for name, size in zip(("rel_pos_h", "rel_pos_w"), self.table_grid, strict=True)
@@ -203,11 +201,9 @@ class ImageEncoderViT(nn.Module):
                 name=f"block_{index:02d}",
             )(tokens, train)
 
-        x = nn.Conv(
-            cfg.output_dim, (1, 1), use_bias=False, dtype=self.dtype, name="neck_conv1"
-        )(tokens)
+        x = nn.Conv(cfg.output_dim, (1, 1), use_bias=False, dtype=self.dtype, name="neck_conv1")(
+            tokens
+        )
         x = layer_norm(1e-6, self.dtype, "neck_norm1")(x)
-        x = nn.Conv(
-            cfg.output_dim, (3, 3), use_bias=False, dtype=self.dtype, name="neck_conv2"
-        )(x)
+        x = nn.Conv(cfg.output_dim, (3, 3), use_bias=False, dtype=self.dtype, name="neck_conv2")(x)
         return layer_norm(1e-6, self.dtype, "neck_norm2")(x)

@@ -165,7 +165,9 @@ class SplitCells(nn.Module):
 
     @nn.compact
     def __call__(self, cells: Float[Array, "*batch d"]) -> Float[Array, "*batch 2 2 c"]:
-        split = nn.DenseGeneral((2, 2, self.channels), use_bias=False, dtype=self.dtype, name="conv")
+        split = nn.DenseGeneral(
+            (2, 2, self.channels), use_bias=False, dtype=self.dtype, name="conv"
+        )
         # Unlike a dense layer's, the bias is the same for the four parts.
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
         return split(cells) + bias.astype(self.dtype)

@@ -87,7 +87,7 @@ class PromptEncoder(nn.Module):
     mask_channels: int = 16
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         normal = nn.initializers.normal(1.0)
         self.point_kinds = self.param("point_kinds", normal, (NUM_POINT_KINDS, self.embed_dim))
         self.not_a_point = self.param("not_a_point", normal, (self.embed_dim,))
@@ -206,9 +206,7 @@ class MaskDownscaling(nn.Module):
     def __call__(self, mask_logits: Float[Array, "b p lh lw"]) -> Float[Array, "b p gh gw d"]:
         # A 2 x 2 convolution with stride 2 is a dense layer on blocks, which every backend
         # multiplies as a matrix.
-        x = rearrange(
-            mask_logits.astype(self.dtype), "b p (h i) (w j) -> b p h w (i j)", i=2, j=2
-        )
+        x = rearrange(mask_logits.astype(self.dtype), "b p (h i) (w j) -> b p h w (i j)", i=2, j=2)
         x = nn.Dense(self.channels // 4, dtype=self.dtype, name="conv1")(x)
         x = gelu(layer_norm(1e-6, self.dtype, "norm1")(x))
         x = rearrange(x, "b p (h i) (w j) c -> b p h w (i j c)", i=2, j=2)

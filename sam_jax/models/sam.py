@@ -70,7 +70,7 @@ class Sam(nn.Module):
     attention: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
         self.image_encoder = ImageEncoderViT(
             cfg.image_encoder, self.remat, self.attention, self.dtype

@@ -46,9 +46,7 @@ class Attention(nn.Module):
         keys_axes = "btac" if shared else "bptac"
         if q.shape[1] == 1 and not shared:
             # Only the image side is shared: its queries meet every object's keys.
-            logits = jnp.einsum(
-                "bsac,bptac->bpast", q[:, 0], k, preferred_element_type=jnp.float32
-            )
+            logits = jnp.einsum("bsac,bptac->bpast", q[:, 0], k, preferred_element_type=jnp.float32)
         else:
             logits = jnp.einsum(
                 f"bpsac,{keys_axes}->bpast", q, k, preferred_element_type=jnp.float32
@@ -113,9 +111,7 @@ class TwoWayAttentionBlock(nn.Module):
         tokens = norm("norm3", tokens + dropout(mlp(tokens)))
 
         to_tokens = attention("cross_attn_image_to_token")
-        cells = cells + dropout(
-            to_tokens(cells + cell_pe, tokens + token_pe, tokens, tokens_valid)
-        )
+        cells = cells + dropout(to_tokens(cells + cell_pe, tokens + token_pe, tokens, tokens_valid))
         return tokens, norm("norm4", cells)
 
 

@@ -58,38 +58,38 @@ def grid_attention(
 
 def _reference(q, k, v, tables):
     gh, gw, c = q.shape[1], q.shape[2], q.shape[-1]
-    logits = jnp.einsum(
-        "bhwac,bijac->bahwij", q * c**-0.5, k, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("bhwac,bijac->bahwij", q * c**-0.5, k, preferred_element_type=jnp.float32)
     if tables is not None:
         by_row, by_column = tables
         # The relative terms use the unscaled query, as the published model does.
-        logits += jnp.einsum(
-            "bhwac,hic->bahwi", q, by_row, preferred_element_type=jnp.float32
-        )[..., None]
-        logits += jnp.einsum(
-            "bhwac,wjc->bahwj", q, by_column, preferred_element_type=jnp.float32
-        )[..., None, :]
+        logits += jnp.einsum("bhwac,hic->bahwi", q, by_row, preferred_element_type=jnp.float32)[
+            ..., None
+        ]
+        logits += jnp.einsum("bhwac,wjc->bahwj", q, by_column, preferred_element_type=jnp.float32)[
+            ..., None, :
+        ]
     probs = jax.nn.softmax(rearrange(logits, "b a h w i j -> b a h w (i j)"), axis=-1)
     probs = rearrange(probs, "b a h w (i j) -> b a h w i j", i=gh, j=gw).astype(v.dtype)
     return jnp.einsum("bahwij,bijac->bhwac", probs, v)
 
 
 def _chunked(q, k, v, tables):
-    gh, gw, c = q.shape[1], q.shape[2], q.shape[-1]
+    gh, c = q.shape[1], q.shape[-1]
     rows = max(r for r in range(1, QUERY_ROWS_PER_CHUNK + 1) if gh % r == 0)
     by_row, by_column = tables if tables is not None else (None, None)
 
     @jax.checkpoint
     def one_chunk(q, k, v, by_row):
         """``q`` [rows, gw, c] against all of ``k`` and ``v`` [gh * gw, c], one head."""
-        logits = jnp.einsum(
-            "hwc,kc->hwk", q * c**-0.5, k, preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("hwc,kc->hwk", q * c**-0.5, k, preferred_element_type=jnp.float32)
         if by_row is not None:
             logits = rearrange(logits, "h w (i j) -> h w i j", i=gh)
-            logits += jnp.einsum("hwc,hic->hwi", q, by_row)[..., None]
-            logits += jnp.einsum("hwc,wjc->hwj", q, by_column)[:, :, None]
+            logits += jnp.einsum("hwc,hic->hwi", q, by_row, preferred_element_type=jnp.float32)[
+                ..., None
+            ]
+            logits += jnp.einsum("hwc,wjc->hwj", q, by_column, preferred_element_type=jnp.float32)[
+                :, :, None
+            ]
             logits = rearrange(logits, "h w i j -> h w (i j)")
         probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         return jnp.einsum("hwk,kc->hwc", probs, v)

@@ -16,8 +16,8 @@ def unpack_masks(packed: UInt8[Array, "*batch h w8"]) -> Bool[Array, "*batch h w
 
 
 def mask_iou(
-    masks: Bool[Array, "*batch h w"], others: Bool[Array, "*batch h w"]
-) -> Float[Array, "*batch"]:
+    masks: Bool[Array, "*#batch h w"], others: Bool[Array, "*#batch h w"]
+) -> Float[Array, "*#batch"]:
     """Intersection over union; two empty masks have IoU 0 (the union is taken as at least 1)."""
     intersection = jnp.sum(masks & others, axis=(-2, -1), dtype=jnp.int32)
     union = jnp.sum(masks | others, axis=(-2, -1), dtype=jnp.int32)

@@ -40,8 +40,6 @@ def relative_positions(
     """
     entries = 2 * size - 1
     if table.shape[0] != entries:
-        table = jax.image.resize(
-            table, (entries, table.shape[1]), method="linear", antialias=False
-        )
+        table = jax.image.resize(table, (entries, table.shape[1]), method="linear", antialias=False)
     offsets = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
     return table[offsets]

@@ -36,12 +36,15 @@ class TrainConfig:
     Attributes:
       num_steps: optimizer steps of the whole run.
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
+      remat_rounds: whether rounds of prompting are computed again in the backward pass, see
+        ``rounds.run_rounds``.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
     """
 
     num_steps: int
     seed: int = 0
+    remat_rounds: bool = True
     log_every: int = 50
     eval_every: int | None = None
 
@@ -59,7 +62,7 @@ class EvalReport(Protocol):
 Evaluators = Mapping[str, Callable[[dict], EvalReport]]
 
 
-class TrainingInterrupted(UserError):
+class TrainingInterruptedError(UserError):
     """A signal asked the run to stop; its state is saved."""
 
     exit_code = 130
@@ -98,7 +101,7 @@ def train(
       evaluators: called with the variables at evaluations, by name.
 
     Raises:
-      TrainingInterrupted: after an interrupt or a termination signal, once the state is saved.
+      TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
       CheckpointError: if there is a checkpoint that does not fit.
     """
@@ -119,6 +122,7 @@ def train(
             loss_config,
             seed=config.seed,
             accumulate_steps=optimizer_config.accumulate_steps,
+            remat_rounds=config.remat_rounds,
         ),
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
@@ -185,7 +189,7 @@ def _run(state, train_step, data_iterator, mesh, config, checkpointer, reporter,
                 with stopwatch.during("checkpoint"):
                     checkpointer.save(state, data_iterator)
             if is_stopping and not is_last:
-                raise TrainingInterrupted(
+                raise TrainingInterruptedError(
                     f"stopped at step {step} of {config.num_steps}; the same command continues"
                 )
             if is_evaluated:

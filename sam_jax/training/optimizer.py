@@ -45,12 +45,16 @@ class OptimizerConfig:
     clip_norm: float | None = None
     accumulate_steps: int = 1
 
+    def __post_init__(self) -> None:
+        if self.schedule not in ("step", "cosine"):
+            raise ValueError(f"schedule must be 'step' or 'cosine', got {self.schedule!r}")
+
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The learning rate at each step, before layer-wise scaling.
 
     Raises:
-      ConfigError: if the schedule is not known, or the warm-up is longer than the run.
+      ConfigError: if the warm-up is longer than the run.
     """
     if config.warmup_steps >= num_steps:
         raise ConfigError(
@@ -61,8 +65,6 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         return optax.schedules.warmup_cosine_decay_schedule(
             0.0, config.peak_learning_rate, config.warmup_steps, num_steps
         )
-    if config.schedule != "step":
-        raise ConfigError(f"optimizer.schedule = {config.schedule!r} must be 'step' or 'cosine'")
     after_warmup = {
         boundary - config.warmup_steps: config.step_rate for boundary in config.step_boundaries
     }

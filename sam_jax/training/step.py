@@ -47,6 +47,7 @@ def build_train_step(
     *,
     seed: int,
     accumulate_steps: int = 1,
+    remat_rounds: bool = True,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with shardings by the caller.
 
@@ -60,6 +61,7 @@ def build_train_step(
       loss_config: what the losses weigh.
       seed: of prompts, dropout and dropped paths.
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
+      remat_rounds: see ``rounds.run_rounds``.
     """
 
     def loss_sums(params, constants, batch: Batch, key):
@@ -89,6 +91,7 @@ def build_train_step(
             batch.image_hw,
             prompt_config,
             loss_config,
+            remat=remat_rounds,
         )
         return _report(results, batch.mask_valid)
 
@@ -151,11 +154,15 @@ def _accumulate(part_gradients, batch: Batch, key, num_parts: int):
     Part i holds every ``num_parts``-th image from i on, so that with the batch sharded in blocks
     each device cuts its own block and nothing moves between devices.
     """
-    parts = jax.tree.map(lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), batch)
+    parts = jax.tree.map(
+        lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), batch
+    )
 
     def add_part(total, indexed_part):
         index, part = indexed_part
-        return jax.tree.map(jnp.add, total, part_gradients(part, jax.random.fold_in(key, index))), None
+        return jax.tree.map(
+            jnp.add, total, part_gradients(part, jax.random.fold_in(key, index))
+        ), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(part_gradients, first, key)

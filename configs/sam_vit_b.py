@@ -1,0 +1,26 @@
+"""SAM with ViT-B on SA-1B, the paper's recipe: 128 devices of 80 GB in the paper.
+
+python train.py --config configs/sam_vit_b.py:'TARS' --workdir DIR --distributed
+
+TARS is a glob of SA-1B's tars, as in 'gs://bucket/sa_*.tar' mounted as files. Not run here at full
+size: this file states the recipe, tests check that it builds.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sam_recipe import paper_config
+
+
+def get_config(tars: str = "sa_*.tar") -> ConfigDict:
+    """The recipe; see `sam_recipe.paper_config` for what the sizes share."""
+    return paper_config(
+        tars=tars,
+        variant="vit_b",
+        batch_size=128,
+        num_steps=180_000,
+        peak_learning_rate=8e-4,
+        step_boundaries=(120_000, 173_332),
+        layer_decay=0.6,
+        drop_path_rate=0.6,
+        fsdp=1,
+    )
