@@ -32,8 +32,17 @@ class Attention(nn.Module):
         dim = queries.shape[-1]
         inner = dim // self.downsample_rate
 
+        # Queries and keys start with the same projection, so that attention starts as a kernel on
+        # positions: a click looks around itself from the first step on, and need not learn to.
+        lecun_normal = nn.initializers.lecun_normal()
+        init_key = self.make_rng("params") if self.is_initializing() else None
+
+        def same_for_both(key, shape, dtype):
+            return lecun_normal(key if init_key is None else init_key, shape, dtype)
+
         def project(name, x):
-            x = nn.Dense(inner, dtype=self.dtype, name=name)(x)
+            kernel_init = lecun_normal if name == "v_proj" else same_for_both
+            x = nn.Dense(inner, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
             return rearrange(x, "b p t (a c) -> b p t a c", a=self.num_heads)
 
         q = project("q_proj", queries)
