@@ -1,0 +1,32 @@
+"""Reading annotated images and making training batches of them.
+
+`config.DataConfig` says what to load, `pipeline.train_iterator` loads it.
+Nothing here runs on an accelerator.
+"""
+
+from sam_jax.data.config import DataConfig, SourceConfig, build_source
+from sam_jax.data.corruption import TooManyCorruptSamplesError
+from sam_jax.data.pipeline import EvalExample, eval_samples, train_iterator
+from sam_jax.data.samples import (
+    CorruptSampleError,
+    Sample,
+    decode_image,
+    decode_masks,
+)
+from sam_jax.data.transforms import TrainTransform, fit_longest_side
+
+__all__ = [
+    "CorruptSampleError",
+    "DataConfig",
+    "EvalExample",
+    "Sample",
+    "SourceConfig",
+    "TooManyCorruptSamplesError",
+    "TrainTransform",
+    "build_source",
+    "decode_image",
+    "decode_masks",
+    "eval_samples",
+    "fit_longest_side",
+    "train_iterator",
+]

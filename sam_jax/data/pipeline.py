@@ -1,0 +1,353 @@
+"""Batches for training, without end and resumable; samples for evaluation.
+
+The stream of examples is a pure function of (config, process, position):
+position i of a source is image i of a reshuffled epoch, transformed with a
+generator seeded by i. Threads and worker processes change only how fast it
+comes. So the state of the iterator is a position, plus what was counted, and
+a run may be resumed with other numbers of threads and workers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import grain
+import numpy as np
+
+from sam_jax.data import rle
+from sam_jax.data.config import DataConfig, SourceConfig, build_source
+from sam_jax.data.corruption import CorruptionLog, TooManyCorruptSamplesError
+from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, mask_runs
+from sam_jax.data.sources import Source
+from sam_jax.data.transforms import DroppedMask, TrainTransform, no_valid_mask
+from sam_jax.errors import ConfigError
+
+__all__ = [
+    "DataConfig",
+    "EvalExample",
+    "EvalSamples",
+    "SourceConfig",
+    "TooManyCorruptSamplesError",
+    "TrainIterator",
+    "build_source",
+    "eval_samples",
+    "train_iterator",
+]
+
+
+class _Loaded(NamedTuple):
+    """What loading an index gave: an example, or the error instead.
+
+    It travels from worker processes to the parent, where all counting is
+    done. Errors are passed on, not raised, because an exception would stop
+    the worker, and dropping the element there would make the order of
+    examples depend on the number of workers.
+    """
+
+    example: dict[str, np.ndarray] | None
+    name: str
+    dropped: tuple[DroppedMask, ...] = ()
+    error: CorruptSampleError | None = None
+
+
+@dataclass(frozen=True)
+class _Load(grain.transforms.RandomMap):
+    """Index -> _Loaded."""
+
+    source: Source
+    transform: TrainTransform
+
+    def random_map(self, index: int, rng: np.random.Generator) -> _Loaded:
+        try:
+            sample = self.source[index]
+            example, dropped = self.transform.with_report(sample, rng)
+        except CorruptSampleError as error:
+            # A copy: the original's traceback holds the image's bytes.
+            error = CorruptSampleError(error.name, error.reason, error.detail)
+            return _Loaded(None, error.name, error=error)
+        return _Loaded(example, sample.name, dropped)
+
+
+def train_iterator(
+    config: DataConfig, *, process_index: int = 0, process_count: int = 1
+) -> "TrainIterator":
+    """An endless iterator over this process's share of the training batches.
+
+    Args:
+        config: what to load.
+        process_index: which share; `jax.process_index()`.
+        process_count: how many shares; `jax.process_count()`.
+
+    Returns:
+        An iterator of dicts of stacked arrays, b = batch_size / process_count:
+        the keys and shapes of `TrainTransform.with_report` with a leading b.
+
+    Raises:
+        ConfigError: the batch does not divide by the processes, or a source
+            cannot be opened.
+    """
+    if config.batch_size % process_count:
+        raise ConfigError(
+            f"batch_size {config.batch_size} does not divide by {process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}")
+    transform = config.transform()
+    shares = []
+    for number, source_config in enumerate(config.sources):
+        source = build_source(source_config)
+        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+        # A reader of the whole stream, of which each process takes every
+        # process_count-th: disjoint, and complete over the processes. Sliced
+        # before mixing, so that each process meets every source.
+        stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        stream = stream.random_map(_Load(source, transform))
+        shares.append(stream.slice(slice(process_index, None, process_count)))
+    examples = shares[0]
+    if len(shares) > 1:
+        weights = [source.weight for source in config.sources]
+        examples = grain.MapDataset.mix(shares, weights)
+    batches = _Batches(examples, config, config.batch_size // process_count)
+    prefetched = grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=config.prefetch_batches
+    )
+    return TrainIterator(iter(prefetched))
+
+
+class TrainIterator(grain.DatasetIterator):
+    """The training batches; see `train_iterator`.
+
+    `get_state` and `set_state` restore the exact sequence, and Orbax saves
+    and restores it through `grain.checkpoint.CheckpointSave` and `...Restore`.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator):
+        super().__init__(batches)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next local batch.
+
+        Raises:
+            TooManyCorruptSamplesError: more is unusable than the config
+                tolerates.
+        """
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the batches handed out so far end; JSON-serialisable."""
+        return self._parent.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch at which `get_state` was called."""
+        self._parent.set_state(state)
+
+    @property
+    def num_seen(self) -> int:
+        """Samples read for the batches so far, good and corrupt."""
+        return self.get_state()["skipped"]["num_seen"]
+
+    @property
+    def corrupt_counts(self) -> dict[str, int]:
+        """Samples skipped so far, by reason."""
+        return dict(self.get_state()["skipped"]["corrupt_counts"])
+
+    @property
+    def dropped_mask_counts(self) -> dict[str, int]:
+        """Masks left out of good samples so far, by reason."""
+        return dict(self.get_state()["skipped"]["dropped_mask_counts"])
+
+
+class _Batches(grain.IterDataset):
+    """Stacks good examples; skips and counts the others."""
+
+    def __init__(self, examples: grain.MapDataset, config: DataConfig, local_batch_size: int):
+        super().__init__()
+        self._examples = examples
+        self._config = config
+        self._local_batch_size = local_batch_size
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _BatchIterator(self._examples, self._config, self._local_batch_size)
+
+
+class _BatchIterator(grain.DatasetIterator):
+    def __init__(self, examples: grain.MapDataset, config: DataConfig, local_batch_size: int):
+        super().__init__()
+        self._examples = examples
+        self._config = config
+        self._local_batch_size = local_batch_size
+        self._log = CorruptionLog(config.max_corrupt_rate, config.corrupt_grace)
+        self._position = 0
+        self._stream: grain.DatasetIterator | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._stream is None:
+            self._stream = self._open()
+        batch: list[dict[str, np.ndarray]] = []
+        while len(batch) < self._local_batch_size:
+            loaded = next(self._stream)
+            self._position += 1
+            if loaded.error is not None:
+                self._log.record_corrupt(loaded.error)
+            else:
+                self._log.record_good(loaded.name, loaded.dropped)
+                batch.append(loaded.example)
+        return {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+
+    def _open(self) -> grain.DatasetIterator:
+        config = self._config
+        stream = self._examples.slice(slice(self._position, None)).to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=config.num_threads,
+                prefetch_buffer_size=config.prefetch_examples,
+            )
+        )
+        _one_opencv_thread()
+        if config.num_workers:
+            _let_grain_read_its_flag()
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=config.num_workers),
+                worker_init_fn=_one_opencv_thread,
+            )
+        return iter(stream)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self._position, "skipped": self._log.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._close_stream()
+        self._position = state["position"]
+        self._log.set_state(state["skipped"])
+
+    def close(self) -> None:
+        self._close_stream()
+        super().close()
+
+    def _close_stream(self) -> None:
+        if self._stream is None:
+            return
+        self._stream.close()
+        # grain leaves the reads under way to themselves; once this is closed,
+        # nothing should touch the data any more.
+        executor = getattr(self._stream, "_executor", None)
+        if executor is not None:
+            executor.shutdown()
+        self._stream = None
+
+
+def _one_opencv_thread(*_: int) -> None:
+    """Samples are worked on in parallel; OpenCV's own threads only get in the way.
+
+    With them, drawing a synthetic image costs half as much processor time again.
+    """
+    cv2.setNumThreads(1)
+
+
+def _let_grain_read_its_flag() -> None:
+    """Works around grain 0.2.18 (its issue 1355), fixed after that release.
+
+    Starting workers reads a command-line flag of grain's, which raises in any
+    program that has not parsed its command line with absl. Marking the flag
+    as present makes reading it give its default, or the parsed value.
+    """
+    try:
+        from grain._src.core import profiler
+
+        flag = profiler._GRAIN_ENABLE_MULTIPROCESS_WORKER_PROFILING
+    except (ImportError, AttributeError):
+        return  # a version that does not have it
+    flag._flagvalues[flag.name].present = True
+
+
+class EvalExample(NamedTuple):
+    """A decoded sample at its original size.
+
+    Attributes:
+        image: uint8 [h, w, 3], RGB.
+        masks: bool [k, h, w], k >= 1, in the order of the annotations;
+            unusable and empty ones are left out.
+        dataset: the source's name.
+        name: the file.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    dataset: str
+    name: str
+
+
+class EvalSamples:
+    """The samples of a source once, in order; see `eval_samples`."""
+
+    def __init__(self, source: Source, log: CorruptionLog, indices: range):
+        self._source = source
+        self._log = log
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[EvalExample]:
+        for index in self._indices:
+            try:
+                sample = self._source[index]
+                example, dropped = _decode(sample)
+            except CorruptSampleError as error:
+                self._log.record_corrupt(error)
+                continue
+            self._log.record_good(sample.name, dropped)
+            yield example
+
+    @property
+    def corrupt_counts(self) -> dict[str, int]:
+        """Samples skipped so far, by reason."""
+        return dict(self._log.corrupt_counts)
+
+    @property
+    def dropped_mask_counts(self) -> dict[str, int]:
+        """Masks left out of good samples so far, by reason."""
+        return dict(self._log.dropped_mask_counts)
+
+
+def eval_samples(
+    source: Source,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_corrupt_rate: float = 0.05,
+    corrupt_grace: int = 200,
+) -> EvalSamples:
+    """The source's samples, decoded, in their fixed order, corrupt ones skipped.
+
+    Args:
+        source: what to read.
+        process_index: which share of the samples; every process_count-th.
+        process_count: how many shares.
+        max_corrupt_rate: see `DataConfig`.
+        corrupt_grace: see `DataConfig`.
+
+    Returns:
+        An iterable of `EvalExample`. It raises `TooManyCorruptSamplesError`
+        on the way, and has `corrupt_counts`.
+    """
+    log = CorruptionLog(max_corrupt_rate, corrupt_grace)
+    return EvalSamples(source, log, range(process_index, len(source), process_count))
+
+
+def _decode(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
+    image = decode_image(sample)
+    hw = image.shape[:2]
+    masks = []
+    dropped = [DroppedMask("unusable annotation", text) for text in sample.unusable_masks]
+    for index in range(len(sample.masks_rle)):
+        try:
+            runs = mask_runs(sample, index, hw)
+        except CorruptSampleError as error:
+            dropped.append(DroppedMask(error.reason, error.detail))
+            continue
+        if rle.area_px(runs):
+            masks.append(rle.decode(runs, hw))
+        else:
+            dropped.append(DroppedMask("empty", f"mask {index}"))
+    if not masks:
+        raise no_valid_mask(sample, dropped)
+    example = EvalExample(image, np.stack(masks), sample.dataset, sample.name)
+    return example, dropped

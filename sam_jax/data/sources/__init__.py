@@ -1,0 +1,29 @@
+"""Where samples come from; one module a format."""
+
+from typing import Protocol, runtime_checkable
+
+from sam_jax.data.samples import Sample
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the samples of one data set.
+
+    Sources are pickled into worker processes, so they hold paths and indices,
+    not open files.
+
+    Attributes:
+        name: what `Sample.dataset` says.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at 0 <= index < len.
+
+        Raises:
+            CorruptSampleError: what stands there cannot be used.
+        """
+        ...

@@ -1,0 +1,289 @@
+"""From a `Sample` to a fixed-shape training example, on the host.
+
+Frames: the image is resized to fit the model input with its longest side,
+placed at the upper left and padded with zeros at the bottom and right.
+Normalising (and zeroing the pad again afterwards) happens on the device:
+uint8 pixels and bit-packed masks cross the bus at an eighth to a quarter of
+the size.
+"""
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Float64, UInt8
+from PIL import Image
+
+from sam_jax.data import rle
+from sam_jax.data.samples import CorruptSampleError, Sample, mask_runs, open_image
+
+# Luma weights of the colour jitter's grey axis (ITU-R BT.601).
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+
+class DroppedMask(NamedTuple):
+    """A mask the transform left out of an otherwise good image.
+
+    Attributes:
+        reason: "bad rle", "size mismatch", "unusable annotation", "empty"
+            (damage), or "too large", "too small" (filters).
+        detail: which mask, and what was wrong; "" for filters.
+    """
+
+    reason: str
+    detail: str = ""
+
+
+def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> CorruptSampleError:
+    """The error of a sample that lost all its masks, to be raised."""
+    counts = collections.Counter(mask.reason for mask in dropped)
+    detail = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return CorruptSampleError(sample.name, "no valid mask", detail or "no annotation")
+
+
+class _Placement(NamedTuple):
+    """Where the image lands: resized to `scaled_hw`, `crop_hw` of it kept."""
+
+    scaled_hw: tuple[int, int]
+    crop_yx: tuple[int, int]
+    crop_hw: tuple[int, int]
+    flip: bool
+
+    @classmethod
+    def whole(cls, scaled_hw: tuple[int, int], flip: bool) -> "_Placement":
+        return cls(scaled_hw, (0, 0), scaled_hw, flip)
+
+
+def fit_longest_side(
+    hw: tuple[int, int], target_hw: tuple[int, int], scale: float = 1.0
+) -> tuple[int, int]:
+    """The size that makes an image just fit: (h, w) in pixels, each >= 1.
+
+    The image is scaled by min(H / h, W / w) * scale; sides are rounded half
+    up, and with scale 1 never exceed the target.
+
+    Source: Appendix A, image encoder ("rescaling the image and padding the
+        shorter side").
+    Differs: H and W may differ.
+
+    Args:
+        hw: the image's height and width.
+        target_hw: the model input's.
+        scale: 1.0 fits exactly; 2.0 gives twice that size.
+    """
+    ratio = min(target_hw[0] / hw[0], target_hw[1] / hw[1]) * scale
+    return max(1, int(hw[0] * ratio + 0.5)), max(1, int(hw[1] * ratio + 0.5))
+
+
+def resize_image(
+    image: UInt8[np.ndarray, "h w 3"] | Image.Image,
+    scaled_hw: tuple[int, int],
+    crop_yx: tuple[int, int] = (0, 0),
+    crop_hw: tuple[int, int] | None = None,
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The image at another size, or a window of it.
+
+    Bilinear with antialiasing (Pillow), which is what the published
+    checkpoints saw.
+
+    Args:
+        image: RGB, as an array or Pillow's.
+        scaled_hw: the size the whole image is scaled to.
+        crop_yx: upper left corner of the window, in pixels of the scaled
+            image.
+        crop_hw: the window's size; None keeps everything.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    w, h = image.size
+    crop_hw = crop_hw or scaled_hw
+    y_scale, x_scale = h / scaled_hw[0], w / scaled_hw[1]
+    box = (
+        crop_yx[1] * x_scale,
+        crop_yx[0] * y_scale,
+        min((crop_yx[1] + crop_hw[1]) * x_scale, w),
+        min((crop_yx[0] + crop_hw[0]) * y_scale, h),
+    )
+    return np.asarray(image.resize(crop_hw[::-1], Image.Resampling.BILINEAR, box=box))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Makes training examples: resize, pad, sample masks, pack them.
+
+    The paper trains without augmentation, so it is off by default. Scale
+    jitter is what it used where only data of the engine's first two stages
+    was trained on; small models trained from nothing profit from all three.
+
+    Attributes:
+        image_size: (H, W) of the model input, pixels; W a multiple of 8.
+        max_masks: p, how many masks an example holds at most.
+        max_area_rate: masks covering more of the original image are dropped.
+        min_mask_area_px: masks with fewer pixels at model resolution are
+            dropped; 1 drops those that vanish.
+        hflip_rate: probability of a horizontal flip.
+        scale_jitter: (low, high) factors on the fitted size, drawn uniformly,
+            then a random crop or padding to (H, W); None is off.
+        color_jitter: strength s >= 0: brightness, contrast and saturation
+            are scaled by factors in [1-s, 1+s], hue turned by up to s/2 rad.
+
+    Source: Appendix A, training recipe (up to 64 masks drawn at random, masks
+        above 90 % of the image dropped, scale jitter [0.1, 2.0]).
+    """
+
+    image_size: tuple[int, int]
+    max_masks: int = 64
+    max_area_rate: float = 0.9
+    min_mask_area_px: int = 1
+    hflip_rate: float = 0.0
+    scale_jitter: tuple[float, float] | None = None
+    color_jitter: float = 0.0
+
+    def __post_init__(self):
+        if min(self.image_size) < 1 or self.image_size[1] % 8:
+            raise ValueError(
+                "image_size must be positive and its width a multiple of 8 "
+                f"(masks are packed 8 pixels to a byte), got {self.image_size}"
+            )
+        if self.max_masks < 1 or self.min_mask_area_px < 1:
+            raise ValueError("max_masks and min_mask_area_px must be at least 1")
+        if self.scale_jitter and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+            raise ValueError(f"scale_jitter must be 0 < low <= high: {self}")
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A training example; see `with_report`."""
+        return self.with_report(sample, rng)[0]
+
+    def with_report(
+        self, sample: Sample, rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], tuple[DroppedMask, ...]]:
+        """A training example, and the masks it had to do without.
+
+        Masks are drawn uniformly without replacement among the valid ones;
+        only those drawn are decoded, and a drawn mask that proves unusable
+        is replaced by another. Unusable masks that were never drawn are not
+        reported.
+
+        Returns:
+            (example, dropped). The example holds
+            image: uint8 [H, W, 3], RGB, zeros outside image_hw;
+            image_hw: int32 [2], the part of it the image fills;
+            original_hw: int32 [2], the size before resizing;
+            masks_packed: uint8 [p, H, W/8], `np.packbits` of bool masks over
+            the last axis (most significant bit first), zero where invalid;
+            mask_valid: bool [p], true for the leading ones.
+
+        Raises:
+            CorruptSampleError: the image is unreadable, or has no valid mask.
+        """
+        image = open_image(sample)
+        hw = (image.height, image.width)
+        placement = self._place(hw, rng)
+        order = rng.permutation(len(sample.masks_rle))
+
+        packed, dropped = self._masks(sample, hw, order, placement)
+        if not packed and self.scale_jitter is not None:
+            # The crop missed every mask, or they became too small. That is no
+            # fault of the sample.
+            placement = _Placement.whole(fit_longest_side(hw, self.image_size), placement.flip)
+            packed, dropped = self._masks(sample, hw, order, placement)
+        if not packed:
+            raise no_valid_mask(sample, dropped)
+
+        h, w = placement.crop_hw
+        window = resize_image(image, placement.scaled_hw, placement.crop_yx, placement.crop_hw)
+        if placement.flip:
+            window = window[:, ::-1]
+        if self.color_jitter:
+            window = cv2.transform(window, self._color_matrix(window, rng))
+        padded = np.zeros((*self.image_size, 3), np.uint8)
+        padded[:h, :w] = window
+
+        masks_packed = np.zeros(
+            (self.max_masks, self.image_size[0], self.image_size[1] // 8), np.uint8
+        )
+        for slot, mask in enumerate(packed):
+            masks_packed[slot, : mask.shape[0], : mask.shape[1]] = mask
+        example: dict[str, np.ndarray] = {
+            "image": padded,
+            "image_hw": np.array([h, w], np.int32),
+            "original_hw": np.array(hw, np.int32),
+            "masks_packed": masks_packed,
+            "mask_valid": np.arange(self.max_masks) < len(packed),
+        }
+        return example, tuple(dropped)
+
+    def _place(self, hw: tuple[int, int], rng: np.random.Generator) -> _Placement:
+        flip = self.hflip_rate > 0 and rng.random() < self.hflip_rate
+        if self.scale_jitter is None:
+            return _Placement.whole(fit_longest_side(hw, self.image_size), flip)
+        scale = rng.uniform(*self.scale_jitter)
+        scaled_hw = fit_longest_side(hw, self.image_size, scale)
+        crop_hw = min(scaled_hw[0], self.image_size[0]), min(scaled_hw[1], self.image_size[1])
+        y = int(rng.integers(scaled_hw[0] - crop_hw[0] + 1))
+        x = int(rng.integers(scaled_hw[1] - crop_hw[1] + 1))
+        return _Placement(scaled_hw, (y, x), crop_hw, flip)
+
+    def _masks(
+        self,
+        sample: Sample,
+        hw: tuple[int, int],
+        order: np.ndarray,
+        placement: _Placement,
+    ) -> tuple[list[np.ndarray], list[DroppedMask]]:
+        """Up to max_masks packed masks uint8 [h, ceil(w/8)], and the dropped."""
+        (h, w), (y, x) = placement.crop_hw, placement.crop_yx
+        y_edges = np.arange(y, y + h + 1) * (hw[0] / placement.scaled_hw[0])
+        x_edges = np.arange(x, x + w + 1) * (hw[1] / placement.scaled_hw[1])
+        packed: list[np.ndarray] = []
+        dropped = [DroppedMask("unusable annotation", text) for text in sample.unusable_masks]
+        for index in order.tolist():
+            if len(packed) == self.max_masks:
+                break
+            try:
+                runs = mask_runs(sample, index, hw)
+            except CorruptSampleError as error:
+                dropped.append(DroppedMask(error.reason, error.detail))
+                continue
+            area = rle.area_px(runs)
+            if area == 0:
+                dropped.append(DroppedMask("empty", f"mask {index}"))
+            elif area > self.max_area_rate * hw[0] * hw[1]:
+                dropped.append(DroppedMask("too large"))
+            else:
+                mask = rle.resample(runs, hw, y_edges, x_edges)
+                if np.count_nonzero(mask) < self.min_mask_area_px:
+                    dropped.append(DroppedMask("too small"))
+                    continue
+                if placement.flip:
+                    mask = mask[:, ::-1]
+                packed.append(np.packbits(mask, axis=-1))
+        return packed, dropped
+
+    def _color_matrix(
+        self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
+    ) -> Float64[np.ndarray, "3 4"]:
+        """The jitter as one affine map of RGB.
+
+        All four changes are linear (contrast about the mean grey), so one
+        pass over the pixels applies them together.
+        """
+        s = self.color_jitter
+        brightness, contrast, saturation = 1 + rng.uniform(-s, s, size=3)
+        angle = rng.uniform(-s, s) / 2
+        grey = np.tile(_LUMA, (3, 1))
+        # Rodrigues' rotation about the grey diagonal turns the hue.
+        axis = np.full(3, 3**-0.5)
+        cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) * axis[0]
+        hue = (
+            np.cos(angle) * np.eye(3)
+            + np.sin(angle) * cross
+            + (1 - np.cos(angle)) * np.outer(axis, axis)
+        )
+        linear = (saturation * np.eye(3) + (1 - saturation) * grey) @ hue
+        mean = float(cv2.mean(image)[:3] @ _LUMA)
+        offset = np.full((3, 1), (1 - contrast) * mean * brightness)
+        return np.hstack([brightness * contrast * linear, offset])

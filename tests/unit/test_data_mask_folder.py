@@ -1,0 +1,141 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, decode_masks
+from sam_jax.data.sources.mask_folder import MaskFolderSource
+from sam_jax.errors import ConfigError
+from tests.unit.data_fixtures import box_mask, encode_image, gradient_image
+
+HW = (12, 20)
+LEFT, RIGHT, TOP = (
+    box_mask(HW, 4, 12, 0, 8),
+    box_mask(HW, 4, 12, 9, 20),
+    box_mask(HW, 0, 3, 0, 20),
+)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    return images, masks
+
+
+def add(folder: Path, name: str, array: np.ndarray) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_image(array, "JPEG" if path.suffix == ".jpg" else "PNG"))
+
+
+def add_image(folder: Path, name: str) -> None:
+    add(folder, name, gradient_image(HW))
+
+
+def all_masks(sample: Sample) -> np.ndarray:
+    return decode_masks(sample, range(len(sample.masks_rle)))
+
+
+def test_label_maps_of_every_kind(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    labels = LEFT * 3 + RIGHT * 200 + TOP * 7
+    colors = np.zeros((*HW, 3), np.uint8)
+    colors[TOP], colors[LEFT], colors[RIGHT] = (0, 0, 9), (0, 9, 0), (9, 0, 0)
+    add(masks, "grey.png", labels.astype(np.uint8))
+    add(masks, "deep.png", (labels * 300).astype(np.uint16))
+    add(masks, "color.png", colors)
+    palette = Image.fromarray(labels.astype(np.uint8), "P")
+    palette.putpalette(bytes(768))  # all black: only the indices tell the objects apart
+    palette.save(masks / "palette.png")
+    names = ["color", "deep", "grey", "palette"]
+    for name in names:
+        add_image(images, f"{name}.jpg")
+    source = MaskFolderSource(*folders)
+    assert [Path(source[i].name).stem for i in range(len(source))] == names
+    for index, name in enumerate(names):
+        # In order of label; TOP is blue, the least colour.
+        expected = [TOP, LEFT, RIGHT] if name == "color" else [LEFT, TOP, RIGHT]
+        np.testing.assert_array_equal(all_masks(source[index]), expected)
+    assert decode_image(source[0]).shape == (*HW, 3)
+
+
+def test_black_and_white_is_one_object(folders: tuple[Path, Path]) -> None:
+    add_image(folders[0], "a.jpg")
+    add(folders[1], "a.png", (LEFT * 255).astype(np.uint8))
+    np.testing.assert_array_equal(all_masks(MaskFolderSource(*folders)[0]), [LEFT])
+
+
+def test_one_file_a_mask(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    add_image(images, "sub/a.jpg")
+    add_image(images, "sub/b.jpg")
+    for i, mask in enumerate([LEFT, TOP]):
+        add(masks, f"sub/a/{i}.png", (mask * 255).astype(np.uint8))
+        # Values above 0 do not matter here: anti-aliased outlines are part of the mask.
+        add(masks, f"sub/b_{i}.png", (mask * 200 + TOP * 50).astype(np.uint8))
+    source = MaskFolderSource(*folders, name="own")
+    assert source[0].dataset == "own"
+    np.testing.assert_array_equal(all_masks(source[0]), [LEFT, TOP])
+    np.testing.assert_array_equal(all_masks(source[1]), [LEFT | TOP, TOP])
+
+
+def test_the_longest_matching_name_owns_a_mask(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    for name in ("cat", "cat_2", "dog_1"):
+        add_image(images, f"{name}.jpg")
+    for name in ("cat_0", "cat_2_0", "cat_2_1", "dog_1"):
+        add(masks, f"{name}.png", (LEFT * 255).astype(np.uint8))
+    source = MaskFolderSource(*folders)
+    assert [len(source[i].masks_rle) for i in range(3)] == [1, 2, 1]
+
+
+def test_leftovers_are_named(folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    images, masks = folders
+    add_image(images, "a.jpg")
+    add_image(images, "bare.jpg")
+    add(masks, "a.png", (LEFT * 255).astype(np.uint8))
+    add(masks, "stray.png", (LEFT * 255).astype(np.uint8))
+    with caplog.at_level(logging.WARNING):
+        assert len(MaskFolderSource(*folders)) == 1
+    assert "1 images without a mask, e.g. bare" in caplog.text
+    assert "stray.png" in caplog.text
+
+
+def test_damage_is_told_apart(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    for name in ("a", "b", "c"):
+        add_image(images, f"{name}.jpg")
+    add(masks, "a_0.png", (LEFT * 255).astype(np.uint8))
+    (masks / "a_1.png").write_bytes(b"no image")
+    add(masks, "b.png", (LEFT * 255).astype(np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (120, 120, 3), np.uint8)
+    add(masks, "c.png", noise)
+    source = MaskFolderSource(*folders)
+    sample = source[0]
+    np.testing.assert_array_equal(all_masks(sample), [LEFT])
+    assert "a_1.png" in sample.unusable_masks[0]
+    (images / "b.jpg").unlink()
+    for index, reason in ((1, "missing image"), (2, "too many labels")):
+        with pytest.raises(CorruptSampleError) as caught:
+            source[index]
+        assert caught.value.reason == reason
+
+
+def test_wrong_folders_are_explained(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    images, masks = folders
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        MaskFolderSource(images, tmp_path / "elsewhere")
+    add_image(images, "a.jpg")
+    add(masks, "a.jpg", (LEFT * 255).astype(np.uint8))
+    with pytest.raises(ConfigError, match="none of the 0 masks"):
+        MaskFolderSource(images, masks)
+    add(masks, "b.png", (LEFT * 255).astype(np.uint8))
+    with pytest.raises(ConfigError, match=r"none of the 1 masks .* 1 images"):
+        MaskFolderSource(images, masks)
+    add_image(images, "a.png")
+    with pytest.raises(ConfigError, match="share their masks"):
+        MaskFolderSource(images, masks)
