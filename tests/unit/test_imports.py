@@ -1,0 +1,166 @@
+"""The layout's rules that no other tool checks: who imports whom, and what files may be called."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "sam_jax"
+
+# What each part of the package may import from the package, besides itself. The order is the
+# dependency order; a part that is not listed here has no place yet: decide it, then add a line.
+LEAVES = {"arrays", "configuration", "errors"}
+BASE = LEAVES | {"ops"}
+LOWER = BASE | {
+    "checkpoint",
+    "convert",
+    "data",
+    "losses",
+    "models",
+    "prompts",
+    "sharding",
+    "visualize",
+}
+MAY_IMPORT = {
+    "arrays": set[str](),
+    "configuration": {"errors"},
+    "errors": set[str](),
+    "ops": {"arrays"},
+    "models": BASE,
+    "losses": BASE,
+    "data": BASE,
+    "prompts": BASE,
+    "sharding": LEAVES,
+    "checkpoint": LEAVES | {"sharding"},
+    "convert": BASE | {"models"},
+    "visualize": BASE,
+    "training": LOWER,
+    "inference": BASE | {"convert", "models"},
+    "evaluation": LOWER | {"inference"},
+    "plan": LOWER | {"training"},
+    "cli": LOWER | {"evaluation", "inference", "plan", "training"},
+    # sam_jax/__init__.py: the public names
+    "__init__": LOWER | {"evaluation", "inference", "plan", "training"},
+}
+
+# The library knows nothing of the programs around it, nor of how they are configured.
+FORBIDDEN_IN_PACKAGE = (
+    "absl.flags",
+    "benchmarks",
+    "configs",
+    "eval",
+    "ml_collections",
+    "tests",
+    "train",
+)
+
+
+def source_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def project_files() -> list[Path]:
+    folders = ("benchmarks", "configs", "sam_jax", "tests")
+    return [path for name in folders for path in source_files(ROOT / name)] + sorted(
+        ROOT.glob("*.py")
+    )
+
+
+def imported_names(source: str) -> Iterator[str]:
+    """Dotted names of what `source` imports, those inside functions and type checks included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide what is imported"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def wrong_imports(part: str, source: str) -> list[str]:
+    wrong = []
+    for name in imported_names(source):
+        if any(is_within(name, outside) for outside in FORBIDDEN_IN_PACKAGE):
+            wrong.append(name)
+        elif is_within(name, "sam_jax"):
+            # `from sam_jax import Sam` goes through every public name, so it counts as a cycle.
+            target = name.split(".")[1] if "." in name else "__init__"
+            if target != part and target not in MAY_IMPORT[part]:
+                wrong.append(name)
+    return wrong
+
+
+def test_every_import_follows_the_layout() -> None:
+    wrong = []
+    for path in source_files(PACKAGE):
+        part = part_of(path)
+        assert part in MAY_IMPORT, f"{path.relative_to(ROOT)}: add {part!r} to MAY_IMPORT"
+        wrong += [
+            f"{path.relative_to(ROOT)} imports {name}"
+            for name in wrong_imports(part, path.read_text(encoding="utf-8"))
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "expected"),
+    [
+        ("ops", "from sam_jax.arrays import Float", []),
+        ("ops", "from sam_jax.models import sam", ["sam_jax.models.sam"]),
+        ("models", "from sam_jax.ops.masks import resize\nimport sam_jax.ops", []),
+        ("models", "def f():\n    import sam_jax.data.rle", ["sam_jax.data.rle"]),
+        ("data", "from sam_jax import models", ["sam_jax.models"]),
+        ("data", "from sam_jax import Sam", ["sam_jax.Sam"]),
+        ("data", "import sam_jax", ["sam_jax"]),
+        (
+            "training",
+            "from sam_jax.evaluation.run import evaluate",
+            ["sam_jax.evaluation.run.evaluate"],
+        ),
+        ("training", "from sam_jax.training import step\nimport jax", []),
+        ("cli", "from absl import flags, logging", ["absl.flags"]),
+        ("cli", "import configs.demo\nimport ml_collections", ["configs.demo", "ml_collections"]),
+        ("cli", "import training_tools\nimport trainer", []),
+    ],
+)
+def test_wrong_imports_are_found(part: str, source: str, expected: list[str]) -> None:
+    assert wrong_imports(part, source) == expected
+
+
+def test_relative_imports_are_refused() -> None:
+    with pytest.raises(AssertionError, match="relative imports"):
+        list(imported_names("from . import masks"))
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py"])
+def test_programs_stay_short(name: str) -> None:
+    path = ROOT / name
+    if path.exists():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_no_file_is_named_for_nothing_in_particular() -> None:
+    vague = {"common", "helpers", "misc", "util", "utils"}
+    found = {str(path.relative_to(ROOT)) for path in project_files() if path.stem in vague}
+    assert found <= {str(Path("configs", "common.py"))}
+
+
+def test_importing_the_package_is_light() -> None:
+    """Whoever only trains should not wait for, or need, what other parts use."""
+    heavy = ("matplotlib", "tensorflow", "torch")
+    program = f"import sam_jax, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "[]"
