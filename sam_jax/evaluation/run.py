@@ -1,0 +1,371 @@
+"""The evaluation of a model on datasets: one object for training and for ``eval.py``."""
+
+import dataclasses
+import heapq
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sam_jax.data.config import SourceConfig, build_source
+from sam_jax.data.pipeline import EvalExample, eval_samples
+from sam_jax.data.samples import Sample
+from sam_jax.data.sources import Source
+from sam_jax.data.transforms import fit_longest_side, resize_image
+from sam_jax.errors import ConfigError
+from sam_jax.evaluation.baselines import (
+    BOX_BASELINES,
+    DISK_BASELINE,
+    DISK_RADIUS_RATES,
+    best_disk,
+    disk_ious,
+)
+from sam_jax.evaluation.clicks import center_click, keyed_number, random_click
+from sam_jax.evaluation.gallery import Gallery
+from sam_jax.evaluation.metrics import IouTotals, gather_totals, mask_iou, mean_over_datasets
+from sam_jax.evaluation.protocols import (
+    BOX_PROTOCOL,
+    CLICK_PROTOCOLS,
+    ORACLE,
+    PROTOCOLS,
+    CompiledModel,
+    EvalImage,
+    Outcome,
+    Target,
+    TargetBatch,
+    make_batches,
+    run_boxes,
+    run_clicks,
+)
+from sam_jax.evaluation.report import DatasetReport, EvalReport
+from sam_jax.models.sam import Sam
+
+BASELINES = (DISK_BASELINE, *BOX_BASELINES)
+# Batches that are under way at once: while the host scores one, the device decodes another.
+_BATCHES_UNDER_WAY = 2
+# What is counted besides the reasons for leaving something out.
+_IMAGES, _MASKS = "images", "masks"
+
+_Result = TypeVar("_Result")
+# A dataset's name and the IoUs of one of its masks, by measure.
+_Scored: TypeAlias = tuple[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate on, and how.
+
+    Attributes:
+      sources: the datasets, each under its own name. SourceConfigs; they may be given as mappings
+        of their fields.
+      protocols: ways of prompting, of ``center``, ``random`` (where the first click goes),
+        ``center_points_only``, ``random_points_only`` (the same without feeding the logits of the
+        last answer back) and ``box``.
+      num_clicks: after how many clicks there is a score.
+      baselines: what else answers the prompts, of ``disk``, ``box_filled``, ``box_ellipse`` and
+        ``box_grabcut``, which takes by far the longest. They are scored once per evaluator.
+      max_images: most images of each dataset, drawn by ``seed``; None takes all.
+      max_masks_per_image: most masks of each image, drawn by ``seed``; None takes all.
+      images_per_call: images that are encoded together, and rows that are decoded together.
+      prompts_per_call: masks in a row, all of one image; an image with more takes several rows.
+      seed: of the draws and of random first clicks.
+      num_examples: masks of each sort (worst, typical, best) in the picture of examples; 0 makes
+        no pictures at all.
+    """
+
+    sources: tuple[Any, ...]
+    protocols: tuple[str, ...] = ("center", "random", "box")
+    num_clicks: tuple[int, ...] = (1, 2, 3, 5, 9)
+    baselines: tuple[str, ...] = ()
+    max_images: int | None = None
+    max_masks_per_image: int | None = None
+    images_per_call: int = 4
+    prompts_per_call: int = 8
+    seed: int = 0
+    num_examples: int = 2
+
+    def __post_init__(self) -> None:
+        sources = tuple(
+            s if isinstance(s, SourceConfig) else SourceConfig.from_dict(s) for s in self.sources
+        )
+        object.__setattr__(self, "sources", sources)
+        self._check()
+
+    def _check(self) -> None:
+        for field, known in (("protocols", PROTOCOLS), ("baselines", BASELINES)):
+            unknown = sorted(set(getattr(self, field)) - set(known))
+            if unknown:
+                raise ValueError(f"{field} {unknown} do not exist; there are {list(known)}")
+        names = [source.name or source.kind for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"needs datasets with different names, got {names}")
+        clicks = self.num_clicks
+        if not clicks or min(clicks) < 1 or list(clicks) != sorted(set(clicks)):
+            raise ValueError(f"num_clicks must rise from 1 or more, got {clicks}")
+        if not self.protocols or min(self.images_per_call, self.prompts_per_call) < 1:
+            raise ValueError("needs a protocol, and an image and a prompt per call")
+        limits = (self.max_images, self.max_masks_per_image)
+        if any(limit is not None and limit < 1 for limit in limits):
+            raise ValueError("max_images and max_masks_per_image must be at least 1, or None")
+
+
+class Evaluator:
+    """Evaluates variables of one model on fixed datasets.
+
+    Built once: datasets are opened, and every later call reuses what the first one compiled. A
+    call depends on nothing but the variables. With several hosts, each evaluates its own share of
+    the images, all must call together, and all get the same numbers; pictures show the host's own
+    share.
+
+    Args:
+      model: the model.
+      config: datasets and protocols.
+      devices: of this host; by default all.
+      show_progress: whether to draw a bar on the terminal, if there is one.
+
+    Raises:
+      FileNotFoundError: a dataset is not where the config says.
+      ConfigError: a source lacks an option or has one too many.
+    """
+
+    def __init__(
+        self,
+        model: Sam,
+        config: EvalConfig,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        show_progress: bool = False,
+    ):
+        self._config = config
+        self._shows_progress = show_progress and jax.process_index() == 0 and sys.stderr.isatty()
+        try:
+            self._sources = [_Drawn(build_source(s), config) for s in config.sources]
+        except ValueError as error:
+            raise ConfigError(f"a dataset of the evaluation: {error}") from error
+        self._model = CompiledModel(
+            model,
+            images_per_call=config.images_per_call,
+            prompts_per_call=config.prompts_per_call,
+            max_clicks=max(config.num_clicks),
+            devices=devices,
+        )
+        self._measures = {f"{p}_{n}" for p in CLICK_PROTOCOLS for n in config.num_clicks}
+        self._measures |= {f"{p}_1_{ORACLE}" for p in CLICK_PROTOCOLS}
+        self._measures |= {BOX_PROTOCOL, f"{BOX_PROTOCOL}_{ORACLE}"}
+        self._first_clicks = list(
+            dict.fromkeys(
+                CLICK_PROTOCOLS[p].first_click for p in config.protocols if p in CLICK_PROTOCOLS
+            )
+        )
+        # Baselines do not depend on the variables: the first call scores them for all.
+        self._baseline_totals: IouTotals | None = None
+
+    def __call__(self, variables: Mapping[str, Any]) -> EvalReport:
+        """Scores of a model with these variables.
+
+        Args:
+          variables: ``{"params": ..., "constants": ...}``; with several hosts, shards of global
+            arrays are gathered onto each device.
+
+        Raises:
+          TooManyCorruptSamplesError: more of a dataset is unusable than is tolerated.
+        """
+        start = time.monotonic()
+        placed = self._model.place(dict(variables))
+        totals, baseline_totals = IouTotals(), IouTotals()
+        gallery = Gallery(self._ranking_measure(), self._config.num_examples)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def evaluate(batch: TargetBatch) -> tuple[list[Outcome], list[_Scored]]:
+                needs_baselines = self._baseline_totals is None
+                scored = self._run_baselines(batch, pool) if needs_baselines else []
+                return self._run_protocols(placed, batch, pool), scored
+
+            for outcomes, scored in _in_order(evaluate, self._batches(placed, totals)):
+                for dataset, ious in scored:
+                    baseline_totals.add(dataset, ious)
+                for outcome in outcomes:
+                    kept = {m: iou for m, iou in outcome.ious.items() if m in self._measures}
+                    totals.add(outcome.target.image.dataset, kept)
+                    gallery.offer(outcome)
+        if self._baseline_totals is None:
+            self._baseline_totals = baseline_totals
+        totals.merge(self._baseline_totals)
+        return self._report(gather_totals(totals), gallery, start)
+
+    def _batches(self, variables: dict, totals: IouTotals) -> Iterator[TargetBatch]:
+        waiting: list[EvalImage] = []
+        for image in self._images(totals):
+            waiting.append(image)
+            if len(waiting) == self._model.num_rows:
+                yield from make_batches(self._model, variables, waiting)
+                waiting = []
+        if waiting:
+            yield from make_batches(self._model, variables, waiting)
+
+    def _images(self, totals: IouTotals) -> Iterator[EvalImage]:
+        """This host's share of the images; counts what it meets."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not self._shows_progress,
+            transient=True,
+        ) as progress:
+            for source in self._sources:
+                share = range(jax.process_index(), len(source), jax.process_count())
+                samples = eval_samples(
+                    source, process_index=jax.process_index(), process_count=jax.process_count()
+                )
+                task = progress.add_task(source.name, total=len(share))
+                for example in samples:
+                    image = self._prepare(source.name, example)
+                    totals.count(source.name, _IMAGES)
+                    totals.count(source.name, _MASKS, len(image.masks))
+                    yield image
+                    progress.advance(task)
+                for reason, number in samples.corrupt_counts.items():
+                    totals.count(source.name, f"images ({reason})", number)
+                for reason, number in samples.dropped_mask_counts.items():
+                    totals.count(source.name, f"masks ({reason})", number)
+
+    def _prepare(self, dataset: str, example: EvalExample) -> EvalImage:
+        config = self._config
+        file = example.name.rpartition("/")[2]
+        chosen = _draw(
+            len(example.masks), config.max_masks_per_image, f"{config.seed}/{dataset}/{file}"
+        )
+        resized_hw = fit_longest_side(example.image.shape[:2], self._model.image_size)
+        model_input = np.zeros((*self._model.image_size, 3), np.uint8)
+        model_input[: resized_hw[0], : resized_hw[1]] = resize_image(example.image, resized_hw)
+        return EvalImage(
+            dataset=dataset,
+            name=example.name,
+            pixels=example.image,
+            masks=example.masks[chosen],
+            mask_indices=tuple(chosen),
+            model_input=model_input,
+            resized_hw=resized_hw,
+        )
+
+    def _run_protocols(self, variables: dict, batch: TargetBatch, pool: Executor) -> list[Outcome]:
+        outcomes = []
+        for protocol in self._config.protocols:
+            if protocol == BOX_PROTOCOL:
+                outcomes += run_boxes(self._model, variables, batch, pool=pool)
+            else:
+                outcomes += run_clicks(
+                    self._model, variables, batch, protocol, seed=self._config.seed, pool=pool
+                )
+        return outcomes
+
+    def _run_baselines(self, batch: TargetBatch, pool: Executor) -> list[_Scored]:
+        def score(target: Target) -> _Scored:
+            ground_truth, pixels = target.ground_truth, target.image.pixels
+            ious = {}
+            for name in self._config.baselines:
+                if name in BOX_BASELINES:
+                    prediction = BOX_BASELINES[name](pixels, target.box_xyxy)
+                    ious[name] = mask_iou(prediction, ground_truth)
+                    continue
+                for first_click in self._first_clicks:
+                    click = (
+                        center_click(ground_truth)
+                        if first_click == "center"
+                        else random_click(ground_truth, f"{self._config.seed}/{target.key}")
+                    )
+                    for rate, iou in disk_ious(ground_truth, click).items():
+                        ious[_disk_measure(first_click, rate)] = iou
+            return target.image.dataset, ious
+
+        return list(pool.map(score, batch.targets.values()))
+
+    def _ranking_measure(self) -> str:
+        first = self._config.protocols[0]
+        return first if first == BOX_PROTOCOL else f"{first}_{self._config.num_clicks[-1]}"
+
+    def _report(self, totals: IouTotals, gallery: Gallery, start: float) -> EvalReport:
+        found, counts = totals.means(), totals.counts()
+        means = {s.name: found[s.name] for s in self._sources if s.name in found}
+        disk_radius_rates = {}
+        if DISK_BASELINE in self._config.baselines and means:
+            for first_click in self._first_clicks:
+                by_rate = [
+                    {rate: m.pop(_disk_measure(first_click, rate)) for rate in DISK_RADIUS_RATES}
+                    for m in means.values()
+                ]
+                rate = best_disk(by_rate)
+                disk_radius_rates[f"{DISK_BASELINE}_{first_click}"] = rate
+                for miou, ious in zip(means.values(), by_rate, strict=True):
+                    miou[f"{DISK_BASELINE}_{first_click}"] = ious[rate]
+        datasets = []
+        for source in self._sources:
+            events = counts.get(source.name, {})
+            num_images, num_masks = events.pop(_IMAGES, 0), events.pop(_MASKS, 0)
+            miou = means.get(source.name, {})
+            datasets.append(DatasetReport(source.name, num_images, num_masks, events, miou))
+        report = EvalReport(
+            datasets=tuple(datasets),
+            mean=mean_over_datasets(means),
+            num_clicks=self._config.num_clicks,
+            disk_radius_rates=disk_radius_rates,
+            settings=dataclasses.asdict(self._config),
+            seconds=time.monotonic() - start,
+        )
+        pictures = {}
+        if self._config.num_examples and means:
+            examples = gallery.picture()
+            if examples is not None:
+                pictures["examples"] = examples
+            if self._first_clicks:
+                pictures["curves"] = report.curves()
+        return dataclasses.replace(report, pictures=pictures)
+
+
+class _Drawn:
+    """The images of a source that are evaluated on, as a source."""
+
+    def __init__(self, source: Source, config: EvalConfig):
+        self.name = source.name
+        self._source = source
+        self._indices = _draw(len(source), config.max_images, f"{config.seed}/{source.name}")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[self._indices[index]]
+
+
+def _draw(number: int, limit: int | None, key: str) -> Sequence[int]:
+    """At most ``limit`` of the first ``number`` integers, rising; the key decides which."""
+    if limit is None or number <= limit:
+        return range(number)
+    return sorted(heapq.nsmallest(limit, range(number), lambda i: keyed_number(f"{key}/{i}")))
+
+
+def _in_order(
+    function: Callable[[TargetBatch], _Result], batches: Iterable[TargetBatch]
+) -> Iterator[_Result]:
+    """Results for all batches, in order, some being worked on in other threads meanwhile."""
+    under_way: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(_BATCHES_UNDER_WAY) as lanes:
+        for batch in batches:
+            under_way.append(lanes.submit(function, batch))
+            if len(under_way) > _BATCHES_UNDER_WAY:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _disk_measure(first_click: str, rate: float) -> str:
+    return f"{DISK_BASELINE}_{first_click}@{rate}"

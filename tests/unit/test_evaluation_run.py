@@ -1,0 +1,515 @@
+"""Protocols and evaluator, with a model whose answers can be worked out by hand."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from sam_jax.configuration import from_mapping
+from sam_jax.errors import ConfigError
+from sam_jax.evaluation.protocols import (
+    CompiledModel,
+    EvalImage,
+    Target,
+    make_batches,
+    run_boxes,
+    run_clicks,
+)
+from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.models.image_encoder import ImageEncoderConfig
+from sam_jax.models.mask_decoder import MaskPrediction
+from sam_jax.models.sam import Sam, SamConfig, init_variables
+
+# 32 x 48 pixels of model input, cells of 16, low-resolution logits of 8 x 12: one for 4 x 4 pixels.
+CONFIG = SamConfig(ImageEncoderConfig(image_size=(32, 48)))
+COLORS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [250, 250, 20]], np.uint8)
+ONE_DEVICE = jax.local_devices()[:1]
+
+
+class ColorSam(Sam):
+    """Answers a click with all that has the clicked colour, less the colours clicked as background.
+
+    Its three candidates are that, everything and nothing; which of them it believes in is a
+    variable. Boxes are answered with themselves.
+
+    Attributes:
+      remembers: whether it takes all points into account, or the newest one only and the mask.
+    """
+
+    remembers: bool = True
+
+    def setup(self):
+        pass
+
+    def encode(self, images, *, train=False):
+        return images[:, 2::4, 2::4]
+
+    def decode(self, image_embeddings, prompts, *, multimask_output, train=False):
+        if prompts.boxes_xyxy is not None:
+            found = self._inside(image_embeddings, prompts.boxes_xyxy)
+        else:
+            found = self._clicked(image_embeddings, prompts)
+        logits = jnp.where(found, 1.0, -1.0)[:, :, None]
+        if multimask_output:
+            logits = jnp.concatenate(
+                [logits, jnp.ones_like(logits), -jnp.ones_like(logits)], axis=2
+            )
+        favourite: jax.Array = self.get_variable("params", "favourite")
+        believed = jnp.broadcast_to(favourite[: logits.shape[2]], logits.shape[:3])
+        return MaskPrediction(low_res_logits=logits, iou_predictions=believed)
+
+    def _inside(self, embeddings, boxes):
+        h, w = embeddings.shape[1:3]
+        rows, columns = 4 * jnp.arange(h) + 1.5, 4 * jnp.arange(w) + 1.5
+        x0, y0, x1, y1 = jnp.moveaxis(boxes, -1, 0)[..., None]
+        inside_rows = (rows >= y0) & (rows <= y1)
+        inside_columns = (columns >= x0) & (columns <= x1)
+        return inside_rows[..., :, None] & inside_columns[..., None, :]
+
+    def _clicked(self, embeddings, prompts):
+        cell = ((prompts.point_coords + 0.5) // 4).astype(int)
+        images = jnp.arange(embeddings.shape[0])[:, None, None]
+        colors = embeddings[images, cell[..., 1], cell[..., 0]]
+        difference = embeddings[:, None, None] - colors[:, :, :, None, None]
+        same = jnp.max(jnp.abs(difference), axis=-1) < 0.1
+        used = prompts.point_valid
+        if not self.remembers:
+            used &= jnp.cumsum(used[..., ::-1], axis=-1)[..., ::-1] == 1
+        same &= used[..., None, None]
+        wanted = (prompts.point_labels == 1)[..., None, None]
+        found = jnp.any(same & wanted, axis=2)
+        if prompts.mask_logits is not None and not self.remembers:
+            found |= (prompts.mask_logits > 0) & prompts.mask_valid[..., None, None]
+        return found & ~jnp.any(same & ~wanted, axis=2)
+
+
+def variables(favourite=0):
+    return {"params": {"favourite": jnp.eye(4)[favourite]}, "constants": {}}
+
+
+def striped_image(widths, masks, name="image.png"):
+    """Vertical stripes of the four colours in turn; masks are tuples of stripes."""
+    stripes = np.repeat(np.arange(len(widths)), widths)
+    pixels = np.broadcast_to(COLORS[stripes % 4], (32, len(stripes), 3))
+    truth = np.stack(
+        [np.broadcast_to(np.isin(stripes, mask), (32, len(stripes))) for mask in masks]
+    )
+    model_input = np.zeros((32, 48, 3), np.uint8)
+    model_input[:, : len(stripes)] = pixels
+    return EvalImage(
+        dataset="stripes",
+        name=name,
+        pixels=np.ascontiguousarray(pixels),
+        masks=np.ascontiguousarray(truth),
+        mask_indices=tuple(range(len(masks))),
+        model_input=model_input,
+        resized_hw=(32, len(stripes)),
+    )
+
+
+def compiled(model, images_per_call=1, prompts_per_call=3, max_clicks=4):
+    return CompiledModel(
+        model,
+        images_per_call=images_per_call,
+        prompts_per_call=prompts_per_call,
+        max_clicks=max_clicks,
+        devices=ONE_DEVICE,
+    )
+
+
+def click_scores(image, protocol="center", favourite=0, remembers=True, **shape):
+    model = compiled(ColorSam(CONFIG, remembers=remembers), **shape)
+    placed = model.place(variables(favourite))
+    with ThreadPoolExecutor(2) as pool:
+        return [
+            outcome
+            for batch in make_batches(model, placed, [image])
+            for outcome in run_clicks(model, placed, batch, protocol, seed=0, pool=pool)
+        ]
+
+
+def test_a_model_that_is_right_scores_one():
+    """On an image that is neither square nor fills the model's input."""
+    image = striped_image([8, 12, 16], [(0,), (1,), (2,)])
+    outcomes = click_scores(image)
+    assert len(outcomes) == 3
+    for outcome in outcomes:
+        assert set(outcome.ious.values()) == {1.0}
+        np.testing.assert_array_equal(outcome.prediction, outcome.target.ground_truth)
+        # Whoever sees a perfect answer stops clicking, and the score stays.
+        assert len(outcome.clicks) == 1
+        assert list(outcome.ious) == ["center_1_oracle", *(f"center_{n}" for n in (1, 2, 3, 4))]
+
+
+def test_every_click_adds_what_it_should():
+    # The mask is the stripes 0, 1 and 3, of 8, 16 and 12 pixels; the first click hits the widest.
+    (outcome,) = click_scores(striped_image([8, 16, 8, 12], [(0, 1, 3)]))
+    assert outcome.ious["center_1_oracle"] == 36 / 44  # "everything" is better than one stripe
+    assert outcome.ious["center_1"] == 16 / 36
+    assert outcome.ious["center_2"] == 28 / 36
+    assert outcome.ious["center_3"] == 1
+    assert outcome.ious["center_4"] == 1
+    assert [click.is_foreground for click in outcome.clicks] == [True] * 3
+    # Stripes 0 and 1 touch, so the first click lies 12 pixels deep in both, on stripe 1.
+    assert [click[:2] for click in outcome.clicks] == [(11, 11), (37, 5), (3, 3)]
+
+
+def test_the_models_favourite_counts_at_the_first_click():
+    (outcome,) = click_scores(striped_image([8, 16, 8, 12], [(1,)]), favourite=1)
+    assert outcome.ious["center_1"] == 16 / 44
+    assert outcome.ious["center_1_oracle"] == 1
+    # Later clicks are answered by the single mask: the second click says what is too much.
+    assert outcome.clicks[1].is_foreground is False
+    assert outcome.ious["center_2"] == 1
+
+
+def test_a_favourite_of_nothing_scores_zero():
+    (outcome,) = click_scores(striped_image([8, 16], [(1,)]), favourite=2)
+    assert outcome.ious["center_1"] == 0
+    assert outcome.clicks[1].is_foreground is True
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [("center", [16, 28, 36, 36]), ("center_points_only", [16, 12, 16, 12])],
+)
+def test_logits_are_fed_back_or_not(protocol, expected):
+    """A model that forgets its earlier points gets on only by the mask that it is given."""
+    (outcome,) = click_scores(
+        striped_image([8, 16, 8, 12], [(0, 1, 3)]), protocol=protocol, remembers=False
+    )
+    scores = [round(36 * outcome.ious[f"{protocol}_{n}"], 9) for n in (1, 2, 3, 4)]
+    assert scores == expected
+
+
+def test_clicks_and_scores_are_at_the_original_resolution():
+    """An image of twice the model's size: stripes of 4 cells are 32 original pixels."""
+    small = striped_image([16, 16], [(1,)])
+    large = dataclasses.replace(
+        small,
+        pixels=small.pixels.repeat(2, 0).repeat(2, 1),
+        masks=small.masks.repeat(2, 1).repeat(2, 2),
+    )
+    (outcome,) = click_scores(large)
+    assert outcome.clicks[0][:2] == (47, 15)
+    assert outcome.ious["center_1"] == 1
+    assert outcome.prediction.shape == (64, 64)
+    np.testing.assert_array_equal(
+        Target(large, 0).to_model(np.array([[47.0, 15.0]])), [[23.5, 7.5]]
+    )
+    # Sides are rounded to whole pixels, so the two scales may differ.
+    uneven = dataclasses.replace(large, resized_hw=(16, 32))
+    np.testing.assert_array_equal(
+        Target(uneven, 0).to_model(np.array([[47.0, 16.0]])), [[23.5, 4.0]]
+    )
+
+
+def test_boxes_are_tight_and_answered_once():
+    image = striped_image([8, 12, 16], [(1,), (0, 2)])
+    assert Target(image, 0).box_xyxy == (8, 0, 19, 31)
+    model = compiled(ColorSam(CONFIG))
+    placed = model.place(variables())
+    with ThreadPoolExecutor(2) as pool:
+        (batch,) = make_batches(model, placed, [image])
+        outcomes = run_boxes(model, placed, batch, pool=pool)
+    assert outcomes[0].ious == {"box": 1.0, "box_oracle": 1.0}
+    # The box around the outer stripes holds the middle one too.
+    assert outcomes[1].ious == {"box": 24 / 36, "box_oracle": 24 / 36}
+    assert outcomes[1].clicks == ()
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 7), (4, 2), (2, 16)])
+def test_ragged_batches_are_exact(shape):
+    """Images with 7, 1 and 4 masks, in rows that they do not fill."""
+    rng = np.random.default_rng(3)
+    images = []
+    for index, num_masks in enumerate([7, 1, 4]):
+        masks = [tuple(np.flatnonzero(rng.random(6) < 0.5)) or (0,) for _ in range(num_masks)]
+        images.append(striped_image([8, 4, 12, 8, 4, 8], masks, name=f"{index}.png"))
+
+    def scores(images_per_call, prompts_per_call):
+        model = compiled(ColorSam(CONFIG), images_per_call, prompts_per_call)
+        placed = model.place(variables())
+        found = {}
+        with ThreadPoolExecutor(2) as pool:
+            for first in range(0, 3, images_per_call):
+                group = images[first : first + images_per_call]
+                for batch in make_batches(model, placed, group):
+                    for protocol in ("center", "random"):
+                        outcomes = run_clicks(model, placed, batch, protocol, seed=5, pool=pool)
+                        for outcome in outcomes:
+                            found[protocol, outcome.target.key] = (outcome.ious, outcome.clicks)
+        return found
+
+    alone = scores(1, 1)
+    assert len(alone) == 2 * 12
+    assert len({ious["center_1"] for (p, _), (ious, _) in alone.items() if p == "center"}) > 4
+    assert scores(*shape) == alone
+
+
+def test_random_first_clicks_depend_on_mask_and_seed_alone():
+    image = striped_image([8, 16, 12, 12], [(0,), (1,), (2,), (3,)])
+    swapped = dataclasses.replace(image, masks=image.masks[::-1].copy(), mask_indices=(3, 2, 1, 0))
+    moved = dataclasses.replace(image, name="/elsewhere/image.png")
+    clicks = [
+        {o.target.key: o.clicks[0] for o in click_scores(i, protocol="random")}
+        for i in (image, swapped, moved)
+    ]
+    assert clicks[0] == clicks[1] == clicks[2]
+    assert len({click.y for click in clicks[0].values()}) > 1
+
+
+def write_dataset(folder, images):
+    """Images as a COCO dataset; returns the config of its source."""
+    (folder / "images").mkdir(parents=True)
+    annotations = []
+    for index, image in enumerate(images):
+        Image.fromarray(image.pixels).save(folder / "images" / image.name)
+        for mask in image.masks:
+            encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            segmentation = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+            annotations.append({"image_id": index, "segmentation": segmentation})
+    content = {
+        "images": [
+            {"id": i, "file_name": image.name, "height": 32, "width": image.pixels.shape[1]}
+            for i, image in enumerate(images)
+        ],
+        "annotations": annotations,
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    return {"kind": "coco", "name": folder.name, "path": str(folder / "instances.json")}
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    nothing = np.zeros((1, 32, 24), bool)
+    stripes = [
+        striped_image([8, 16, 8, 12], [(0, 1, 3), (1,)], "a.png"),
+        striped_image([24, 24], [(0,)], "b.png"),
+        striped_image([8, 16, 24], [(0, 2), (1,), (2,), (0, 1)], "c.png"),
+    ]
+    others = [striped_image([12, 12], [(1,)], "a.png")]
+    others[0] = dataclasses.replace(others[0], masks=np.concatenate([others[0].masks, nothing]))
+    return (
+        write_dataset(tmp_path / "stripes", stripes),
+        write_dataset(tmp_path / "others", others),
+    )
+
+
+def evaluator(sources, model=None, devices=ONE_DEVICE, **changes):
+    fields = {"sources": sources, "num_clicks": (1, 2, 3), "num_examples": 0} | changes
+    config = from_mapping(EvalConfig, fields, "evals.test")
+    return Evaluator(model or ColorSam(CONFIG), config, devices=devices)
+
+
+def test_report_by_hand(two_sources):
+    report = evaluator(two_sources, baselines=("box_filled", "disk"))(variables())
+    stripes, others = report.datasets
+    assert (stripes.name, stripes.num_images, stripes.num_masks) == ("stripes", 3, 7)
+    assert (others.name, others.num_images, others.num_masks) == ("others", 1, 1)
+    assert stripes.skipped == {}
+    assert others.skipped == {"masks (empty)": 1}
+    # Masks of two or three stripes start with the widest: 16 / 36, 24 / 32 and 16 / 24.
+    assert stripes.miou["center_1"] == pytest.approx((4 + 16 / 36 + 24 / 32 + 16 / 24) / 7)
+    assert stripes.miou["center_2"] == pytest.approx((6 + 28 / 36) / 7)
+    assert stripes.miou["center_3"] == 1
+    assert others.miou["center_1"] == 1
+    boxes = (36 / 44 + 1 + 1 + 32 / 48 + 1 + 1 + 1) / 7
+    assert stripes.miou["box_filled"] == stripes.miou["box"] == pytest.approx(boxes)
+    assert report.mean["center_1"] == pytest.approx((stripes.miou["center_1"] + 1) / 2)
+    flat = report.as_flat_dict()
+    assert flat["stripes/center_1"] == stripes.miou["center_1"]
+    assert flat["mean/box"] == report.mean["box"]
+    assert not [name for name in flat if "@" in name]
+    # The disk is the best of all on average, so no smaller or larger one is.
+    rate = report.disk_radius_rates["disk_center"]
+    assert 0.01 <= rate <= 0.5
+    assert 0.2 < others.miou["disk_center"] < 1
+
+
+def test_equal_reports_however_the_masks_are_batched(two_sources):
+    changes = {"baselines": ("disk",), "protocols": ("random", "center_points_only", "box")}
+    reports = [
+        evaluator(two_sources, devices=devices, images_per_call=b, prompts_per_call=p, **changes)(
+            variables()
+        )
+        for b, p, devices in ((1, 3, ONE_DEVICE), (4, 7, ONE_DEVICE), (3, 2, None))
+    ]
+    assert reports[0].datasets == reports[1].datasets == reports[2].datasets
+    assert reports[0].mean == reports[1].mean == reports[2].mean
+
+
+def test_second_call_compiles_nothing_and_depends_on_the_variables_alone(two_sources):
+    evaluate = evaluator(two_sources, baselines=("box_filled",), images_per_call=2)
+    first = evaluate(variables())
+    with jax.log_compiles(), _no_compilation():
+        worse = evaluate(variables(favourite=2))
+        again = evaluate(variables())
+    assert worse.mean["center_1"] == 0
+    assert worse.mean["box_filled"] == first.mean["box_filled"]
+    assert again == first
+
+
+class _no_compilation:  # noqa: N801
+    """Fails if XLA compiles anything meanwhile."""
+
+    def __enter__(self):
+        self.compiled = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compiled.append(kwargs)
+
+    def __exit__(self, *exception):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        assert not self.compiled
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_images", "num_masks"),
+    [({"max_images": 2}, [2, 1], None), ({"max_masks_per_image": 1}, [3, 1], [3, 1])],
+)
+def test_limits_draw_the_same_subset_every_time(two_sources, changes, num_images, num_masks):
+    reports = [
+        evaluator(two_sources, seed=seed, protocols=("center",), **changes)(variables())
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert [d.num_images for d in reports[0].datasets] == num_images
+    if num_masks is not None:
+        assert [d.num_masks for d in reports[0].datasets] == num_masks
+    assert reports[0].datasets == reports[1].datasets
+    assert len({report.mean["center_1"] for report in reports}) > 1
+
+
+def test_pictures_are_made_on_request(two_sources):
+    report = evaluator(two_sources, num_examples=2)(variables())
+    assert set(report.pictures) == {"examples", "curves"}
+    for picture in report.pictures.values():
+        assert picture.dtype == np.uint8
+        assert picture.shape[2] == 3
+    assert evaluator(two_sources)(variables()).pictures == {}
+    only_boxes = evaluator(two_sources, num_examples=1, protocols=("box",))(variables())
+    assert set(only_boxes.pictures) == {"examples"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocols": ("centre",)}, "centre"),
+        ({"protocols": ()}, "needs a protocol"),
+        ({"baselines": ("grabcut",)}, "box_grabcut"),
+        ({"num_clicks": (1, 3, 2)}, "rise"),
+        ({"num_clicks": ()}, "rise"),
+        ({"num_clicks": (0, 1)}, "rise"),
+        ({"max_images": 0}, "at least 1"),
+        ({"prompts_per_call": 0}, "per call"),
+        ({"sources": ()}, "different names"),
+        ({"sources": ({"kind": "synthetic"},) * 2}, "different names"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**({"sources": ({"kind": "synthetic"},)} | changes))
+
+
+def test_missing_and_mistaken_datasets_are_named(tmp_path):
+    missing = {"kind": "coco", "path": str(tmp_path / "none.json")}
+    with pytest.raises(FileNotFoundError, match="images"):
+        evaluator((missing,))
+    with pytest.raises(ConfigError, match="num_images"):
+        evaluator(({"kind": "coco", "path": "x.json", "num_images": 3},))
+
+
+TINY = SamConfig(
+    ImageEncoderConfig(
+        image_size=(32, 48),
+        patch_size=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        window_size=4,
+        global_attention_blocks=(0,),
+        output_dim=16,
+    ),
+    dataclasses.replace(CONFIG.mask_decoder, num_heads=2, mlp_dim=32, iou_head_dim=16),
+)
+
+
+def test_the_real_model_is_evaluated():
+    model = Sam(TINY)
+    # Drawn here, since compiling the model's own initialisation takes longer than all the rest.
+    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    some, others = (
+        jax.tree.map(lambda leaf: rng.normal(0, 1, leaf.shape).astype(leaf.dtype), shapes)
+        for _ in range(2)
+    )
+    source = {"kind": "synthetic", "num_images": 2, "image_size": (40, 30)}
+    evaluate = evaluator((source,), model, protocols=("center",), images_per_call=1)
+    report = evaluate(some)
+    assert set(report.mean) == {f"center_{n}" for n in (1, 2, 3, "1_oracle")}
+    assert 0 < report.mean["center_1"] <= report.mean["center_1_oracle"] < 1
+    assert report == evaluate(some)
+    assert report.mean != evaluate(others).mean
+
+
+TWO_HOSTS = """
+import sys
+import jax
+index, port = map(int, sys.argv[1:])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tests.unit.test_evaluation_run import SHARED, ColorSam, CONFIG, Evaluator, variables
+
+mesh = Mesh(np.array([jax.local_devices(process_index=host)[0] for host in (0, 1)]), ("host",))
+halves = NamedSharding(mesh, PartitionSpec("host"))
+whole = np.asarray(variables()["params"]["favourite"])
+sharded = jax.make_array_from_callback(whole.shape, halves, lambda part: whole[part])
+assert not sharded.is_fully_addressable
+evaluate = Evaluator(ColorSam(CONFIG), SHARED, devices=jax.local_devices()[:1])
+report = evaluate({"params": {"favourite": sharded}, "constants": {}})
+print("REPORT", sorted(report.as_flat_dict().items()), report.datasets)
+"""
+
+SHARED = EvalConfig(
+    ({"kind": "synthetic", "num_images": 5, "image_size": (40, 30)},),
+    num_clicks=(1, 2),
+    baselines=("disk",),
+    num_examples=0,
+)
+
+
+@pytest.mark.slow
+def test_two_hosts_find_what_one_finds():
+    """Each evaluates its own images with variables of which it holds one half."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_HOSTS, str(index), str(port)],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    alone = Evaluator(ColorSam(CONFIG), SHARED, devices=ONE_DEVICE)(variables())
+    expected = f"REPORT {sorted(alone.as_flat_dict().items())} {alone.datasets}"
+    for process in processes:
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert expected in output.splitlines()
