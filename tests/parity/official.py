@@ -1,0 +1,168 @@
+"""The published PyTorch model: built at any size, given random weights, run on numpy arrays."""
+
+import functools
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sam_jax.convert.names import torch_to_native
+from sam_jax.models.sam import Sam, SamConfig, init_variables
+
+# Every file of comparisons imports this one: without torch they are all skipped here.
+torch = pytest.importorskip("torch", reason="needs requirements-torch.lock")
+nn = torch.nn
+
+# Largest allowed difference, over the largest magnitude of the reference's output.
+RELATIVE_TOLERANCE = 1e-5
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """Largest absolute difference over the reference's largest magnitude."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.isfinite(theirs).all()
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def assert_equal(ours: Any, theirs: Any, tolerance: float = RELATIVE_TOLERANCE) -> None:
+    error = relative_error(ours, theirs)
+    assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
+
+
+def build(segment_anything: ModuleType, config: SamConfig, seed: int = 0) -> Any:
+    """The published model in the shape of a config, square or not, with random weights.
+
+    The published encoder is built for square images only, but nothing in its forward pass needs
+    that: its tables of positions are exchanged for ones of the right shape.
+    """
+    modeling = segment_anything.modeling
+    encoder, decoder = config.image_encoder, config.mask_decoder
+    dim, grid = encoder.output_dim, encoder.grid
+    image_encoder = modeling.ImageEncoderViT(
+        img_size=encoder.image_size[0],
+        patch_size=encoder.patch_size,
+        embed_dim=encoder.embed_dim,
+        depth=encoder.depth,
+        num_heads=encoder.num_heads,
+        mlp_ratio=encoder.mlp_rate,
+        out_chans=dim,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        global_attn_indexes=tuple(encoder.global_attention_blocks),
+        window_size=encoder.window_size,
+    )
+    if grid[0] != grid[1]:
+        image_encoder.pos_embed = nn.Parameter(torch.zeros(1, *grid, encoder.embed_dim))
+        for index in encoder.global_attention_blocks:
+            attention = image_encoder.blocks[index].attn
+            head_dim = encoder.embed_dim // encoder.num_heads
+            attention.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, head_dim))
+            attention.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_dim))
+    model = modeling.Sam(
+        image_encoder,
+        modeling.PromptEncoder(
+            embed_dim=dim,
+            image_embedding_size=grid,
+            input_image_size=encoder.image_size,
+            mask_in_chans=config.mask_channels,
+        ),
+        modeling.MaskDecoder(
+            transformer_dim=dim,
+            transformer=modeling.TwoWayTransformer(
+                depth=decoder.depth,
+                embedding_dim=dim,
+                num_heads=decoder.num_heads,
+                mlp_dim=decoder.mlp_dim,
+            ),
+            iou_head_hidden_dim=decoder.iou_head_dim,
+        ),
+    )
+    randomize(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def randomize(model: Any, seed: int) -> None:
+    """Random values for every tensor, scaled so that activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: Any, std: float, mean: float = 0.0) -> None:
+        nn.init.trunc_normal_(
+            tensor, mean, std, mean - 2 * std, mean + 2 * std, generator=generator
+        )
+
+    linear = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or name in ("pixel_mean", "pixel_std"):
+                continue
+            if name == "bias":
+                normal(tensor, 0.2)
+            elif isinstance(module, linear):
+                # A transposed convolution has its input channels first, and no cell of its output
+                # sees more than one of its input.
+                transposed = isinstance(module, nn.ConvTranspose2d)
+                fan_in = len(tensor) if transposed else tensor[0].numel()
+                normal(tensor, fan_in**-0.5)
+            elif name == "weight" and tensor.ndim == 1:
+                normal(tensor, 0.2, mean=1.0)
+            elif name.startswith("rel_pos"):
+                normal(tensor, 0.3)
+            else:
+                normal(tensor, 1.0)
+
+
+def numpy_state(model: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def native_variables(model: Any, config: SamConfig) -> dict[str, Any]:
+    """The same weights for our model."""
+    template = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+    return jax.tree.map(jax.numpy.asarray, torch_to_native(numpy_state(model), template))
+
+
+@torch.no_grad()
+def encode(model: Any, images: np.ndarray) -> np.ndarray:
+    """Image embeddings [b, gh, gw, d] of normalised images [b, h, w, 3]."""
+    embeddings = model.image_encoder(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return embeddings.permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def embed_prompts(model: Any, prompts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sparse [p, t, d] and dense [p, gh, gw, d] embeddings of the prompts of one image."""
+    sparse, dense = _embed_prompts(model, prompts)
+    return sparse.numpy(), dense.permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    embedding: np.ndarray,
+    prompts: Mapping[str, np.ndarray],
+    *,
+    multimask_output: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [p, m, lh, lw] and predicted IoU [p, m] for the prompts of one embedded image."""
+    sparse, dense = _embed_prompts(model, prompts)
+    logits, iou = model.mask_decoder(
+        image_embeddings=torch.from_numpy(embedding).permute(2, 0, 1)[None],
+        image_pe=model.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask_output,
+    )
+    return logits.numpy(), iou.numpy()
+
+
+def _embed_prompts(model: Any, prompts: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+    given = {key: torch.from_numpy(value) for key, value in prompts.items()}
+    points = None
+    if "point_coords" in given:
+        points = (given["point_coords"], given["point_labels"])
+    return model.prompt_encoder(points, given.get("boxes"), given.get("mask_inputs"))

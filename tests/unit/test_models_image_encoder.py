@@ -1,0 +1,142 @@
+"""The image encoder beyond its numbers: which cells see which, sizes, dropped paths, memory."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.models.image_encoder import DropPath, EncoderBlock, ImageEncoderViT
+from sam_jax.models.variants import VARIANTS
+from tests.golden.tiny import TINY, random_variables
+
+# One block with windows, one without.
+CONFIG = dataclasses.replace(TINY.image_encoder, depth=2)
+PARAMS = random_variables(dataclasses.replace(TINY, image_encoder=CONFIG))["params"]
+VARIABLES = {"params": PARAMS["image_encoder"]}
+
+
+def images(b: int, h: int, w: int) -> jax.Array:
+    rng = np.random.default_rng([b, h, w])
+    return jnp.asarray(rng.standard_normal((b, h, w, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "grid"),
+    [
+        ("vit_b", (672, 1024), (42, 64)),
+        ("vit_ti", (272, 240), (17, 15)),
+    ],
+)
+def test_shapes(variant: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    config = VARIANTS[variant].image_encoder
+    encoder = ImageEncoderViT(config)
+    square = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x), square)
+    pixels = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    embeddings = jax.eval_shape(encoder.apply, variables, pixels)
+    assert embeddings.shape == (2, *grid, config.output_dim)
+    assert config.grid == tuple(side // 16 for side in config.image_size)
+
+
+def test_sizes_that_are_no_multiple_of_a_patch_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"40 x 46 pixels.*multiples of the patch size 4"):
+        ImageEncoderViT(CONFIG).apply(VARIABLES, images(1, 40, 46))
+
+
+@pytest.mark.parametrize("window_size", [5, 0])
+def test_cells_see_their_window_or_the_whole_grid(window_size: int) -> None:
+    grid = (7, 12)
+    name = "block_00" if window_size else "block_01"
+    table = (5, 5) if window_size else CONFIG.grid
+    block = EncoderBlock(CONFIG.num_heads, CONFIG.mlp_rate, window_size, table)
+    tokens = jax.random.normal(jax.random.key(0), (2, *grid, CONFIG.embed_dim))
+    run = jax.jit(lambda x: block.apply({"params": PARAMS["image_encoder"][name]}, x, False))
+    changed = np.asarray(run(tokens) != run(tokens.at[0, 1, 6, 0].add(9.0))).any(-1)
+    expected = np.zeros((2, *grid), bool)
+    if window_size:
+        expected[0, 0:5, 5:10] = True
+    else:
+        expected[0] = True
+    np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_are_computed_again_where_asked(remat: bool) -> None:
+    encoder = ImageEncoderViT(CONFIG, remat=remat)
+    jaxpr = jax.make_jaxpr(encoder.apply)(VARIABLES, images(1, *CONFIG.image_size))
+    again = [equation for equation in jaxpr.eqns if equation.primitive.name == "remat2"]
+    assert len(again) == (CONFIG.depth if remat else 0)
+
+
+def test_every_parameter_has_a_finite_gradient() -> None:
+    pixels = images(1, *CONFIG.image_size)
+
+    @jax.jit
+    @jax.grad
+    def gradient(variables: Any) -> jax.Array:
+        out = ImageEncoderViT(CONFIG, remat=True).apply(variables, pixels, train=True)
+        return jnp.sum(out**3)
+
+    for path, leaf in jax.tree.leaves_with_path(gradient(VARIABLES)):
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 1e-3, path
+
+
+def test_dropped_paths_are_whole_images_scaled_up() -> None:
+    branch = jnp.ones((400, 3, 2, 4))
+    dropped = DropPath(0.25).apply({}, branch, train=True, rngs={"dropout": jax.random.key(0)})
+    per_image = np.asarray(dropped).reshape(400, -1)
+    assert (per_image == per_image[:, :1]).all()
+    np.testing.assert_allclose(np.unique(per_image), [0, 4 / 3], rtol=1e-6)
+    # Binomial with a deviation of 0.022
+    assert abs((per_image[:, 0] == 0).mean() - 0.25) < 0.07
+    np.testing.assert_array_equal(DropPath(0.25).apply({}, branch, train=False), branch)
+
+
+def test_dropped_paths_grow_from_none_at_the_first_block_to_all_at_the_last() -> None:
+    """At a rate of 1 the last block does nothing in training, and the first one all it does."""
+    config = dataclasses.replace(CONFIG, drop_path_rate=1.0)
+    pixels = images(1, *CONFIG.image_size)
+
+    @jax.jit
+    def run(params: Any, train: Any) -> jax.Array:
+        rngs = {"dropout": jax.random.key(0)}
+        encoder = ImageEncoderViT(config)
+        return jnp.stack(
+            [encoder.apply({"params": params}, pixels, train=t, rngs=rngs) for t in (True, False)]
+        )
+
+    def scaled(name: str) -> Any:
+        return {
+            **VARIABLES["params"],
+            name: jax.tree.map(lambda x: 2 * x, PARAMS["image_encoder"][name]),
+        }
+
+    base, first, last = (
+        run(params, None)
+        for params in (VARIABLES["params"], scaled("block_00"), scaled("block_01"))
+    )
+    train, evaluation = 0, 1
+    np.testing.assert_array_equal(last[train], base[train])
+    assert np.abs(last[evaluation] - base[evaluation]).max() > 0.1
+    assert np.abs(first[train] - base[train]).max() > 0.1
+
+
+def test_half_precision() -> None:
+    config = dataclasses.replace(CONFIG, depth=1)
+    pixels = images(1, 28, 64)
+
+    @jax.jit
+    def run(variables: Any) -> list[jax.Array]:
+        return [
+            ImageEncoderViT(config, dtype=dtype).apply(variables, pixels)
+            for dtype in (jnp.bfloat16, jnp.float32)
+        ]
+
+    half, full = run(VARIABLES)
+    assert half.dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(half, np.float32) - full)
+    assert difference.mean() < 0.02 * np.abs(full).mean()
