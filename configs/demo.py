@@ -1,11 +1,14 @@
 """A tiny model on procedural shapes: minutes on two CPU cores.
 
 python train.py --config configs/demo.py --workdir runs/demo
+python eval.py --config configs/demo.py --checkpoint runs/demo
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
+
+IMAGE_SIZE = (128, 128)
 
 
 def get_config() -> ConfigDict:
@@ -13,48 +16,59 @@ def get_config() -> ConfigDict:
     config = common.base_config()
     config.model = {
         "variant": "vit_ti",
-        "image_size": (128, 128),
+        "image_size": IMAGE_SIZE,
         "encoder": {
-            "patch_size": 8,
-            "depth": 6,
             "embed_dim": 128,
+            "depth": 4,
             "num_heads": 4,
-            "global_attention_blocks": (1, 3, 5),
+            "global_attention_blocks": (0, 1, 2, 3),
             "output_dim": 64,
         },
-        "decoder": {"mlp_dim": 256, "iou_head_dim": 64, "dropout_rate": 0.0},
-        "dtype": "float32",
+        "decoder": {"num_heads": 4, "mlp_dim": 256, "iou_head_dim": 64, "dropout_rate": 0.0},
     }
     config.data = {
         "sources": (
-            {"kind": "synthetic", "num_images": 20_000, "image_size": (128, 128), "seed": 0},
+            {"kind": "synthetic", "num_images": 20_000, "image_size": IMAGE_SIZE, "seed": 0},
         ),
-        "batch_size": 16,
+        "batch_size": 8,
         "max_masks": 4,
         "hflip_rate": 0.5,
     }
+    # One correction teaches what corrections are; the paper makes eight. Its 20 pixels are of 1024.
     config.prompts = {
         "num_corrections": 1,
         "random_mask_round": False,
         "final_mask_round": False,
-        "box_noise_max_px": 3.0,
+        "box_noise_max_px": 2.5,
     }
+    # In a run this short, the paper's weights spend a third of it on predicting nothing at all.
+    config.losses = {"focal_weight": 5.0, "focal_alpha": 0.5}
     config.optimizer = {
-        "peak_learning_rate": 1e-3,
+        "peak_learning_rate": 3e-3,
         "warmup_steps": 50,
         "schedule": "cosine",
         "layer_decay": 1.0,
+        "weight_decay": 0.05,
+        "beta2": 0.98,
         "clip_norm": 1.0,
     }
-    config.train = {"num_steps": 800, "log_every": 25}
-    config.checkpoint = {"every_steps": 200}
+    config.sharding.cpu_devices = 2
+    config.train = {"num_steps": 1000, "remat_rounds": False, "log_every": 50}
+    config.checkpoint = {"every_steps": 250}
     config.evals = {
-        "synthetic": {
+        "shapes": {
             "sources": (
-                {"kind": "synthetic", "num_images": 64, "image_size": (128, 128), "seed": 1},
+                {
+                    "kind": "synthetic",
+                    "name": "held-out shapes",
+                    "num_images": 100,
+                    "image_size": IMAGE_SIZE,
+                    "seed": 1,
+                },
             ),
             "protocols": ("center", "box"),
             "num_clicks": (1, 2, 3, 5),
+            "baselines": ("disk", "box_filled"),
         }
     }
     return config

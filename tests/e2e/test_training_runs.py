@@ -1,0 +1,144 @@
+"""Whole runs of train.py and eval.py: killed and resumed, sharded, evaluated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sam_jax.checkpoint import restore_variables
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Path(__file__).with_name("tiny_run.py")
+
+
+def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(program: str, *flags: str, devices: int = 1) -> str:
+    process = start(program, *flags, devices=devices)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+def assert_same_parameters(first: Path, second: Path) -> None:
+    jax.tree.map(
+        np.testing.assert_array_equal, restore_variables(first), restore_variables(second)
+    )
+
+
+def logged(workdir: Path) -> dict[str, dict[int, float]]:
+    """What a run wrote to TensorBoard: values by tag and step."""
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory) -> Path:
+    """Ten steps without interruption on one device."""
+    workdir = tmp_path_factory.mktemp("straight")
+    run("train.py", "--workdir", str(workdir))
+    return workdir
+
+
+def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(straight_run, tmp_path):
+    """SIGKILL after the second and after a later checkpoint, at whatever the run is doing then."""
+    for checkpoints_to_wait_for in (2, 5):
+        process = start("train.py", "--workdir", str(tmp_path))
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit()]
+            if steps and max(steps) >= checkpoints_to_wait_for:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"finished before it was killed: {output}"
+    output = run("train.py", "--workdir", str(tmp_path))
+    assert "continuing from the checkpoint of step" in output
+    assert_same_parameters(straight_run, tmp_path)
+
+
+def test_an_interrupted_run_saves_where_it_is(straight_run, tmp_path):
+    flags = ("--workdir", str(tmp_path), "--config.checkpoint.every_steps=1000")
+    process = start("train.py", *flags, "--config.train.num_steps=100000")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "the same command continues" in output
+    (step,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert step >= 5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.sharding.data=8",),
+        ("--config.sharding.data=2", "--config.sharding.fsdp=4"),
+    ],
+    ids=["data-parallel", "fsdp"],
+)
+def test_eight_devices_agree_with_one(straight_run, tmp_path, flags):
+    run("train.py", "--workdir", str(tmp_path), *flags, devices=8)
+    one, eight = logged(straight_run), logged(tmp_path)
+    for tag in ("train/loss", "train/gradient_norm", "train/iou_round_04", "eval/shapes/box"):
+        assert one[tag].keys() == eight[tag].keys()
+        for step, value in one[tag].items():
+            assert eight[tag][step] == pytest.approx(value, rel=2e-3, abs=1e-4), (tag, step)
+
+
+def test_eval_reproduces_the_numbers_of_the_training_loop(straight_run, tmp_path):
+    run("eval.py", "--checkpoint", str(straight_run), "--out", str(tmp_path))
+    report = json.loads((tmp_path / "shapes" / "report.json").read_text())
+    in_loop = {
+        tag.removeprefix("eval/shapes/"): values[10]
+        for tag, values in logged(straight_run).items()
+        if tag.startswith("eval/shapes/")
+    }
+    assert in_loop
+    assert report["datasets"]["synthetic"]["miou"]["box"] == pytest.approx(in_loop["synthetic/box"], abs=1e-6)
+    assert report["mean"]["center_2"] == pytest.approx(in_loop["mean/center_2"], abs=1e-6)
+
+
+def test_a_typo_in_a_flag_is_named(tmp_path):
+    process = start("train.py", "--workdir", str(tmp_path), "--config.train.num_stepz=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "num_stepz" in output
+    assert "num_steps" in output
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    process = start("eval.py", "--checkpoint", str(tmp_path / "nothing"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "no checkpoints in" in output
+    assert "Traceback" not in output

@@ -1,0 +1,44 @@
+"""A run small enough for a test, as a config file that train.py takes."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """A two-block model on 32-pixel shapes, with all of the paper's kinds of rounds."""
+    config = common.base_config()
+    config.model = {
+        "variant": "vit_ti",
+        "image_size": (32, 48),
+        "drop_path_rate": 0.1,
+        "encoder": {
+            "patch_size": 8,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "global_attention_blocks": (1,),
+            "window_size": 4,
+            "output_dim": 16,
+        },
+        "decoder": {"num_heads": 2, "mlp_dim": 16, "iou_head_dim": 16},
+    }
+    config.data = {
+        "sources": ({"kind": "synthetic", "num_images": 40, "image_size": (40, 48), "seed": 0},),
+        "batch_size": 8,
+        "max_masks": 2,
+    }
+    config.prompts = {"num_corrections": 1, "box_noise_max_px": 2.0}
+    config.losses = {"prompts_per_chunk": 1}
+    config.optimizer = {"warmup_steps": 2, "peak_learning_rate": 1e-3, "accumulate_steps": 1}
+    config.train = {"num_steps": 10, "log_every": 5}
+    config.checkpoint = {"every_steps": 1}
+    config.evals = {
+        "shapes": {
+            "sources": ({"kind": "synthetic", "num_images": 3, "image_size": (40, 48), "seed": 1},),
+            "protocols": ("center", "box"),
+            "num_clicks": (1, 2),
+            "prompts_per_call": 3,
+        }
+    }
+    return config
