@@ -15,7 +15,7 @@ from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.prompts import PromptConfig
-from sam_jax.sharding import ShardingConfig, set_cpu_devices
+from sam_jax.sharding import ShardingConfig, start_devices
 from sam_jax.training import loop
 from sam_jax.training.optimizer import OptimizerConfig
 
@@ -27,17 +27,16 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 @readable_errors()
 def main(argv: list[str]) -> None:
+    """Trains as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value.to_dict()
     sharding = from_mapping(ShardingConfig, config["sharding"], "sharding")
-    set_cpu_devices(sharding)
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    start_devices(sharding, is_distributed=DISTRIBUTED.value)
     model = build_model(from_mapping(ModelConfig, config["model"], "model"))
     data = from_mapping(DataConfig, {**config["data"], "image_size": model.image_size}, "data")
-    evaluators = {
+    evals = {
         name: Evaluator(model, from_mapping(EvalConfig, section, f"evals.{name}"))
         for name, section in config["evals"].items()
     }
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
         loss_config=from_mapping(LossConfig, config["losses"], "losses"),
         sharding_config=sharding,
         checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-        evaluators=evaluators,
+        evaluators=evals,
     )
 
 

@@ -133,9 +133,7 @@ def mask_losses(
     return MaskLosses(*(jnp.swapaxes(x, 0, 1) for x in losses))
 
 
-def map_objects(
-    function: Callable[[Any], Any], objects: Any, prompts_per_chunk: int | None
-) -> Any:
+def map_objects(function: Callable[[Any], Any], objects: Any, prompts_per_chunk: int | None) -> Any:
     """``function`` of objects on the first axis, some at a time where a chunk size is given.
 
     Each chunk is computed again in the backward pass, so only low-resolution inputs are kept.

@@ -58,10 +58,15 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
     )
 
 
-def set_cpu_devices(config: ShardingConfig) -> None:
-    """Splits the CPU as the config says; must come before JAX's first use of a device."""
+def start_devices(config: ShardingConfig, *, is_distributed: bool = False) -> None:
+    """Splits the CPU as the config says and joins the other hosts of a cluster.
+
+    Must come before JAX's first use of a device.
+    """
     if config.cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if is_distributed:
+        jax.distributed.initialize()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

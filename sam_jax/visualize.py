@@ -374,7 +374,12 @@ def draw_curves(
         raise ValueError("there is no diagram to draw")
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.0 * columns + 0.6, 2.5 * rows + 0.7), dpi=dpi, layout="constrained")
+    labels = list(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
+    # A legend's entry takes up to 2.3 inches and its row a fifth of one.
+    legend_columns = max(1, int((3.0 * columns + 0.6) / 2.3))
+    legend_rows = math.ceil(len(labels) / legend_columns)
+    size = (3.0 * columns + 0.6, 2.5 * rows + 0.4 + 0.2 * legend_rows)
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     ink, muted = _unit(INK), _unit(MUTED)
@@ -399,10 +404,10 @@ def draw_curves(
     for axis in axes[::columns]:
         axis.set_ylabel(y_label, fontsize=9.5, color=muted)
     figure.legend(
-        handles=legend.values(),
-        labels=legend.keys(),
+        handles=[legend[label] for label in labels],
+        labels=labels,
         loc="outside lower center",
-        ncols=min(len(legend), 2 * columns),
+        ncols=legend_columns,
         frameon=False,
         fontsize=9,
         labelcolor=ink,

@@ -45,6 +45,8 @@ class SourceConfig:
         num_images: synthetic: how many.
         image_size: synthetic: (h, w) in pixels.
         num_objects: synthetic: fewest and most objects in an image.
+        radius_rates: synthetic: smallest and largest radius over the image's
+            shorter side.
         seed: synthetic: which family of images.
     """
 
@@ -59,6 +61,7 @@ class SourceConfig:
     num_images: int | None = None
     image_size: tuple[int, int] | None = None
     num_objects: tuple[int, int] | None = None
+    radius_rates: tuple[float, float] | None = None
     seed: int | None = None
 
     def __post_init__(self):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax.arrays import Array, Int
+from sam_jax.arrays import Array
 from sam_jax.models.sam import Sam, init_variables
 
 
@@ -15,14 +15,16 @@ from sam_jax.models.sam import Sam, init_variables
 class TrainState:
     """A plain pytree; there is no key in it, since every key derives from the seed and the step.
 
+    Its leaves may be arrays, their shapes or their shardings, hence no types.
+
     Attributes:
-      step: optimizer steps done.
+      step: optimizer steps done, int32.
       params: trained parameters, float32.
       constants: fixed variables of the model, never updated.
       opt_state: the optimizer's.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     constants: Any
     opt_state: Any

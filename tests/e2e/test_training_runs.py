@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -35,16 +36,14 @@ def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
 
 
 def run(program: str, *flags: str, devices: int = 1) -> str:
-    process = start(program, *flags, devices=devices)
-    output, _ = process.communicate(timeout=600)
+    with start(program, *flags, devices=devices) as process:
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
 
 def assert_same_parameters(first: Path, second: Path) -> None:
-    jax.tree.map(
-        np.testing.assert_array_equal, restore_variables(first), restore_variables(second)
-    )
+    jax.tree.map(np.testing.assert_array_equal, restore_variables(first), restore_variables(second))
 
 
 def logged(workdir: Path) -> dict[str, dict[int, float]]:
@@ -65,10 +64,26 @@ def straight_run(tmp_path_factory) -> Path:
     return workdir
 
 
-def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(straight_run, tmp_path):
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start`, whose processes end with the test at the latest."""
+    processes = []
+
+    def start_and_remember(*flags: str) -> subprocess.Popen[str]:
+        processes.append(start(*flags))
+        return processes[-1]
+
+    yield start_and_remember
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(started, straight_run, tmp_path):
     """SIGKILL after the second and after a later checkpoint, at whatever the run is doing then."""
     for checkpoints_to_wait_for in (2, 5):
-        process = start("train.py", "--workdir", str(tmp_path))
+        process = started("train.py", "--workdir", str(tmp_path))
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit()]
@@ -83,9 +98,9 @@ def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(straight_run, 
     assert_same_parameters(straight_run, tmp_path)
 
 
-def test_an_interrupted_run_saves_where_it_is(straight_run, tmp_path):
+def test_an_interrupted_run_saves_where_it_is(started, tmp_path):
     flags = ("--workdir", str(tmp_path), "--config.checkpoint.every_steps=1000")
-    process = start("train.py", *flags, "--config.train.num_steps=100000")
+    process = started("train.py", *flags, "--config.train.num_steps=100000")
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 5/"):
@@ -124,20 +139,22 @@ def test_eval_reproduces_the_numbers_of_the_training_loop(straight_run, tmp_path
         if tag.startswith("eval/shapes/")
     }
     assert in_loop
-    assert report["datasets"]["synthetic"]["miou"]["box"] == pytest.approx(in_loop["synthetic/box"], abs=1e-6)
+    assert report["datasets"]["synthetic"]["miou"]["box"] == pytest.approx(
+        in_loop["synthetic/box"], abs=1e-6
+    )
     assert report["mean"]["center_2"] == pytest.approx(in_loop["mean/center_2"], abs=1e-6)
 
 
-def test_a_typo_in_a_flag_is_named(tmp_path):
-    process = start("train.py", "--workdir", str(tmp_path), "--config.train.num_stepz=3")
+def test_a_typo_in_a_flag_is_named(started, tmp_path):
+    process = started("train.py", "--workdir", str(tmp_path), "--config.train.num_stepz=3")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "num_stepz" in output
     assert "num_steps" in output
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
-    process = start("eval.py", "--checkpoint", str(tmp_path / "nothing"))
+def test_a_missing_checkpoint_is_named(started, tmp_path):
+    process = started("eval.py", "--checkpoint", str(tmp_path / "nothing"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "no checkpoints in" in output

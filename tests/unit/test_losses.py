@@ -40,9 +40,9 @@ def test_focal_loss_and_its_gradient_survive_extreme_logits():
     logits = jnp.array([[1e4, -1e4], [80.0, -80.0]])
     masks = jnp.array([[False, True], [True, False]])
     area = jnp.ones((2, 2), bool)
-    value, grad = jax.value_and_grad(
-        lambda x: focal_loss(x, masks, area, alpha=0.25, gamma=2.0)
-    )(logits)
+    value, grad = jax.value_and_grad(lambda x: focal_loss(x, masks, area, alpha=0.25, gamma=2.0))(
+        logits
+    )
     # Two pixels are as wrong as can be: 0.75 * 1e4 and 0.25 * 1e4 over four pixels.
     assert value == pytest.approx(1e4 / 4, rel=1e-5)
     assert np.isfinite(grad).all()
@@ -90,7 +90,9 @@ def test_chunks_change_neither_values_nor_gradients(prompts_per_chunk):
     chunked = jax.value_and_grad(total, has_aux=True)(
         logits, LossConfig(prompts_per_chunk=prompts_per_chunk)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, chunked)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, chunked
+    )
 
 
 def test_a_chunk_size_that_does_not_divide_is_refused():

@@ -26,7 +26,7 @@ def normal(*shape: int) -> jax.Array:
 PROMPTS = PromptEmbeddings(
     sparse=normal(2, 3, 4, DIM),
     sparse_valid=jnp.ones((2, 3, 4), bool),
-    dense=normal(2, 1, *GRID, DIM),
+    dense=normal(2, 3, *GRID, DIM),
     image_pe=normal(*GRID, DIM),
 )
 EMBEDDINGS = normal(2, *GRID, DIM)

@@ -46,6 +46,17 @@ def test_attention_by_hand() -> None:
     np.testing.assert_allclose(ours, [[[[3.0, 2.0]]]], rtol=1e-6)
 
 
+def test_attention_starts_as_a_kernel_on_positions() -> None:
+    """Queries and keys are projected alike at first, values otherwise."""
+    tokens = normal(1, 1, 3, DIM)
+    params = jax.jit(Attention(4, 2).init)(jax.random.key(0), tokens, tokens, tokens)["params"]
+    kernels = {name: np.asarray(params[name]["kernel"]) for name in ("q_proj", "k_proj", "v_proj")}
+    np.testing.assert_array_equal(kernels["q_proj"], kernels["k_proj"])
+    assert np.abs(kernels["q_proj"] - kernels["v_proj"]).max() > 0.1
+    # Of order one over the root of the inputs
+    np.testing.assert_allclose(kernels["q_proj"].std(), DIM**-0.5, rtol=0.2)
+
+
 def test_invalid_tokens_are_attended_to_by_nothing() -> None:
     tokens, cells = normal(2, 3, 7, DIM), normal(2, 1, GRID_CELLS, DIM)
     valid = np.ones((2, 3, 7), bool)

@@ -23,9 +23,7 @@ def mask():
 
 def boxes_of(mask, num_samples, config=PromptConfig(), image_hw=(120, 200)):
     masks = jnp.broadcast_to(mask, (1, num_samples, *mask.shape))
-    return np.asarray(
-        noisy_boxes(jax.random.key(0), masks, jnp.array([image_hw]), config)[0]
-    )
+    return np.asarray(noisy_boxes(jax.random.key(0), masks, jnp.array([image_hw]), config)[0])
 
 
 def test_box_noise_is_normal_with_a_tenth_of_the_side(mask):
@@ -78,9 +76,7 @@ def test_clicks_are_uniform_over_the_error_region():
 def test_clicks_never_fall_on_the_padding():
     predicted = jnp.ones((1, 300, 10, 10), bool)
     area = jnp.zeros((1, 10, 10), bool).at[:, :6, :7].set(True)
-    coords, labels = error_clicks(
-        jax.random.key(0), predicted, jnp.zeros_like(predicted), area
-    )
+    coords, labels = error_clicks(jax.random.key(0), predicted, jnp.zeros_like(predicted), area)
     assert coords[..., 0].max() == 6
     assert coords[..., 1].max() == 5
     assert not labels.any()
@@ -88,9 +84,7 @@ def test_clicks_never_fall_on_the_padding():
 
 def test_a_perfect_prediction_gets_a_background_click():
     masks = jnp.zeros((1, 500, 9, 11), bool).at[:, :, 2:5, 3:6].set(True)
-    coords, labels = error_clicks(
-        jax.random.key(0), masks, masks, jnp.ones((1, 9, 11), bool)
-    )
+    coords, labels = error_clicks(jax.random.key(0), masks, masks, jnp.ones((1, 9, 11), bool))
     assert not labels.any()
     assert not masks_at(masks, coords).any()
     assert len(np.unique(np.asarray(coords[0]), axis=0)) > 80

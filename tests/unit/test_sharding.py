@@ -43,7 +43,10 @@ def test_the_first_rule_that_matches_counts():
         (config((r"kernal", ("fsdp",))), r"match nothing: \['kernal'\]"),
         (config((r"bias", ("fsdp", None))), r"rule for encoder/bias \(8,\) has 2 dimensions"),
         (config((r"kernel", ("fsdp", None, None))), "3 does not divide by the 4 devices"),
-        (config((r"bias", ("fsdp",)), max_replicated_size=100), "encoder/kernel .* no sharding rule"),
+        (
+            config((r"bias", ("fsdp",)), max_replicated_size=100),
+            "encoder/kernel .* no sharding rule",
+        ),
     ],
 )
 def test_what_is_refused(sharding_config, message):

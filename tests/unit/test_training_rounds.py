@@ -1,5 +1,7 @@
 """The interactive rounds, watched through a decoder that records what it is asked."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,9 +45,7 @@ class Recorder:
             low_res_logits=4 * jax.random.normal(logits_key, (*shape, *LOW)),
             iou_predictions=jax.random.uniform(iou_key, shape),
         )
-        jax.debug.callback(
-            lambda p, a: self.rounds.append((p, a)), prompts, answer, ordered=True
-        )
+        jax.debug.callback(lambda p, a: self.rounds.append((p, a)), prompts, answer, ordered=True)
         return answer
 
 
@@ -99,7 +99,7 @@ def test_eight_corrections_one_mask_round_among_them_and_one_last(recorded):
 
 def test_earlier_points_and_the_box_stay(recorded):
     rounds, _ = recorded
-    for (before, _), (after, _) in zip(rounds, rounds[1:], strict=False):
+    for (before, _), (after, _) in itertools.pairwise(rounds):
         kept = np.asarray(before.point_valid)
         assert after.point_valid[kept].all()
         np.testing.assert_array_equal(after.point_coords[kept], before.point_coords[kept])
@@ -108,7 +108,7 @@ def test_earlier_points_and_the_box_stay(recorded):
 
 def test_the_mask_with_the_highest_predicted_iou_is_fed_back(recorded):
     rounds, results = recorded
-    for number, ((_, answer), (later, _)) in enumerate(zip(rounds, rounds[1:], strict=False)):
+    for number, ((_, answer), (later, _)) in enumerate(itertools.pairwise(rounds)):
         best = np.asarray(answer.iou_predictions).argmax(-1)[..., None, None, None]
         expected = np.take_along_axis(np.asarray(answer.low_res_logits), best, 2)[:, :, 0]
         np.testing.assert_array_equal(later.mask_logits, expected)
@@ -122,11 +122,9 @@ def test_new_clicks_lie_in_the_error_region_with_the_right_sign(recorded, masks)
     rounds, _ = recorded
     truth = np.asarray(masks)
     num_checked = 0
-    for (before, _), (after, _) in zip(rounds, rounds[1:], strict=False):
+    for (before, _), (after, _) in itertools.pairwise(rounds):
         predicted = np.asarray(resize_bilinear(after.mask_logits, SIZE) > 0)
-        for image, number, slot in np.argwhere(
-            np.asarray(after.point_valid & ~before.point_valid)
-        ):
+        for image, number, slot in np.argwhere(np.asarray(after.point_valid & ~before.point_valid)):
             x, y = np.asarray(after.point_coords[image, number, slot], int)
             assert y < IMAGE_HW[0]
             assert predicted[image, number, y, x] != truth[image, number, y, x]

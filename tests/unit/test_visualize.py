@@ -226,6 +226,9 @@ def test_curves_use_their_colors_and_limits():
     rows = [np.argwhere(close(picture[:, 60:-10], color, 60))[:, 0] for color in (GREEN, BLUE)]
     # The level of 80 lies above the curve, which ends at 60 (the legend is at the bottom).
     assert rows[0].min() < rows[1].min()
+    long = [Curve(f"a label of some length {i}", (1, 2), (i, i), BLUE) for i in range(6)]
+    legend = draw_curves({"all": long}, x_label="x", y_label="y", dpi=72)
+    assert (legend[:, [0, -1]] == 255).all(), "the legend is cut off"
     wide = draw_curves({"a": curves, "b": curves}, x_label="x", y_label="y", dpi=72)
     assert wide.shape[1] > picture.shape[1]
     with pytest.raises(ValueError, match="no diagram"):

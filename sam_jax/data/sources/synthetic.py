@@ -40,6 +40,7 @@ class SyntheticSource:
         image_size: tuple[int, int] = (256, 256),
         seed: int = 0,
         num_objects: tuple[int, int] = (3, 8),
+        radius_rates: tuple[float, float] = (0.10, 0.25),
         name: str = "synthetic",
     ):
         """Sets the family of images; nothing is drawn yet.
@@ -49,6 +50,8 @@ class SyntheticSource:
             image_size: (h, w) in pixels.
             seed: another seed, other images.
             num_objects: fewest and most shapes drawn in an image.
+            radius_rates: smallest and largest radius of a shape, as rates of
+                the image's shorter side.
             name: what `Sample.dataset` says.
 
         Raises:
@@ -58,11 +61,14 @@ class SyntheticSource:
             raise ConfigError("needs an image, of at least 16 x 16 pixels")
         if not 1 <= num_objects[0] <= num_objects[1] < 256:
             raise ConfigError(f"num_objects must be 1 <= low <= high: {num_objects}")
+        if not 0 < radius_rates[0] <= radius_rates[1] <= 0.5:
+            raise ConfigError(f"radius_rates must be 0 < low <= high <= 0.5: {radius_rates}")
         self.name = name
         self._num_images = num_images
         self._image_size = image_size
         self._seed = seed
         self._num_objects = num_objects
+        self._radius_rates = radius_rates
 
     def __len__(self) -> int:
         return self._num_images
@@ -72,7 +78,7 @@ class SyntheticSource:
         if not 0 <= index < self._num_images:
             raise IndexError(index)
         rng = np.random.default_rng([self._seed, index])
-        image, labels = draw(self._image_size, self._num_objects, rng)
+        image, labels = draw(self._image_size, self._num_objects, self._radius_rates, rng)
         masks_rle = tuple(rle.from_labels(labels))
         return Sample(image, masks_rle, self.name, f"{self.name}::{index}")
 
@@ -92,7 +98,10 @@ class _Scene(NamedTuple):
 
 
 def draw(
-    image_size: tuple[int, int], num_objects: tuple[int, int], rng: np.random.Generator
+    image_size: tuple[int, int],
+    num_objects: tuple[int, int],
+    radius_rates: tuple[float, float],
+    rng: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
     """A picture (RGB) and its labels.
 
@@ -102,6 +111,7 @@ def draw(
     Args:
         image_size: (h, w) in pixels.
         num_objects: fewest and most shapes.
+        radius_rates: smallest and largest radius, as rates of the shorter side.
         rng: where all choices come from.
     """
     h, w = image_size
@@ -113,7 +123,7 @@ def draw(
         owner=np.zeros((h, w), np.uint8),
     )
     # Larger shapes first, as they would otherwise bury the smaller ones.
-    radii = np.sort(rng.uniform(0.10, 0.25, count))[::-1] * min(h, w)
+    radii = np.sort(rng.uniform(*radius_rates, count))[::-1] * min(h, w)
     centers = _spread_centers(count, image_size, rng)
     areas = np.array(
         [_draw_object(scene, i + 1, radii[i], centers[i], colors[i + 1], rng) for i in range(count)]

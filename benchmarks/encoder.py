@@ -1,0 +1,85 @@
+"""The image encoder against the device's fastest matrix product.
+
+python -m benchmarks.encoder --variant vit_b --batch 1 --dtype bfloat16 [--backward] [--peer torch]
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import limits, peer, report, work
+from benchmarks.random_inputs import random_like
+from benchmarks.timing import Timing, compile_for, time_compiled
+from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
+from sam_jax.models.variants import VARIANTS, ModelConfig
+from sam_jax.ops.attention import Implementation
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Times the encoder, forward or forward and backward, and reports it."""
+    args = _parse(argv)
+    image_size = args.image_size and (args.image_size, args.image_size)
+    config = ModelConfig(args.variant, image_size).sam.image_encoder
+    timing = _time(args, config)
+    passes = work.TRAINING_FACTOR if args.backward else 1
+    flops, useful = (
+        passes * args.batch * work.encoder_flops(config, useful=only) for only in (False, True)
+    )
+    limit = limits.matmul_flops_per_second(args.dtype, jax.devices()[:1])
+    rates = [
+        report.Rate("FLOP/s", flops / timing.best, limit),
+        report.Rate("FLOP/s without padding", useful / timing.best, limit),
+        report.Rate("images/s", args.batch / timing.best),
+    ]
+    facts = {"work_flops": flops, "useful_flops": useful}
+    if args.peer:
+        facts |= peer.compare(
+            timing,
+            peer.encoder_call(config, args.batch, args.dtype, backward=args.backward),
+            args.repeats,
+        )
+    return report.publish("encoder", argv, args, timing, rates, facts=facts)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("encoder", __doc__)
+    parser.add_argument("--variant", choices=VARIANTS, default="vit_b")
+    parser.add_argument("--image-size", type=int, help="side in pixels, by default the variant's")
+    parser.add_argument("--batch", type=int, default=1, help="images (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", choices=get_args(Implementation), default="auto")
+    parser.add_argument("--backward", action="store_true", help="gradients of the parameters too")
+    parser.add_argument("--remat", action="store_true", help="compute blocks again for them")
+    parser.add_argument("--peer", choices=("torch",), help="time the published code as well")
+    return parser.parse_args(argv)
+
+
+def _time(args: argparse.Namespace, config: ImageEncoderConfig) -> Timing:
+    model = ImageEncoderViT(config, args.remat, args.attention, jnp.dtype(args.dtype))
+    image_shapes = jax.ShapeDtypeStruct((args.batch, *config.image_size, 3), jnp.float32)
+    images = random_like(image_shapes)
+    variables = random_like(jax.eval_shape(model.init, jax.random.key(0), image_shapes))
+    arguments = [variables, images]
+    function = model.apply
+    if args.backward:
+        embeddings = jax.eval_shape(model.apply, variables, images)
+        arguments.append(random_like(embeddings))
+        function = _gradients(model.apply)
+    compiled, seconds = compile_for(jax.jit(function), *arguments)
+    return time_compiled(
+        compiled, lambda: compiled(*arguments), compile_seconds=seconds, repeats=args.repeats
+    )
+
+
+def _gradients(function: Any) -> Any:
+    def gradients(variables, images, cotangents):
+        return jax.vjp(lambda variables: function(variables, images), variables)[1](cotangents)
+
+    return gradients
+
+
+if __name__ == "__main__":
+    main()

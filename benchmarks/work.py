@@ -1,0 +1,156 @@
+"""How much arithmetic the model is, counted by hand.
+
+XLA's own count takes the body of a loop once, however often it runs, and a custom kernel for
+nothing, so it cannot be trusted on a whole training step; on code without loops it agrees with
+these formulas (``tests/unit/test_benchmarks.py``).
+
+All numbers are floating-point operations, two for each multiply-add of a matrix product or
+convolution. What is done element by element (activations, norms, softmax, losses, resizing, the
+optimizer) is not counted: it is no work for a matrix unit, and how much of it there is depends on
+how it is written.
+"""
+
+from sam_jax.models.image_encoder import ImageEncoderConfig
+from sam_jax.models.mask_decoder import NUM_MULTIMASK
+from sam_jax.models.sam import SamConfig
+from sam_jax.prompts import PromptConfig
+
+# The backward pass multiplies twice for each product of the forward pass: once for the gradient of
+# either factor. Rematerialisation multiplies again, but that is a price, not work done.
+TRAINING_FACTOR = 3
+# The quality token and the tokens of the four masks.
+NUM_OUTPUT_TOKENS = 2 + NUM_MULTIMASK
+# Sub-pixels per cell of the low-resolution logits.
+_SUBPIXELS = 16
+
+
+def encoder_flops(
+    config: ImageEncoderConfig, image_size: tuple[int, int] | None = None, *, useful: bool = False
+) -> int:
+    """Operations of encoding one image.
+
+    Args:
+      config: the encoder's shape.
+      image_size: height and width in pixels, by default the config's.
+      useful: counts only cells of the image as queries. Without it the zeros that fill up the last
+        windows count too, as they are computed. They stay keys either way: the published model
+        attends to them.
+    """
+    height, width = image_size or config.image_size
+    gh, gw = height // config.patch_size, width // config.patch_size
+    cells, dim, side = gh * gw, config.embed_dim, config.window_size
+    padded = (gh + -gh % side) * (gw + -gw % side) if side else cells
+
+    mlp = 2 * cells * dim * int(dim * config.mlp_rate)
+    total = cells * 3 * config.patch_size**2 * dim
+    for index in range(config.depth):
+        if index in config.global_attention_blocks or not side:
+            total += _grid_attention(cells, (gh, gw), dim) + mlp
+        else:
+            total += _grid_attention(cells if useful else padded, (side, side), dim) + mlp
+    total += cells * config.output_dim * (dim + 9 * config.output_dim)
+    return 2 * total
+
+
+def _grid_attention(queries: int, grid: tuple[int, int], dim: int) -> int:
+    """Multiply-adds of attention with relative positions; each query sees one whole grid."""
+    projections = 4 * dim * dim
+    logits_and_values = 2 * grid[0] * grid[1] * dim
+    relative_positions = (grid[0] + grid[1]) * dim
+    return queries * (projections + logits_and_values + relative_positions)
+
+
+def decoder_flops(
+    config: SamConfig,
+    num_prompts: float,
+    num_sparse: int,
+    *,
+    multimask_output: bool,
+    with_mask: bool = False,
+    image_size: tuple[int, int] | None = None,
+) -> float:
+    """Operations of embedding and decoding the prompts of one image.
+
+    Args:
+      config: the model's shape.
+      num_prompts: prompted objects; a fraction if it is a mean over images.
+      num_sparse: sparse tokens of each, valid or not: points, "not a point", box corners.
+      multimask_output: three candidates each, or one.
+      with_mask: whether they bring a mask. Without, the first layer's three projections of the
+        image are the same for all objects and computed once.
+      image_size: height and width in pixels, by default the config's.
+    """
+    encoder, decoder = config.image_encoder, config.mask_decoder
+    height, width = image_size or encoder.image_size
+    cells = (height // encoder.patch_size) * (width // encoder.patch_size)
+    dim, tokens = encoder.output_dim, NUM_OUTPUT_TOKENS + num_sparse
+    masks = NUM_MULTIMASK if multimask_output else 1
+    inner = dim // 2
+
+    layer = (
+        _attention(tokens, tokens, dim, dim)
+        + _attention(tokens, cells, dim, inner)
+        + 2 * tokens * dim * decoder.mlp_dim
+        + _attention(cells, tokens, dim, inner)
+    )
+    transformer = decoder.depth * layer + _attention(tokens, cells, dim, inner)
+    upscaling = cells * dim * (dim + dim // 2)
+    filters = masks * dim * (2 * dim + dim // 8)
+    products = masks * _SUBPIXELS * cells * (dim // 8)
+    iou_head = decoder.iou_head_dim * (dim + decoder.iou_head_dim + 1 + NUM_MULTIMASK)
+    per_prompt = transformer + upscaling + filters + products + iou_head
+
+    once = 0
+    if with_mask:
+        channels = config.mask_channels
+        per_prompt += cells * channels * (4 + channels + dim)
+    else:
+        once = 3 * cells * dim * inner
+        per_prompt -= once
+    return 2 * (once + num_prompts * per_prompt)
+
+
+def _attention(queries: int, keys: int, dim: int, inner: int) -> int:
+    """Multiply-adds of attention whose projections go from ``dim`` to ``inner`` channels."""
+    return 2 * (queries + keys) * dim * inner + 2 * queries * keys * inner
+
+
+def round_flops(
+    config: SamConfig, prompts: PromptConfig, num_objects: float, *, is_first: bool
+) -> float:
+    """Operations of one training round of an image, forward.
+
+    Every round has room for all points and a box, and every round but the first brings a mask and
+    wants one candidate.
+    """
+    not_a_point, corners = 1, 2
+    return decoder_flops(
+        config,
+        num_objects,
+        prompts.num_points + not_a_point + corners,
+        multimask_output=is_first,
+        with_mask=not is_first,
+    )
+
+
+def step_flops(
+    config: SamConfig,
+    prompts: PromptConfig,
+    batch_size: int,
+    num_objects: float,
+    *,
+    useful: bool = False,
+) -> float:
+    """Operations of a training step: each image encoded once, its objects decoded every round.
+
+    Args:
+      config: the model's shape.
+      prompts: says how many rounds there are.
+      batch_size: images.
+      num_objects: objects of each image, on average.
+      useful: see ``encoder_flops``.
+    """
+    rounds = round_flops(config, prompts, num_objects, is_first=True)
+    rounds += (prompts.num_rounds - 1) * round_flops(config, prompts, num_objects, is_first=False)
+    image = encoder_flops(config.image_encoder, useful=useful) + rounds
+    return TRAINING_FACTOR * batch_size * image

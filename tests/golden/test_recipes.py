@@ -1,0 +1,149 @@
+"""Every config builds, and the paper's recipes are pinned down to each parameter.
+
+``SAM_JAX_UPDATE_GOLDEN=1 python -m pytest tests/golden/test_recipes.py`` writes the files again.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from sam_jax.configuration import from_mapping
+from sam_jax.data.config import DataConfig
+from sam_jax.evaluation.run import EvalConfig
+from sam_jax.losses import LossConfig
+from sam_jax.models.sam import Sam, init_variables
+from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.prompts import PromptConfig
+from sam_jax.sharding import BATCH_AXES, ShardingConfig, tree_shardings
+from sam_jax.training.loop import TrainConfig
+from sam_jax.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_schedule,
+    parameter_groups,
+)
+from sam_jax.training.state import init_state
+from sam_jax.training.step import Batch, build_train_step
+
+FOLDER = Path(__file__).parent
+CONFIGS = FOLDER.parents[1] / "configs"
+FRAGMENTS = {"common", "sam_recipe", "small_recipe"}
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in FRAGMENTS)
+PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h")
+
+
+@pytest.fixture
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> ConfigDict:
+    name = request.param
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    if name not in ("small_coco", "small_folder"):
+        return get_config()
+    (tmp_path / "birds").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "birds" / f"{split}.json").write_text("{}")
+    return get_config(str(tmp_path))
+
+
+def abstract_state(sections: dict[str, Any]) -> tuple[Sam, Any, Any]:
+    model = build_model(from_mapping(ModelConfig, sections["model"], "model"))
+    params = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
+    optimizer = build_optimizer(
+        params,
+        from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
+        from_mapping(TrainConfig, sections["train"], "train").num_steps,
+    )
+    return model, optimizer, jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("config", RECIPES, indirect=True)
+def test_every_recipe_builds_its_train_step(config: ConfigDict) -> None:
+    sections = config.to_dict()
+    model, optimizer, state = abstract_state(sections)
+    data = from_mapping(DataConfig, {**sections["data"], "image_size": model.image_size}, "data")
+    for name, section in sections["evals"].items():
+        from_mapping(EvalConfig, section, f"evals.{name}")
+    train = from_mapping(TrainConfig, sections["train"], "train")
+    step = build_train_step(
+        model,
+        optimizer,
+        from_mapping(PromptConfig, sections["prompts"], "prompts"),
+        from_mapping(LossConfig, sections["losses"], "losses"),
+        seed=train.seed,
+        remat_rounds=train.remat_rounds,
+    )
+    height, width = model.image_size
+    images, masks = 2, data.max_masks
+    fields = {
+        "image": jax.ShapeDtypeStruct((images, height, width, 3), np.uint8),
+        "image_hw": jax.ShapeDtypeStruct((images, 2), np.int32),
+        "masks_packed": jax.ShapeDtypeStruct((images, masks, height, width // 8), np.uint8),
+        "mask_valid": jax.ShapeDtypeStruct((images, masks), np.bool_),
+    }
+    new_state, metrics = jax.eval_shape(lambda s, f: step(s, Batch(**f)), state, fields)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].dtype == np.float32
+
+
+@pytest.mark.parametrize("config", PAPER, indirect=True)
+def test_sharding_and_optimizer_group_of_every_parameter(
+    config: ConfigDict, request: pytest.FixtureRequest
+) -> None:
+    """One line for each parameter: path, shape, mesh axes, layer, learning rate's factor, decay."""
+    sections = config.to_dict()
+    sharding = from_mapping(ShardingConfig, sections["sharding"], "sharding")
+    _, _, state = abstract_state(sections)
+    mesh = AbstractMesh((16, sharding.fsdp), BATCH_AXES)
+    shardings = tree_shardings(state, mesh, sharding)
+    groups = parameter_groups(
+        state.params, from_mapping(OptimizerConfig, sections["optimizer"], "optimizer")
+    )
+    leaves, specs = flatten_dict(state.params, sep="/"), flatten_dict(shardings.params, sep="/")
+    lines = []
+    for path, group in sorted(groups.items()):
+        axes = ",".join(str(axis) for axis in specs[path].spec) or "-"
+        shape = "x".join(map(str, leaves[path].shape))
+        decay = "decayed" if group.decayed else "not decayed"
+        lines.append(f"{path} {shape} {axes} {group.layer} {group.rate_scale:.4g} {decay}\n")
+    golden = FOLDER / f"recipe_{request.node.callspec.params['config']}.txt"
+    if os.environ.get("SAM_JAX_UPDATE_GOLDEN"):
+        golden.write_text("".join(lines))
+    assert "".join(lines) == golden.read_text()
+    # The optimizer's moments lie where their parameters do.
+    moments = shardings.opt_state[1]
+    assert moments.mu == shardings.params == moments.nu
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        ("sam_vit_b", (128, 180_000, 8e-4, 0.6, 0.6, (120_000, 173_332))),
+        ("sam_vit_l", (128, 180_000, 4e-4, 0.8, 0.4, (120_000, 173_332))),
+        ("sam_vit_h", (256, 90_000, 8e-4, 0.8, 0.4, (60_000, 86_666))),
+    ],
+    indirect=["config"],
+)
+def test_the_recipes_say_what_the_paper_says(config: ConfigDict, facts: tuple) -> None:
+    batch_size, num_steps, rate, layer_decay, drop_path, boundaries = facts
+    assert config.data.batch_size == batch_size
+    assert config.train.num_steps == num_steps
+    assert config.optimizer.layer_decay == layer_decay
+    assert config.model.drop_path_rate == drop_path
+    optimizer = from_mapping(OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    assert tuple(optimizer.step_boundaries) == boundaries
+    schedule = learning_rate_schedule(optimizer, num_steps)
+    assert schedule(boundaries[0] - 1) == pytest.approx(rate)
+    assert schedule(num_steps - 1) == pytest.approx(rate / 100)
+    prompts = from_mapping(PromptConfig, config.prompts.to_dict(), "prompts")
+    assert prompts == PromptConfig()
+    assert prompts.num_rounds == 11
+    assert config.data.max_masks == 64
