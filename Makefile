@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Only what is there: mypy takes a missing path or a folder without Python for an error.
-TYPED = $(wildcard sam_jax train.py eval.py) $(sort $(dir $(wildcard configs/*.py benchmarks/*.py))) tests
+TYPED = $(wildcard sam_jax train.py eval.py) $(sort $(dir $(wildcard configs/*.py benchmarks/*.py)))
 # An environment is reused only while the interpreter and the pins are the same. A folder without
 # this file was made by someone else, and is never deleted.
 KEY := $(VENV)/.sam-jax-pins

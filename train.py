@@ -20,9 +20,9 @@ from sam_jax.training import loop
 from sam_jax.training.optimizer import OptimizerConfig
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a cluster.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 @readable_errors()
@@ -36,10 +36,7 @@ def main(argv: list[str]) -> None:
     start_devices(sharding, is_distributed=DISTRIBUTED.value)
     model = build_model(from_mapping(ModelConfig, config["model"], "model"))
     data = from_mapping(DataConfig, {**config["data"], "image_size": model.image_size}, "data")
-    evals = {
-        name: Evaluator(model, from_mapping(EvalConfig, section, f"evals.{name}"))
-        for name, section in config["evals"].items()
-    }
+    evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
     save_config(WORKDIR.value, config)
     loop.train(
         workdir=WORKDIR.value,
@@ -53,7 +50,7 @@ def main(argv: list[str]) -> None:
         loss_config=from_mapping(LossConfig, config["losses"], "losses"),
         sharding_config=sharding,
         checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-        evaluators=evals,
+        evaluators={name: Evaluator(model, evaluation) for name, evaluation in evals.items()},
     )
 
 

@@ -19,7 +19,7 @@ from sam_jax.sharding import (
     batch_sharding,
     make_mesh,
     replicated,
-    set_cpu_devices,
+    start_devices,
     tree_shardings,
 )
 from sam_jax.training.optimizer import build_optimizer
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     args = parser.parse_args(argv)
     run = recipe.load(args)
-    set_cpu_devices(run.sharding)
+    start_devices(run.sharding)
     mesh = make_mesh(run.sharding)
 
     new_state, train_step = _build(run, mesh)
@@ -108,8 +108,8 @@ def _build(run: Recipe, mesh: jax.sharding.Mesh) -> tuple[Callable[[jax.Array], 
 
 
 def _on_devices(local: dict[str, Any], mesh: jax.sharding.Mesh) -> Batch:
-    fields = {field.name: local[field.name] for field in dataclasses.fields(Batch)}
-    return jax.device_put(Batch(**fields), batch_sharding(mesh))
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: jax.device_put(local[name], batch_sharding(mesh)) for name in names})
 
 
 if __name__ == "__main__":

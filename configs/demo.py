@@ -12,8 +12,8 @@ IMAGE_SIZE = (96, 96)
 SHAPES = {
     "kind": "synthetic",
     "image_size": IMAGE_SIZE,
-    "num_objects": (1, 3),
-    "radius_rates": (0.2, 0.4),
+    "num_objects": (2, 4),
+    "radius_rates": (0.22, 0.38),
 }
 
 
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.data = {
         "sources": ({**SHAPES, "num_images": 20_000, "seed": 0},),
         "batch_size": 8,
-        "max_masks": 3,
+        "max_masks": 4,
         "hflip_rate": 0.5,
     }
     # One correction teaches what corrections are; the paper makes eight. Its 20 pixels are of 1024.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.errors import ConfigError
 
@@ -74,13 +74,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def tree_shardings(tree: Any, mesh: Mesh, config: ShardingConfig) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, config: ShardingConfig) -> Any:
     """The sharding of every leaf of a tree of arrays or shapes.
+
+    The mesh may be abstract, to see what a config means for devices that are not here.
 
     Raises:
       ConfigError: if a rule matches no leaf, a large leaf matches no rule, a rule names more
@@ -112,7 +114,7 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(name: str, shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh):
+def _spec(name: str, shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh | AbstractMesh):
     if len(axes) > len(shape):
         raise ConfigError(f"the sharding rule for {name} {shape} has {len(axes)} dimensions")
     aligned = (None,) * (len(shape) - len(axes)) + tuple(axes)

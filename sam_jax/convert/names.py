@@ -271,7 +271,8 @@ def torch_to_native(
       ValueError: if tensors are missing, unexpected or misshapen; it lists all of them by both
         names.
     """
-    problems, arrays, used = [], {}, set()
+    problems, arrays = [], {}
+    used: set[str] = set()
     for path, leaf in flatten_dict(template, sep="/").items():
         rule, names = _find(path)
         used.update(names)
@@ -309,7 +310,8 @@ def native_to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
       ValueError: if there are variables without a torch name or of another rank than they should
         have; it lists all of them.
     """
-    problems, tensors = [], {}
+    problems = []
+    tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(variables, sep="/").items():
         rule, names = _find(path)
         if rule is None:

@@ -52,7 +52,10 @@ class TrainConfig:
 class EvalReport(Protocol):
     """What an evaluator answers."""
 
-    pictures: Mapping[str, np.ndarray]
+    @property
+    def pictures(self) -> Mapping[str, np.ndarray]:
+        """RGB pictures by name."""
+        ...
 
     def as_flat_dict(self) -> dict[str, float]:
         """Numbers by name."""
@@ -245,7 +248,7 @@ def _with_shardings(shapes, shardings):
 def _stop_signals() -> Iterator[list[int]]:
     """Collects interrupt and termination signals instead of dying of them; a second one kills."""
     received: list[int] = []
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def receive(number, frame):
         del frame

@@ -1,5 +1,6 @@
 """One training step: encode, prompt and correct, backpropagate, update."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -113,15 +114,16 @@ def build_train_step(
             grads, sums = _accumulate(part_gradients, batch, key, accumulate_steps)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
         )
         metrics = {name: total / num_masks for name, total in sums.items()}
         metrics["num_masks"] = num_masks
-        metrics["gradient_norm"] = optax.global_norm(grads)
-        metrics["update_norm"] = optax.global_norm(updates)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["update_norm"] = optax.tree.norm(updates)
         return new_state, metrics
 
     return train_step

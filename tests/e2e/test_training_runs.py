@@ -77,7 +77,8 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in processes:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(started, straight_run, tmp_path):
@@ -91,7 +92,7 @@ def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(started, strai
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
+        output, _ = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, f"finished before it was killed: {output}"
     output = run("train.py", "--workdir", str(tmp_path))
     assert "continuing from the checkpoint of step" in output

@@ -1,6 +1,7 @@
 """The image encoder beyond its numbers: which cells see which, sizes, dropped paths, memory."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -74,7 +75,8 @@ def test_blocks_are_computed_again_where_asked(remat: bool) -> None:
 def test_every_parameter_has_a_finite_gradient() -> None:
     pixels = images(1, *CONFIG.image_size)
 
-    @jax.jit
+    # It runs once: compiling it well would take longer.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     @jax.grad
     def gradient(variables: Any) -> jax.Array:
         out = ImageEncoderViT(CONFIG, remat=True).apply(variables, pixels, train=True)

@@ -57,7 +57,8 @@ def test_training_reaches_every_parameter_and_padding_reaches_none() -> None:
     valid = jnp.ones((2, 6), bool).at[1, 5].set(False)
     decoding = {name: variables["params"][name] for name in ("prompt_encoder", "mask_decoder")}
 
-    @jax.jit
+    # It runs twice: compiling it well would take longer.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params: Any, prompts: Prompts) -> Any:
         def loss(params: Any) -> Any:
             trained = {**variables, "params": params}

@@ -19,9 +19,7 @@ def test_order_and_padding_by_hand() -> None:
     np.testing.assert_array_equal(windows[6], [[16, 17], [21, 22]])
 
 
-@pytest.mark.parametrize(
-    ("grid", "window_size"), [((4, 8), 4), ((5, 8), 4), ((4, 7), 4), ((9, 2), 3), ((3, 2), 1)]
-)
+@pytest.mark.parametrize(("grid", "window_size"), [((4, 8), 4), ((5, 7), 4), ((3, 2), 1)])
 def test_round_trip(grid: tuple[int, int], window_size: int) -> None:
     tokens = jax.random.normal(jax.random.key(0), (3, *grid, 2))
     windows = window_partition(tokens, window_size)

@@ -112,10 +112,10 @@ def test_the_first_step_by_hand(params):
     updates, state = optimizer.update(grads, state, params)
     encoder = updates["image_encoder"]
     expected_kernel = -0.1 * 0.25 * (-1.0 + 0.25 * 2.0)
-    np.testing.assert_allclose(encoder["patch_embed"]["proj"]["kernel"], expected_kernel, rtol=1e-5)
-    np.testing.assert_allclose(encoder["block_00"]["norm1"]["scale"], 0.1 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(encoder["patch_embed"]["proj"]["kernel"], expected_kernel, rtol=1e-4)
+    np.testing.assert_allclose(encoder["block_00"]["norm1"]["scale"], 0.1 * 0.5, rtol=1e-4)
     expected_tokens = -0.1 * (-1.0 + 0.25 * 2.0)
-    np.testing.assert_allclose(updates["mask_decoder"]["output_tokens"], expected_tokens, rtol=1e-5)
+    np.testing.assert_allclose(updates["mask_decoder"]["output_tokens"], expected_tokens, rtol=1e-4)
 
 
 def test_gradients_are_clipped_by_their_global_norm(params):
