@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-IMAGE_SIZE = (96, 96)
+IMAGE_SIZE = (64, 64)
 SHAPES = {
     "kind": "synthetic",
     "image_size": IMAGE_SIZE,
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
         "num_corrections": 1,
         "random_mask_round": False,
         "final_mask_round": False,
-        "box_noise_max_px": 2.0,
+        "box_noise_max_px": 1.5,
     }
     # In a run this short, the paper's weights spend a third of it on predicting nothing at all.
     config.losses = {"focal_weight": 5.0, "focal_alpha": 0.5}
@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.sharding.cpu_devices = 2
-    config.train = {"num_steps": 1600, "remat_rounds": False, "log_every": 50}
-    config.checkpoint = {"every_steps": 400}
+    config.train = {"num_steps": 2600, "remat_rounds": False, "log_every": 100}
+    config.checkpoint = {"every_steps": 500}
     config.evals = {
         "shapes": {
             "sources": ({**SHAPES, "name": "held-out shapes", "num_images": 100, "seed": 1},),
