@@ -99,17 +99,20 @@ def _build(run: Recipe, mesh: jax.sharding.Mesh) -> tuple[Callable[[jax.Array], 
         accumulate_steps=run.optimizer.accumulate_steps,
         remat_rounds=run.train.remat_rounds,
     )
+    # The compiler's inspection rebuilds its arguments from placeholders, which a checked ``Batch``
+    # refuses, so a mapping goes in.
     return jax.jit(new_state, out_shardings=shardings), jax.jit(
-        train_step,
+        lambda state, fields: train_step(state, Batch(**fields)),
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
 
 
-def _on_devices(local: dict[str, Any], mesh: jax.sharding.Mesh) -> Batch:
-    names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{name: jax.device_put(local[name], batch_sharding(mesh)) for name in names})
+def _on_devices(local: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """The fields of ``Batch`` by name."""
+    fields = {field.name: local[field.name] for field in dataclasses.fields(Batch)}
+    return jax.device_put(fields, batch_sharding(mesh))
 
 
 if __name__ == "__main__":

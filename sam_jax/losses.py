@@ -21,6 +21,9 @@ class LossConfig:
     Attributes:
       focal_weight, dice_weight, iou_weight: factors of the three parts.
       focal_alpha, focal_gamma: the focal loss; the paper is silent, these are SAM 2's.
+      all_iou_predictions: whether every candidate's predicted IoU is regressed, as in SAM 2, or
+        only that of the candidate with the lowest mask loss. In a short run the others' predictions
+        are otherwise noise, and the choice between candidates with them.
       prompts_per_chunk: objects whose full-resolution logits exist at once. At 1024 x 1024 one
         object's three candidates take 12 MB in float32, and several times that in the backward
         pass. None takes all at once.
@@ -31,6 +34,7 @@ class LossConfig:
     iou_weight: float = 1.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    all_iou_predictions: bool = False
     prompts_per_chunk: int | None = None
 
 
@@ -157,7 +161,8 @@ class RoundLoss:
 
     Attributes:
       total: the weighted sum that is minimised.
-      focal, dice, iou_error: its unweighted parts, of the candidate with the lowest mask loss.
+      focal, dice, iou_error: its unweighted parts, of the candidate with the lowest mask loss (the
+        mean over candidates for ``iou_error`` under ``all_iou_predictions``).
     """
 
     total: Float[Array, "*rounds b p"]
@@ -171,7 +176,8 @@ def round_loss(
 ) -> RoundLoss:
     """The loss of a round: only the candidate with the lowest mask loss is charged.
 
-    The same candidate's predicted IoU is regressed on its true one by squared error.
+    The same candidate's predicted IoU (or every candidate's, see ``LossConfig``) is regressed on
+    its true one by squared error.
 
     Source: Kirillov et al. 2023, appendix A, "Losses".
     """
@@ -181,7 +187,11 @@ def round_loss(
     def of_best(x):
         return jnp.take_along_axis(x, best, axis=-1)[..., 0]
 
-    iou_error = jnp.square(of_best(iou_predictions) - jax.lax.stop_gradient(of_best(losses.iou)))
+    iou_errors = jnp.square(iou_predictions - jax.lax.stop_gradient(losses.iou))
+    if config.all_iou_predictions:
+        iou_error = jnp.mean(iou_errors, axis=-1)
+    else:
+        iou_error = of_best(iou_errors)
     return RoundLoss(
         total=of_best(mask_loss) + config.iou_weight * iou_error,
         focal=of_best(losses.focal),

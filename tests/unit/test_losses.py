@@ -134,6 +134,18 @@ def test_only_the_candidate_with_the_lowest_mask_loss_is_charged():
     np.testing.assert_allclose(gradient, [[[0, 2 * (0.4 - 0.6), 0]]], rtol=1e-6)
 
 
+def test_every_predicted_iou_is_regressed_on_request():
+    losses = MaskLosses(
+        focal=jnp.array([[[0.2, 0.1]]]),
+        dice=jnp.array([[[0.5, 0.9]]]),
+        iou=jnp.array([[[0.3, 0.6]]]),
+    )
+    config = LossConfig(all_iou_predictions=True, iou_weight=2.0)
+    result = round_loss(losses, jnp.array([[[0.1, 0.5]]]), config)
+    assert result.iou_error[0, 0] == pytest.approx((0.04 + 0.01) / 2)
+    assert result.total[0, 0] == pytest.approx(20 * 0.1 + 0.9 + 2 * 0.025)
+
+
 def test_the_true_iou_is_a_target_and_gets_no_gradient():
     logits, masks, _ = random_case(1, 2, size=(8, 8))
     area = jnp.ones((1, 8, 8), bool)
