@@ -25,7 +25,7 @@ TINY = SamConfig(
         depth=3,
         num_heads=3,
         global_attention_blocks=(1,),
-        window_size=5,
+        window_size=7,
         mlp_rate=2.0,
         output_dim=32,
     ),

@@ -47,18 +47,18 @@ def test_sizes_that_are_no_multiple_of_a_patch_are_refused() -> None:
         ImageEncoderViT(CONFIG).apply(VARIABLES, images(1, 40, 46))
 
 
-@pytest.mark.parametrize("window_size", [5, 0])
+@pytest.mark.parametrize("window_size", [CONFIG.window_size, 0])
 def test_cells_see_their_window_or_the_whole_grid(window_size: int) -> None:
-    grid = (7, 12)
+    grid = (9, 12)
     name = "block_00" if window_size else "block_01"
-    table = (5, 5) if window_size else CONFIG.grid
+    table = (window_size, window_size) if window_size else CONFIG.grid
     block = EncoderBlock(CONFIG.num_heads, CONFIG.mlp_rate, window_size, table)
     tokens = jax.random.normal(jax.random.key(0), (2, *grid, CONFIG.embed_dim))
     run = jax.jit(lambda x: block.apply({"params": PARAMS["image_encoder"][name]}, x, False))
-    changed = np.asarray(run(tokens) != run(tokens.at[0, 1, 6, 0].add(9.0))).any(-1)
+    changed = np.asarray(run(tokens) != run(tokens.at[0, 1, 8, 0].add(9.0))).any(-1)
     expected = np.zeros((2, *grid), bool)
     if window_size:
-        expected[0, 0:5, 5:10] = True
+        expected[0, 0:7, 7:12] = True
     else:
         expected[0] = True
     np.testing.assert_array_equal(changed, expected)
