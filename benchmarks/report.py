@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -85,6 +86,9 @@ def publish(
         "platform": device.platform,
         "device": device.device_kind,
         "num_devices": num_devices,
+        "host_cores": os.cpu_count(),
+        # Above the number of cores, or the benchmark's own share of them, others were at work.
+        "host_load": os.getloadavg()[0],
         "compile_seconds": timing.compile_seconds,
         "seconds": list(timing.seconds),
         "median_seconds": timing.median,
