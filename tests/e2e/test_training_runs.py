@@ -114,7 +114,6 @@ def test_an_interrupted_run_saves_where_it_is(started, tmp_path):
     assert step >= 5
 
 
-@pytest.mark.xfail(reason="not yet seen to pass on an idle machine", strict=False)
 @pytest.mark.parametrize(
     "flags",
     [
