@@ -1,4 +1,4 @@
-"""Where each native parameter lives in the published PyTorch model, and in which layout.
+"""Where each native parameter lives in other people's checkpoints, and in which layout.
 
 ``TABLE`` is the only place that knows. Both directions are generated from it, and only numpy is
 needed: reading and writing files is the business of others.
@@ -8,11 +8,20 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sam_jax.errors import UserError
+
+# Whose names: of the published checkpoints, of the ``transformers`` library, of MAE pre-training.
+Scheme = Literal["official", "hugging_face", "mae"]
+
+
+class NamesError(UserError, ValueError):
+    """Tensors that are not those of the model; the message lists all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,126 +86,253 @@ KINDS: dict[str, dict[str, tuple[str, Layout]]] = {
     "rows": {"": ("", _SAME)},
 }
 
-# (native path, torch name or names, kind). ``{i}`` is a number, written as the native side says;
-# every other field in braces is a word that both sides share.
-TABLE: tuple[tuple[str, str | tuple[str, ...], str], ...] = (
+
+class Row(NamedTuple):
+    """One kind of layer under its native path and its name in every scheme.
+
+    ``{i}`` is a number, written as the native side says; every other field in braces is a word that
+    all sides share. Several names mean that the native tensor stacks those. ``mae`` is None where
+    pre-training has no such layer.
+    """
+
+    native: str
+    official: str | tuple[str, ...]
+    hugging_face: str | tuple[str, ...]
+    kind: str
+    mae: str | None = None
+
+
+TABLE: tuple[Row, ...] = (
     # Image encoder
-    ("params/image_encoder/patch_embed/proj", "image_encoder.patch_embed.proj", "patches"),
-    ("params/image_encoder/pos_embed", "image_encoder.pos_embed", "positions"),
-    ("params/image_encoder/block_{i:02d}/{norm}", "image_encoder.blocks.{i}.{norm}", "norm"),
-    (
+    Row(
+        "params/image_encoder/patch_embed/proj",
+        "image_encoder.patch_embed.proj",
+        "vision_encoder.patch_embed.projection",
+        "patches",
+        mae="patch_embed.proj",
+    ),
+    Row(
+        "params/image_encoder/pos_embed",
+        "image_encoder.pos_embed",
+        "vision_encoder.pos_embed",
+        "positions",
+        # Here once the class token's is gone and the rest is a grid: see ``convert.mae``.
+        mae="pos_embed",
+    ),
+    Row(
+        "params/image_encoder/block_{i:02d}/{norm}",
+        "image_encoder.blocks.{i}.{norm}",
+        "vision_encoder.layers.{i}.layer_{norm}",
+        "norm",
+        mae="blocks.{i}.{norm}",
+    ),
+    Row(
         "params/image_encoder/block_{i:02d}/attn/{rel_pos}",
         "image_encoder.blocks.{i}.attn.{rel_pos}",
+        "vision_encoder.layers.{i}.attn.{rel_pos}",
         "tensor",
     ),
-    (
+    Row(
         "params/image_encoder/block_{i:02d}/attn/{dense}",
         "image_encoder.blocks.{i}.attn.{dense}",
+        "vision_encoder.layers.{i}.attn.{dense}",
         "dense",
+        mae="blocks.{i}.attn.{dense}",
     ),
-    (
+    Row(
         "params/image_encoder/block_{i:02d}/mlp/dense_0",
         "image_encoder.blocks.{i}.mlp.lin1",
+        "vision_encoder.layers.{i}.mlp.lin1",
         "dense",
+        mae="blocks.{i}.mlp.fc1",
     ),
-    (
+    Row(
         "params/image_encoder/block_{i:02d}/mlp/dense_1",
         "image_encoder.blocks.{i}.mlp.lin2",
+        "vision_encoder.layers.{i}.mlp.lin2",
         "dense",
+        mae="blocks.{i}.mlp.fc2",
     ),
-    ("params/image_encoder/neck_conv1", "image_encoder.neck.0", "conv"),
-    ("params/image_encoder/neck_norm1", "image_encoder.neck.1", "norm"),
-    ("params/image_encoder/neck_conv2", "image_encoder.neck.2", "conv"),
-    ("params/image_encoder/neck_norm2", "image_encoder.neck.3", "norm"),
+    Row(
+        "params/image_encoder/neck_conv1",
+        "image_encoder.neck.0",
+        "vision_encoder.neck.conv1",
+        "conv",
+    ),
+    Row(
+        "params/image_encoder/neck_norm1",
+        "image_encoder.neck.1",
+        "vision_encoder.neck.layer_norm1",
+        "norm",
+    ),
+    Row(
+        "params/image_encoder/neck_conv2",
+        "image_encoder.neck.2",
+        "vision_encoder.neck.conv2",
+        "conv",
+    ),
+    Row(
+        "params/image_encoder/neck_norm2",
+        "image_encoder.neck.3",
+        "vision_encoder.neck.layer_norm2",
+        "norm",
+    ),
     # Prompt encoder
-    (
+    Row(
         "constants/prompt_encoder/frequencies",
         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "shared_image_embedding.positional_embedding",
         "tensor",
     ),
-    (
+    Row(
         "params/prompt_encoder/point_kinds",
-        (
-            "prompt_encoder.point_embeddings.0.weight",
-            "prompt_encoder.point_embeddings.1.weight",
-            "prompt_encoder.point_embeddings.2.weight",
-            "prompt_encoder.point_embeddings.3.weight",
-        ),
+        tuple(f"prompt_encoder.point_embeddings.{kind}.weight" for kind in range(4)),
+        tuple(f"prompt_encoder.point_embed.{kind}.weight" for kind in range(4)),
         "rows",
     ),
-    ("params/prompt_encoder/not_a_point", "prompt_encoder.not_a_point_embed.weight", "vector"),
-    ("params/prompt_encoder/no_mask", "prompt_encoder.no_mask_embed.weight", "vector"),
-    (
+    Row(
+        "params/prompt_encoder/not_a_point",
+        "prompt_encoder.not_a_point_embed.weight",
+        "prompt_encoder.not_a_point_embed.weight",
+        "vector",
+    ),
+    Row(
+        "params/prompt_encoder/no_mask",
+        "prompt_encoder.no_mask_embed.weight",
+        "prompt_encoder.no_mask_embed.weight",
+        "vector",
+    ),
+    Row(
         "params/prompt_encoder/mask_downscaling/conv1",
         "prompt_encoder.mask_downscaling.0",
+        "prompt_encoder.mask_embed.conv1",
         "blocks_2x2",
     ),
-    ("params/prompt_encoder/mask_downscaling/norm1", "prompt_encoder.mask_downscaling.1", "norm"),
-    (
+    Row(
+        "params/prompt_encoder/mask_downscaling/norm1",
+        "prompt_encoder.mask_downscaling.1",
+        "prompt_encoder.mask_embed.layer_norm1",
+        "norm",
+    ),
+    Row(
         "params/prompt_encoder/mask_downscaling/conv2",
         "prompt_encoder.mask_downscaling.3",
+        "prompt_encoder.mask_embed.conv2",
         "blocks_2x2",
     ),
-    ("params/prompt_encoder/mask_downscaling/norm2", "prompt_encoder.mask_downscaling.4", "norm"),
-    (
+    Row(
+        "params/prompt_encoder/mask_downscaling/norm2",
+        "prompt_encoder.mask_downscaling.4",
+        "prompt_encoder.mask_embed.layer_norm2",
+        "norm",
+    ),
+    Row(
         "params/prompt_encoder/mask_downscaling/conv3",
         "prompt_encoder.mask_downscaling.6",
+        "prompt_encoder.mask_embed.conv3",
         "blocks_1x1",
     ),
     # Mask decoder
-    (
+    Row(
         "params/mask_decoder/output_tokens",
+        ("mask_decoder.iou_token.weight", "mask_decoder.mask_tokens.weight"),
         ("mask_decoder.iou_token.weight", "mask_decoder.mask_tokens.weight"),
         "rows",
     ),
-    (
+    Row(
         "params/mask_decoder/transformer/layer_{i}/{attention}/{dense}",
+        "mask_decoder.transformer.layers.{i}.{attention}.{dense}",
         "mask_decoder.transformer.layers.{i}.{attention}.{dense}",
         "dense",
     ),
-    (
+    Row(
         "params/mask_decoder/transformer/layer_{i}/mlp/dense_0",
+        "mask_decoder.transformer.layers.{i}.mlp.lin1",
         "mask_decoder.transformer.layers.{i}.mlp.lin1",
         "dense",
     ),
-    (
+    Row(
         "params/mask_decoder/transformer/layer_{i}/mlp/dense_1",
+        "mask_decoder.transformer.layers.{i}.mlp.lin2",
         "mask_decoder.transformer.layers.{i}.mlp.lin2",
         "dense",
     ),
-    (
+    Row(
         "params/mask_decoder/transformer/layer_{i}/{norm}",
         "mask_decoder.transformer.layers.{i}.{norm}",
+        "mask_decoder.transformer.layers.{i}.layer_{norm}",
         "norm",
     ),
-    (
+    Row(
         "params/mask_decoder/transformer/final_attn_token_to_image/{dense}",
+        "mask_decoder.transformer.final_attn_token_to_image.{dense}",
         "mask_decoder.transformer.final_attn_token_to_image.{dense}",
         "dense",
     ),
-    (
+    Row(
         "params/mask_decoder/transformer/norm_final",
         "mask_decoder.transformer.norm_final_attn",
+        "mask_decoder.transformer.layer_norm_final_attn",
         "norm",
     ),
-    ("params/mask_decoder/upscaling/split1", "mask_decoder.output_upscaling.0", "split"),
-    ("params/mask_decoder/upscaling/norm", "mask_decoder.output_upscaling.1", "norm"),
-    ("params/mask_decoder/upscaling/split2", "mask_decoder.output_upscaling.3", "split"),
-    (
-        "params/mask_decoder/hyper_networks/mlp_{i}/dense_{layer}",
-        "mask_decoder.output_hypernetworks_mlps.{i}.layers.{layer}",
+    Row(
+        "params/mask_decoder/upscaling/split1",
+        "mask_decoder.output_upscaling.0",
+        "mask_decoder.upscale_conv1",
+        "split",
+    ),
+    Row(
+        "params/mask_decoder/upscaling/norm",
+        "mask_decoder.output_upscaling.1",
+        "mask_decoder.upscale_layer_norm",
+        "norm",
+    ),
+    Row(
+        "params/mask_decoder/upscaling/split2",
+        "mask_decoder.output_upscaling.3",
+        "mask_decoder.upscale_conv2",
+        "split",
+    ),
+    Row(
+        "params/mask_decoder/hyper_networks/mlp_{i}/dense_0",
+        "mask_decoder.output_hypernetworks_mlps.{i}.layers.0",
+        "mask_decoder.output_hypernetworks_mlps.{i}.proj_in",
         "dense",
     ),
-    (
-        "params/mask_decoder/iou_head/dense_{layer}",
-        "mask_decoder.iou_prediction_head.layers.{layer}",
+    Row(
+        "params/mask_decoder/hyper_networks/mlp_{i}/dense_1",
+        "mask_decoder.output_hypernetworks_mlps.{i}.layers.1",
+        "mask_decoder.output_hypernetworks_mlps.{i}.layers.0",
+        "dense",
+    ),
+    Row(
+        "params/mask_decoder/hyper_networks/mlp_{i}/dense_2",
+        "mask_decoder.output_hypernetworks_mlps.{i}.layers.2",
+        "mask_decoder.output_hypernetworks_mlps.{i}.proj_out",
+        "dense",
+    ),
+    Row(
+        "params/mask_decoder/iou_head/dense_0",
+        "mask_decoder.iou_prediction_head.layers.0",
+        "mask_decoder.iou_prediction_head.proj_in",
+        "dense",
+    ),
+    Row(
+        "params/mask_decoder/iou_head/dense_1",
+        "mask_decoder.iou_prediction_head.layers.1",
+        "mask_decoder.iou_prediction_head.layers.0",
+        "dense",
+    ),
+    Row(
+        "params/mask_decoder/iou_head/dense_2",
+        "mask_decoder.iou_prediction_head.layers.2",
+        "mask_decoder.iou_prediction_head.proj_out",
         "dense",
     ),
 )
 # Which words a field stands for; they keep the patterns apart.
 _FIELDS = {
     "i": r"\d+",
-    "layer": r"\d+",
     "norm": r"norm\d",
     "rel_pos": r"rel_pos_[hw]",
     "dense": r"qkv|proj|[qkv]_proj|out_proj",
@@ -206,79 +342,85 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One kind of tensor: its native path, its torch names, and the way between them.
+    """One kind of tensor: its native path, its foreign names, and the way between them.
 
     Attributes:
       native: pattern of the path.
-      torch: patterns of the names; several if the native tensor stacks them.
+      foreign: patterns of the names; several if the native tensor stacks them.
       layout: how the axes of the stacked tensor change.
     """
 
     native: str
-    torch: tuple[str, ...]
+    foreign: tuple[str, ...]
     layout: Layout
 
     def to_native(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """The native array of the torch tensors that ``torch`` names, in its order."""
+        """The native array of the tensors that ``foreign`` names, in its order."""
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         return self.layout.to_native(stacked)
 
-    def to_torch(self, array: np.ndarray) -> list[np.ndarray]:
-        """The torch tensors that ``torch`` names, in its order, of a native array."""
+    def to_foreign(self, array: np.ndarray) -> list[np.ndarray]:
+        """The tensors that ``foreign`` names, in its order, of a native array."""
         stacked = self.layout.to_torch(array)
-        return np.split(stacked, range(1, len(self.torch)))
+        return np.split(stacked, range(1, len(self.foreign)))
 
 
-def _rules() -> Iterator[Rule]:
-    for native, torch, kind in TABLE:
-        names = (torch,) if isinstance(torch, str) else torch
-        for ours, (theirs, layout) in KINDS[kind].items():
+def _rules(scheme: Scheme) -> Iterator[Rule]:
+    for row in TABLE:
+        foreign = getattr(row, scheme)
+        if foreign is None:
+            continue
+        names = (foreign,) if isinstance(foreign, str) else foreign
+        for ours, (theirs, layout) in KINDS[row.kind].items():
             yield Rule(
-                native=f"{native}/{ours}".rstrip("/"),
-                torch=tuple(f"{name}.{theirs}".rstrip(".") for name in names),
+                native=f"{row.native}/{ours}".rstrip("/"),
+                foreign=tuple(f"{name}.{theirs}".rstrip(".") for name in names),
                 layout=layout,
             )
 
 
-RULES = tuple(_rules())
+RULES: dict[Scheme, tuple[Rule, ...]] = {
+    scheme: tuple(_rules(scheme)) for scheme in get_args(Scheme)
+}
 
 
-def native_path(torch_name: str) -> str | None:
-    """The native path of a torch tensor (of which it may be a part), or None."""
-    for rule in RULES:
-        for pattern in rule.torch:
-            if (fields := _match(pattern, torch_name)) is not None:
+def native_path(name: str, scheme: Scheme = "official") -> str | None:
+    """The native path of a foreign tensor (of which it may be a part), or None."""
+    for rule in RULES[scheme]:
+        for pattern in rule.foreign:
+            if (fields := _match(pattern, name)) is not None:
                 return rule.native.format(**fields)
     return None
 
 
-def torch_names(path: str) -> tuple[str, ...]:
-    """The torch tensors that a native path stacks, mostly one; none if it has no counterpart."""
-    return _find(path)[1]
+def foreign_names(path: str, scheme: Scheme = "official") -> tuple[str, ...]:
+    """The foreign tensors that a native path stacks, mostly one; none if it has no counterpart."""
+    return _find(path, scheme)[1]
 
 
-def torch_to_native(
-    tensors: Mapping[str, np.ndarray], template: Mapping[str, Any]
+def to_native(
+    tensors: Mapping[str, np.ndarray], template: Mapping[str, Any], scheme: Scheme = "official"
 ) -> dict[str, Any]:
-    """Native variables of the published model's ``state_dict``, types unchanged.
+    """Native variables of foreign tensors, types unchanged.
 
     Args:
-      tensors: arrays by torch name.
+      tensors: arrays by foreign name.
       template: variables of the model, or their shapes
         (``jax.eval_shape(lambda: init_variables(model, key))``), which say what must be there.
+      scheme: whose names they are.
 
     Raises:
-      ValueError: if tensors are missing, unexpected or misshapen; it lists all of them by both
+      NamesError: if tensors are missing, unexpected or misshapen; it lists all of them by both
         names.
     """
     problems, arrays = [], {}
     used: set[str] = set()
     for path, leaf in flatten_dict(template, sep="/").items():
-        rule, names = _find(path)
+        rule, names = _find(path, scheme)
         used.update(names)
         absent = [name for name in names if name not in tensors]
         if rule is None or absent:
-            problems.append(f"missing: {', '.join(absent) or 'no torch name'} (native {path})")
+            problems.append(f"missing: {', '.join(absent) or f'no {scheme} name'} (native {path})")
             continue
         parts = [np.asarray(tensors[name]) for name in names]
         try:
@@ -292,7 +434,7 @@ def torch_to_native(
             )
             problems.append(f"misshapen: {found} (native {path} is {leaf.shape})")
     problems += [
-        f"unexpected: {name} (native {native_path(name) or 'none'})"
+        f"unexpected: {name} (native {native_path(name, scheme) or 'none'})"
         for name in tensors
         if name not in used
     ]
@@ -300,35 +442,36 @@ def torch_to_native(
     return unflatten_dict(arrays, sep="/")
 
 
-def native_to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The published model's ``state_dict`` of native variables, types unchanged.
+def from_native(variables: Mapping[str, Any], scheme: Scheme = "official") -> dict[str, np.ndarray]:
+    """Tensors by their foreign names of native variables, types unchanged.
 
     Args:
       variables: ``{"params": ..., "constants": ...}`` of a model, or a part of it.
+      scheme: whose names they get.
 
     Raises:
-      ValueError: if there are variables without a torch name or of another rank than they should
+      NamesError: if there are variables without a foreign name or of another rank than they should
         have; it lists all of them.
     """
     problems = []
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(variables, sep="/").items():
-        rule, names = _find(path)
+        rule, names = _find(path, scheme)
         if rule is None:
-            problems.append(f"unexpected: {path} (torch none)")
+            problems.append(f"unexpected: {path} ({scheme} none)")
             continue
         try:
-            tensors.update(zip(names, rule.to_torch(np.asarray(leaf)), strict=True))
+            tensors.update(zip(names, rule.to_foreign(np.asarray(leaf)), strict=True))
         except EinopsError:
-            problems.append(f"misshapen: {path} {leaf.shape} (torch {', '.join(names)})")
+            problems.append(f"misshapen: {path} {leaf.shape} ({scheme} {', '.join(names)})")
     _raise_if_any(problems, "these variables are not those of a published model")
     return tensors
 
 
-def _find(path: str) -> tuple[Rule | None, tuple[str, ...]]:
-    for rule in RULES:
+def _find(path: str, scheme: Scheme) -> tuple[Rule | None, tuple[str, ...]]:
+    for rule in RULES[scheme]:
         if (fields := _match(rule.native, path)) is not None:
-            return rule, tuple(name.format(**fields) for name in rule.torch)
+            return rule, tuple(name.format(**fields) for name in rule.foreign)
     return None, ()
 
 
@@ -349,4 +492,4 @@ def _match(pattern: str, name: str) -> dict[str, Any] | None:
 def _raise_if_any(problems: list[str], headline: str) -> None:
     if problems:
         lines = "\n  ".join(sorted(problems))
-        raise ValueError(f"{headline}; {len(problems)} problems:\n  {lines}")
+        raise NamesError(f"{headline}; {len(problems)} problems:\n  {lines}")

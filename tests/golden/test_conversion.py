@@ -13,10 +13,10 @@ from sam_jax.convert.names import (
     KINDS,
     RULES,
     TABLE,
+    foreign_names,
+    from_native,
     native_path,
-    native_to_torch,
-    torch_names,
-    torch_to_native,
+    to_native,
 )
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS
@@ -47,9 +47,9 @@ def integers(template: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
 def test_round_trip_is_the_identity(config: SamConfig) -> None:
     template = shapes(config)
     ours = integers(template)
-    theirs = native_to_torch(ours)
-    again = torch_to_native(theirs, template)
-    back = native_to_torch(again)
+    theirs = from_native(ours)
+    again = to_native(theirs, template)
+    back = from_native(again)
 
     expected, found = flatten_dict(ours, sep="/"), flatten_dict(again, sep="/")
     assert found.keys() == expected.keys()
@@ -63,46 +63,46 @@ def test_round_trip_is_the_identity(config: SamConfig) -> None:
 
 def test_every_row_serves_and_no_two_overlap() -> None:
     paths = list(flatten_dict(shapes(TINY), sep="/"))
-    names = [torch_names(path) for path in paths]
+    names = [foreign_names(path) for path in paths]
     every = [name for group in names for name in group]
     assert len(every) == len(set(every))
     for path, group in zip(paths, names, strict=True):
         assert group
         assert {native_path(name) for name in group} == {path}
     # No row is there for nothing, and no kind of layer.
-    used = {torch_names(path) for path in paths}
-    assert len({rule.native for rule in RULES}) == len(RULES)
-    assert {kind for _, _, kind in TABLE} == set(KINDS)
+    used = {foreign_names(path) for path in paths}
+    assert len({rule.native for rule in RULES["official"]}) == len(RULES["official"])
+    assert {row.kind for row in TABLE} == set(KINDS)
     assert len(used) == len(paths)
 
 
 def test_published_names() -> None:
     """Some by hand, one of each kind; tests/parity compares all of them."""
     attention = "block_11/attn/qkv/kernel"
-    assert torch_names(f"params/image_encoder/{attention}") == (
+    assert foreign_names(f"params/image_encoder/{attention}") == (
         "image_encoder.blocks.11.attn.qkv.weight",
     )
     assert native_path("image_encoder.blocks.3.norm1.weight") == (
         "params/image_encoder/block_03/norm1/scale"
     )
-    assert torch_names("constants/prompt_encoder/frequencies") == (
+    assert foreign_names("constants/prompt_encoder/frequencies") == (
         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
     )
-    assert torch_names("params/mask_decoder/output_tokens") == (
+    assert foreign_names("params/mask_decoder/output_tokens") == (
         "mask_decoder.iou_token.weight",
         "mask_decoder.mask_tokens.weight",
     )
     assert native_path("prompt_encoder.point_embeddings.2.weight") == (
         "params/prompt_encoder/point_kinds"
     )
-    assert torch_names("params/image_encoder/cls_token") == ()
+    assert foreign_names("params/image_encoder/cls_token") == ()
     assert native_path("image_encoder.cls_token") is None
 
 
 def test_layouts_by_hand() -> None:
     template = shapes(TINY)
-    theirs = native_to_torch(integers(template))
-    ours = torch_to_native(theirs, template)
+    theirs = from_native(integers(template))
+    ours = to_native(theirs, template)
     params = ours["params"]
     encoder, prompts, decoder = (
         params[part] for part in ("image_encoder", "prompt_encoder", "mask_decoder")
@@ -131,7 +131,7 @@ def test_layouts_by_hand() -> None:
 
 def test_one_error_lists_every_problem_by_both_names() -> None:
     template = shapes(TINY)
-    theirs = native_to_torch(integers(template))
+    theirs = from_native(integers(template))
     del theirs["mask_decoder.iou_token.weight"]
     del theirs["image_encoder.neck.1.bias"]
     theirs["image_encoder.pos_embed"] = theirs["image_encoder.pos_embed"][:, :5]
@@ -139,7 +139,7 @@ def test_one_error_lists_every_problem_by_both_names() -> None:
     theirs["image_encoder.blocks.3.mlp.lin1.bias"] = np.zeros(48)
     theirs["optimizer.step"] = np.zeros(())
     with pytest.raises(ValueError, match="6 problems") as error:
-        torch_to_native(theirs, template)
+        to_native(theirs, template)
     lines = sorted(line.strip() for line in str(error.value).splitlines()[1:])
     assert lines == [
         (
@@ -166,10 +166,10 @@ def test_variables_without_a_published_name_are_listed() -> None:
     flat["params/image_encoder/cls_token"] = np.zeros((1, 24))
     flat["params/image_encoder/pos_embed"] = np.zeros((120, 24))
     with pytest.raises(ValueError, match="2 problems") as error:
-        native_to_torch(unflatten_dict(flat, sep="/"))
-    assert "unexpected: params/image_encoder/cls_token (torch none)" in str(error.value)
+        from_native(unflatten_dict(flat, sep="/"))
+    assert "unexpected: params/image_encoder/cls_token (official none)" in str(error.value)
     assert (
-        "misshapen: params/image_encoder/pos_embed (120, 24) (torch image_encoder.pos_embed)"
+        "misshapen: params/image_encoder/pos_embed (120, 24) (official image_encoder.pos_embed)"
         in str(error.value)
     )
 
@@ -177,7 +177,7 @@ def test_variables_without_a_published_name_are_listed() -> None:
 def test_a_part_converts_alone() -> None:
     variables = integers(shapes(TINY))
     encoder = {"params": {"image_encoder": variables["params"]["image_encoder"]}}
-    theirs = native_to_torch(encoder)
+    theirs = from_native(encoder)
     assert all(name.startswith("image_encoder.") for name in theirs)
-    back = torch_to_native(theirs, encoder)
+    back = to_native(theirs, encoder)
     jax.tree.map(np.testing.assert_array_equal, back, encoder)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.convert.names import native_to_torch, torch_to_native
+from sam_jax.convert.names import from_native, to_native
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.ops.images import normalize_images
@@ -38,7 +38,7 @@ def frozen() -> dict[str, np.ndarray]:
 def variables(frozen: dict[str, np.ndarray]) -> Any:
     template = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0)))
     weights = select(frozen, "weights/")
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), torch_to_native(weights, template))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), to_native(weights, template))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_masks(frozen: dict[str, np.ndarray], variables: Any, prompts: Any) -> N
 def test_weights_return_unchanged(frozen: dict[str, np.ndarray]) -> None:
     template = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0)))
     weights = select(frozen, "weights/")
-    back = native_to_torch(torch_to_native(weights, template))
+    back = from_native(to_native(weights, template))
     assert back.keys() == weights.keys()
     for name, array in weights.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)

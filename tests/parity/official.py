@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.convert.names import torch_to_native
+from sam_jax.convert.names import to_native
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 
 # Every file of comparisons imports this one: without torch they are all skipped here.
@@ -153,7 +153,7 @@ def numpy_state(model: Any) -> dict[str, np.ndarray]:
 def native_variables(model: Any, config: SamConfig) -> dict[str, Any]:
     """The same weights for our model."""
     template = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
-    return jax.tree.map(jax.numpy.asarray, torch_to_native(numpy_state(model), template))
+    return jax.tree.map(jax.numpy.asarray, to_native(numpy_state(model), template))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.convert.names import native_to_torch, torch_to_native
+from sam_jax.convert.names import from_native, to_native
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import VARIANTS
 from tests.parity import official
@@ -27,5 +27,5 @@ def test_names_shapes_and_counts(segment_anything: ModuleType, variant: str) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     # Arrays without memory of their own: one zero, seen everywhere.
     zeros = {name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()}
-    native = torch_to_native(zeros, template)
-    assert {name: array.shape for name, array in native_to_torch(native).items()} == shapes
+    native = to_native(zeros, template)
+    assert {name: array.shape for name, array in from_native(native).items()} == shapes
