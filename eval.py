@@ -9,18 +9,19 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
-from PIL import Image
 
-from sam_jax.checkpoint import restore_variables
 from sam_jax.configuration import from_mapping
+from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.models.variants import ModelConfig, build_model
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The run's --workdir.", required=True)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's --workdir, or any file or folder of weights.", required=True
+)
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the run; by default the newest.")
-OUT = flags.DEFINE_string("out", None, "Folder for the results; by default `eval` in the run's.")
+OUT = flags.DEFINE_string("out", None, "Folder for results; by default `eval` in the checkpoint's.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a cluster.")
 flags.mark_flag_as_required("config")
 
@@ -43,16 +44,16 @@ def main(argv: list[str]) -> None:
         )
         for name, section in config["evals"].items()
     }
-    variables = restore_variables(CHECKPOINT.value, STEP.value)
+    weights = variables_for(model, CHECKPOINT.value, step=STEP.value)
+    variables = jax.tree.map(jax.numpy.asarray, weights)
+    run = CHECKPOINT.value.removesuffix(".pth").removesuffix(".safetensors")
+    out = Path(OUT.value or run + "/eval")
     for name, evaluate in evaluators.items():
         report = evaluate(variables)
         if jax.process_index() > 0:
             continue
-        folder = Path(OUT.value or Path(CHECKPOINT.value) / "eval") / name
         report.print_table()
-        report.write_json(folder / "report.json")
-        for title, picture in report.pictures.items():
-            Image.fromarray(picture).save(folder / f"{title}.png")
+        report.write(out / name)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _build(run: Recipe, mesh: jax.sharding.Mesh) -> tuple[Callable[[jax.Array], 
     optimizer = build_optimizer(shapes["params"], run.optimizer, run.train.num_steps)
 
     def new_state(key):
-        return init_state(run.model, optimizer, key)
+        return init_state(init_variables(run.model, key), optimizer)
 
     state_shapes = jax.eval_shape(new_state, jax.random.key(0))
     shardings = tree_shardings(state_shapes, mesh, run.sharding)

@@ -160,14 +160,30 @@ def restore_variables(path: str | Path, step: int | None = None) -> dict:
     step = max(steps) if step is None else step
     if step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps)}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        item = folder / str(step) / _MODEL
+    with ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_names=(_MODEL,),
+        item_handlers={_MODEL: ocp.StandardCheckpointHandler()},
+    ) as manager:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            checkpointer.metadata(item).item_metadata.tree,
+            manager.item_metadata(step)[_MODEL],
         )
-        return checkpointer.restore(item, shapes)
+        restored = manager.restore(
+            step, args=ocp.args.Composite(**{_MODEL: ocp.args.StandardRestore(shapes)})
+        )
+        return restored[_MODEL]
+
+
+def save_variables(workdir: str | Path, variables: Any) -> None:
+    """Writes the variables of a model as the checkpoint of step 0, to be read as a run's."""
+    folder = epath.Path(workdir).resolve() / CHECKPOINTS
+    with ocp.CheckpointManager(
+        folder, item_names=(_MODEL,), item_handlers={_MODEL: ocp.StandardCheckpointHandler()}
+    ) as manager:
+        manager.save(0, args=ocp.args.Composite(**{_MODEL: ocp.args.StandardSave(variables)}))
 
 
 def save_config(workdir: str | Path, config: dict) -> None:

@@ -114,6 +114,12 @@ class EvalReport:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(target)
 
+    def write(self, folder: Path) -> None:
+        """Writes ``report.json`` and a PNG for each picture."""
+        self.write_json(folder / "report.json")
+        for name, picture in self.pictures.items():
+            Image.fromarray(picture).save(folder / f"{name}.png")
+
     def print_table(self, console: Console | None = None) -> None:
         """Prints mean IoU in percent, clicks and boxes apart, within 100 columns."""
         console = console or Console(width=None if sys.stdout.isatty() else 100)

@@ -56,6 +56,7 @@ class ModelConfig:
       drop_path_rate: see ``ImageEncoderConfig``.
       encoder: other fields of ``ImageEncoderConfig`` that differ from the variant's.
       decoder: fields of ``MaskDecoderConfig`` that differ from the variant's.
+      mask_channels: see ``SamConfig``.
       remat: whether the encoder's blocks are computed again in the backward pass.
       attention: see ``ops.attention.grid_attention``.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
@@ -66,6 +67,7 @@ class ModelConfig:
     drop_path_rate: float = 0.0
     encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mask_channels: int = SamConfig.mask_channels
     remat: bool = False
     attention: Implementation = "auto"
     dtype: str = "float32"
@@ -89,7 +91,20 @@ class ModelConfig:
             base,
             image_encoder=_changed(base.image_encoder, encoder, "model.encoder"),
             mask_decoder=_changed(base.mask_decoder, self.decoder, "model.decoder"),
+            mask_channels=self.mask_channels,
         )
+
+
+def model_config_of(shape: SamConfig) -> ModelConfig:
+    """A config that builds a model of the given shape, every field of it written out."""
+    return ModelConfig(
+        variant="vit_b",
+        image_size=shape.image_encoder.image_size,
+        drop_path_rate=shape.image_encoder.drop_path_rate,
+        encoder=dataclasses.asdict(shape.image_encoder),
+        decoder=dataclasses.asdict(shape.mask_decoder),
+        mask_channels=shape.mask_channels,
+    )
 
 
 def _changed(base: Any, changes: Mapping[str, Any], section: str) -> Any:

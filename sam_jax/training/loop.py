@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from sam_jax.checkpoint import CheckpointConfig, Checkpointer
+from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import UserError
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam, init_variables
@@ -35,6 +36,9 @@ class TrainConfig:
 
     Attributes:
       num_steps: optimizer steps of the whole run.
+      init_from: weights that a new run starts from, of any form that ``convert.checkpoints.load``
+        takes: another run, a published or Hugging Face checkpoint, a masked autoencoder; None for
+        random ones.
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
       remat_rounds: whether rounds of prompting are computed again in the backward pass, see
         ``rounds.run_rounds``.
@@ -43,6 +47,7 @@ class TrainConfig:
     """
 
     num_steps: int
+    init_from: str | None = None
     seed: int = 0
     remat_rounds: bool = True
     log_every: int = 50
@@ -107,13 +112,14 @@ def train(
       TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
       CheckpointError: if there is a checkpoint that does not fit.
+      WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
     """
     mesh = make_mesh(sharding_config)
     shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     optimizer = build_optimizer(shapes["params"], optimizer_config, config.num_steps)
 
     def new_state(key):
-        return init_state(model, optimizer, key)
+        return init_state(init_variables(model, key), optimizer)
 
     state_shapes = jax.eval_shape(new_state, jax.random.key(0))
     shardings = tree_shardings(state_shapes, mesh, sharding_config)
@@ -145,7 +151,14 @@ def train(
             state = checkpointer.restore(_with_shardings(state_shapes, shardings), data_iterator)
             reporter.say(f"continuing from the checkpoint of step {first_step} in {workdir}")
         else:
-            state = jax.jit(new_state, out_shardings=shardings)(jax.random.key(config.seed))
+            key = jax.random.key(config.seed)
+            if config.init_from is None:
+                state = jax.jit(new_state, out_shardings=shardings)(key)
+            else:
+                weights = variables_for(model, config.init_from, key=key)
+                started = jax.jit(lambda v: init_state(v, optimizer), out_shardings=shardings)
+                state = started(weights)
+                reporter.say(f"starting from the weights in {config.init_from}")
             reporter.say("the first step is compiled now, which can take minutes")
         return _run(
             state, train_step, data_iterator, mesh, config, checkpointer, reporter, evaluators

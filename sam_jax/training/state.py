@@ -1,14 +1,12 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-
-from sam_jax.arrays import Array
-from sam_jax.models.sam import Sam, init_variables
 
 
 @flax.struct.dataclass
@@ -35,9 +33,8 @@ class TrainState:
         return {"params": self.params, "constants": self.constants}
 
 
-def init_state(model: Sam, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+def init_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; works under ``jax.eval_shape``."""
-    variables = init_variables(model, key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],

@@ -54,13 +54,13 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> ConfigDict:
 
 def abstract_state(sections: dict[str, Any]) -> tuple[Sam, Any, Any]:
     model = build_model(from_mapping(ModelConfig, sections["model"], "model"))
-    params = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     optimizer = build_optimizer(
-        params,
+        variables["params"],
         from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
         from_mapping(TrainConfig, sections["train"], "train").num_steps,
     )
-    return model, optimizer, jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+    return model, optimizer, jax.eval_shape(lambda v: init_state(v, optimizer), variables)
 
 
 @pytest.mark.parametrize("config", RECIPES, indirect=True)

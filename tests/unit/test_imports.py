@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "prompts": BASE,
     "sharding": LEAVES,
     "checkpoint": LEAVES | {"sharding"},
-    "convert": BASE | {"models"},
+    "convert": BASE | {"checkpoint", "models"},
     "visualize": BASE,
     "training": LOWER,
     "inference": BASE | {"convert", "models"},

@@ -1,0 +1,223 @@
+"""Files of named tensors, PyTorch's and safetensors': read without running them, written whole."""
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from sam_jax.errors import UserError
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH_IN_FOLDER = "pytorch_model.bin"
+
+# Where training codes put the tensors in a file that holds more than those.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "sam", "teacher", "net", "params")
+
+
+class WeightsError(UserError, ValueError):
+    """A file of weights that cannot be read, used or written; the message says why."""
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Tensors by name from a file, or from a folder as Hugging Face's libraries write it.
+
+    Nothing in the file is executed. Arrays are views of the mapped file where the format allows
+    it, so reading costs no memory until they are used; bfloat16, which numpy lacks, comes as
+    float32.
+
+    Args:
+      path: ``.safetensors``; ``.pth``, ``.pt``, ``.bin`` or ``.ckpt``, for which PyTorch must be
+        installed; or a folder with ``model.safetensors``, its shards and their index, or
+        ``pytorch_model.bin``.
+
+    Raises:
+      WeightsError: if it is none of these, is damaged, or holds other things than tensors.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise WeightsError(
+        f"{path}: expected a file that ends in .safetensors, {', '.join(TORCH_SUFFIXES)}, or a "
+        "folder with weights"
+    )
+
+
+def _read_folder(folder: Path) -> dict[str, np.ndarray]:
+    index = folder / SAFETENSORS_INDEX
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise WeightsError(f"{index}: expected JSON with a map 'weight_map': {error}") from None
+        tensors: dict[str, np.ndarray] = {}
+        for number, shard in enumerate(shards, 1):
+            # A name, not a path: an index must not lead out of its folder.
+            file = folder / Path(shard).name
+            if not file.exists():
+                raise WeightsError(f"{file} is missing: shard {number} of {len(shards)} in {index}")
+            tensors |= _read_safetensors(file)
+        return tensors
+    for name in (SAFETENSORS, TORCH_IN_FOLDER):
+        if (folder / name).exists():
+            return read_tensors(folder / name)
+    raise WeightsError(
+        f"{folder} holds no weights: expected {SAFETENSORS}, {SAFETENSORS_INDEX} or "
+        f"{TORCH_IN_FOLDER} in it"
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            bfloat16 = [
+                name
+                for name in file.keys()  # noqa: SIM118 (not a mapping)
+                if file.get_slice(name).get_dtype() == "BF16"
+            ]
+            if not bfloat16:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Only JAX's reader knows that type.
+        with safe_open(path, framework="flax") as file:
+            return {
+                name: np.asarray(file.get_tensor(name), np.float32 if name in bfloat16 else None)
+                for name in file.keys()  # noqa: SIM118
+            }
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} is damaged, cut short or no safetensors file ({path.stat().st_size:,} bytes): "
+            f"{error}"
+        ) from None
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    torch = import_torch(f"reading {path.name}")
+    # What training scripts save beside the tensors: a plain record, whose loading runs no code.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+        except pickle.UnpicklingError as error:
+            lines = str(error).splitlines()
+            named = [line.strip() for line in lines if "GLOBAL" in line or "Unsupported" in line]
+            raise WeightsError(
+                f"{path} is refused: it is damaged, or holds objects besides tensors, whose "
+                f"loading could run code; nothing in it was run. {' '.join(named[:1])} If you "
+                "trust it, load it where it was made, and save the tensors alone: "
+                "torch.save(model.state_dict(), path)."
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise WeightsError(
+                f"{path} is damaged, cut short or no PyTorch file "
+                f"({path.stat().st_size:,} bytes): {reason}"
+            ) from None
+    return {
+        # numpy has no bfloat16
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+        for name, tensor in _tensors_in(content, torch.Tensor, path).items()
+    }
+
+
+def _tensors_in(content: Any, tensor_type: type, path: Path) -> dict[str, Any]:
+    """The mapping from names to tensors in what a file holds, however it is wrapped."""
+    if isinstance(content, Mapping):
+        tensors = {str(k): v for k, v in content.items() if isinstance(v, tensor_type)}
+        if tensors:
+            return tensors
+        for key in _WRAPPERS:
+            if isinstance(content.get(key), Mapping):
+                return _tensors_in(content[key], tensor_type, path)
+    found = (
+        f"a mapping with {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
+        if isinstance(content, Mapping)
+        else f"a {type(content).__name__}"
+    )
+    raise WeightsError(
+        f"{path} holds {found}: expected tensors by name, or those under one of "
+        f"{', '.join(map(repr, _WRAPPERS))}"
+    )
+
+
+def import_torch(purpose: str) -> Any:
+    """PyTorch, or a word on how to get it.
+
+    Raises:
+      WeightsError: if it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise WeightsError(
+            f"{purpose} needs PyTorch: pip install 'sam-jax[torch]' (safetensors need no PyTorch)"
+        ) from None
+    return torch
+
+
+def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a ``state_dict``, whole or not at all; see ``written_whole``."""
+    torch = import_torch(f"writing {path.name}")
+    with written_whole(path) as unfinished:
+        torch.save(
+            {name: torch.from_numpy(_owned(array)) for name, array in tensors.items()}, unfinished
+        )
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, whole or not at all; see ``written_whole``."""
+    with written_whole(path) as unfinished:
+        safetensors.numpy.save_file(
+            {name: np.asarray(array, order="C") for name, array in tensors.items()},
+            unfinished,
+            # Without this entry the ``transformers`` library refuses the file.
+            metadata={"format": "pt"},
+        )
+
+
+def _owned(array: np.ndarray) -> np.ndarray:
+    """An array that torch accepts without a warning: writable, in order, no negative strides."""
+    return np.require(array, requirements=("C", "W"))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write a file or folder at, which takes its name only when all of it is there.
+
+    What stood at ``path`` before stays until then, and for good if writing fails.
+
+    Raises:
+      WeightsError: if the disk is full, or the place cannot be written to.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        if path.is_dir():
+            path.rmdir()  # fails if there is anything in it, which is never ours to delete
+        unfinished.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WeightsError(f"could not write {path}: {reason}; nothing of it is left") from error
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
