@@ -21,11 +21,13 @@ Coordinates are ``(x, y)`` pixels of the resized, padded model input unless a na
 sizes are ``(height, width)``.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt8
 
-__all__ = ["Array", "Bool", "Float", "GridShape", "Int", "UInt8"]
+__all__ = ["Array", "Bool", "DimSize", "Float", "GridShape", "Int", "UInt8"]
 
 GridShape: TypeAlias = tuple[int, int]
+# A length that ``jax.export`` may leave open: an int, or one of its symbols.
+DimSize: TypeAlias = Any

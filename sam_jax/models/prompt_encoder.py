@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, Float, GridShape, Int
+from sam_jax.arrays import Array, Bool, DimSize, Float, GridShape, Int
 from sam_jax.models.layers import gelu, layer_norm
 from sam_jax.ops.positional import fourier_features, grid_coords
 
@@ -104,7 +104,7 @@ class PromptEncoder(nn.Module):
         )
 
     def __call__(
-        self, prompts: Prompts, grid: GridShape, image_size: tuple[int, int], batch_size: int
+        self, prompts: Prompts, grid: GridShape, image_size: tuple[int, int], batch_size: DimSize
     ) -> PromptEmbeddings:
         """Embeds the prompts for image embeddings of the given grid.
 
@@ -164,7 +164,7 @@ class PromptEncoder(nn.Module):
         points = fourier_features(coords_01, self.frequencies.value) + kinds
         return jnp.where((labels == NOT_A_POINT)[..., None], self.not_a_point, points)
 
-    def _embed_dense(self, prompts: Prompts, grid: GridShape, batch_size: int):
+    def _embed_dense(self, prompts: Prompts, grid: GridShape, batch_size: DimSize):
         no_mask = self.no_mask.astype(self.dtype)
         if prompts.mask_logits is None:
             if self.is_initializing():
