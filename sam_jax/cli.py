@@ -1,0 +1,199 @@
+"""The console script ``sam-jax``: each sub-command calls one public function."""
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sam_jax.errors import ConfigError, readable_errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Segment Anything in JAX: weights in and out.",
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A training run's folder, a .pth or .safetensors file, a Hugging Face folder or name, "
+        "or a masked autoencoder.",
+        show_default=False,
+    ),
+]
+Step = Annotated[
+    int | None, typer.Option(help="Which checkpoint of a training run; by default the newest.")
+]
+DecoderHeads = Annotated[
+    int | None,
+    typer.Option(help="Heads of the decoder's attention, if a file's model has not the usual 8."),
+]
+
+
+class ConvertTarget(enum.StrEnum):
+    """Forms that ``convert`` writes."""
+
+    official = "official"
+    hugging_face = "hugging-face"
+    orbax = "orbax"
+
+
+class ExportTarget(enum.StrEnum):
+    """Forms that ``export`` writes."""
+
+    onnx = "onnx"
+    stablehlo = "stablehlo"
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="File (.pth) or new folder to write.")],
+    to: Annotated[
+        ConvertTarget | None,
+        typer.Option(help="What to write; a target that ends in .pth says it."),
+    ] = None,
+    step: Step = None,
+    decoder_heads: DecoderHeads = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of what a masked autoencoder lacks; gives a start for training."),
+    ] = None,
+) -> None:
+    """Writes a checkpoint in another form: for PyTorch, Hugging Face, or train.py and eval.py."""
+    from sam_jax.convert.checkpoints import convert as convert_checkpoint
+
+    if to is None:
+        if target.suffix != ".pth":
+            raise ConfigError(f"{target} does not end in .pth: say what it shall be with --to")
+        to = ConvertTarget.official
+    if to is ConvertTarget.official and target.suffix != ".pth":
+        raise ConfigError(f"{target} must end in .pth, as PyTorch's users expect")
+    with _progress() as say:
+        described = convert_checkpoint(
+            source,
+            target,
+            to.value,
+            step=step,
+            decoder_heads=decoder_heads,
+            seed=seed,
+            on_progress=say,
+        )
+    typer.echo(f"{target}: {described}")
+
+
+@app.command()
+def export(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[ExportTarget, typer.Option(help="What to write.")] = ExportTarget.onnx,
+    step: Step = None,
+    decoder_heads: DecoderHeads = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="ONNX: write 8-bit files too, for browsers.")
+    ] = False,
+    single_mask: Annotated[
+        bool, typer.Option("--single-mask", help="ONNX: answer the best mask only.")
+    ] = False,
+    stability_score: Annotated[
+        bool, typer.Option("--stability-score", help="ONNX: score masks by their stability.")
+    ] = False,
+    extra_metrics: Annotated[
+        bool, typer.Option("--extra-metrics", help="ONNX: answer stability and area too.")
+    ] = False,
+    platform: Annotated[
+        list[str] | None,
+        typer.Option(help="StableHLO: cpu, cuda, tpu; may be repeated; by default all."),
+    ] = None,
+) -> None:
+    """Writes encoder and decoder to run elsewhere, as ONNX or StableHLO."""
+    from sam_jax.convert import checkpoints, onnx_decoder, onnx_export, stablehlo
+    from sam_jax.models.sam import Sam
+
+    with _progress() as say:
+        say(f"reading {source}")
+        weights = checkpoints.open_weights(source, step=step, decoder_heads=decoder_heads)
+        variables = checkpoints.native_variables(weights)
+        if to is ExportTarget.onnx:
+            options = onnx_decoder.DecoderOptions(single_mask, stability_score, extra_metrics)
+            onnx_export.export_onnx(
+                target, weights.config, variables, options=options, int8=int8, on_progress=say
+            )
+        else:
+            platforms = tuple(platform or stablehlo.PLATFORMS)
+            say(f"writing StableHLO for {', '.join(platforms)}")
+            stablehlo.export_stablehlo(target, Sam(weights.config), variables, platforms=platforms)
+    for file in sorted(target.iterdir()):
+        typer.echo(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB")
+
+
+@app.command()
+def inspect(
+    source: Source,
+    step: Step = None,
+    decoder_heads: DecoderHeads = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+) -> None:
+    """Says what a checkpoint is: form, variant, shapes, types, counts, and what is missing."""
+    from sam_jax.convert.checkpoints import describe
+
+    with _progress() as say:
+        say(f"reading {source}")
+        found = describe(source, step=step, decoder_heads=decoder_heads)
+    encoder, decoder = found.config.image_encoder, found.config.mask_decoder
+    height, width = encoder.image_size
+    table = Table(show_header=False, box=None)
+    rows: dict[str, Any] = {
+        "path": found.path,
+        "form": found.form.replace("_", " "),
+        "variant": found.variant,
+        "image size": f"{height} x {width}, patches of {encoder.patch_size}",
+        "encoder": f"{encoder.depth} blocks of width {encoder.embed_dim}, {encoder.num_heads} "
+        f"heads, windows of {encoder.window_size}, "
+        f"global {list(encoder.global_attention_blocks)}",
+        "decoder": f"{decoder.depth} layers of width {encoder.output_dim}, "
+        f"{decoder.num_heads} heads",
+        "parameters": f"{found.num_parameters:,}",
+        "tensors": ", ".join(f"{n} {dtype}" for dtype, n in found.dtypes.items())
+        + f"; {found.num_bytes / 2**20:,.1f} MiB",
+        "loads": "no" if found.problems else "yes",
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console = Console(highlight=False)
+    console.print(table)
+    if tensors:
+        listing = Table("tensor", "shape", "type", box=None)
+        for name, (shape, dtype) in found.tensors.items():
+            listing.add_row(name, " x ".join(map(str, shape)) or "scalar", dtype)
+        console.print(listing)
+    if found.problems:
+        console.print(found.problems, markup=False)
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner on the terminal's error stream, and a way to say what is being done."""
+    console = Console(stderr=True, highlight=False)
+    with console.status("starting") as status:
+
+        def say(message: str) -> None:
+            status.update(message)
+            if not console.is_terminal:
+                console.print(message)
+
+        yield say
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is a message and not a traceback."""
+    with readable_errors():
+        app()

@@ -1,0 +1,116 @@
+"""The console script as a user meets it: what it prints, what it leaves, how it fails."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sam_jax import cli
+from sam_jax.convert.checkpoints import save
+from sam_jax.convert.files import write_safetensors
+from sam_jax.convert.names import from_native
+from tests.golden.tiny import TINY, random_variables
+
+SQUARE = dataclasses.replace(
+    TINY, image_encoder=dataclasses.replace(TINY.image_encoder, image_size=(48, 48))
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    save(folder, SQUARE, random_variables(SQUARE), "orbax")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def sam_jax(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["sam-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capfd.readouterr()
+        return Outcome(int(end.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_convert_and_inspect(sam_jax, run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "hf"
+    done = sam_jax("convert", run, target, "--to", "hugging-face")
+    assert done.code == 0, done.err
+    assert done.out.strip() == f"{target}: custom for 48 x 48 pixels, from orbax"
+    shown = sam_jax("inspect", target, "--tensors")
+    assert shown.code == 0, shown.err
+    for words in ("hugging face", "custom", "48 x 48", "3 blocks of width 24", "float32", "yes"):
+        assert words in shown.out
+    assert "vision_encoder.pos_embed" in shown.out
+    assert "1 x 12 x 12 x 24" in shown.out
+
+
+def test_inspect_lists_what_is_wrong(sam_jax, tmp_path: Path) -> None:
+    tensors = from_native(random_variables(SQUARE))
+    del tensors["mask_decoder.iou_token.weight"]
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    shown = sam_jax("inspect", tmp_path / "x.safetensors")
+    assert shown.code == 1
+    assert "missing: mask_decoder.iou_token.weight" in shown.out
+
+
+def test_export_stablehlo(sam_jax, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers", reason="needs requirements-torch.lock")
+    done = sam_jax("export", run, tmp_path / "x", "--to", "stablehlo", "--platform", "cpu")
+    assert done.code == 0, done.err
+    assert "decoder.stablehlo" in done.out
+
+
+def test_export_onnx(sam_jax, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs requirements-torch.lock")
+    done = sam_jax("export", run, tmp_path / "x", "--single-mask")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "decoder.onnx",
+        "encoder.onnx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("convert", "no/such/file.pth", "x.pth"), "error: no/such/file.pth does not exist"),
+        (("convert", "{run}", "x"), "say what it shall be with --to"),
+        (("convert", "{run}", "x.bin", "--to", "official"), "x.bin must end in .pth"),
+        (("inspect", "{run}", "--step", "9"), "has no checkpoint of step 9; it has [0]"),
+        (("export", "{run}", "{run}"), "is there already; give a new or an empty folder"),
+    ],
+)
+def test_errors_are_one_message(sam_jax, run: Path, arguments, words: str) -> None:
+    done = sam_jax(*(str(argument).format(run=run) for argument in arguments))
+    assert done.code == 1
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_typo_is_answered(sam_jax) -> None:
+    done = sam_jax("convrt")
+    assert done.code == 2
+    assert "convert" in done.err
+    done = sam_jax("inspect", "x", "--stpe", "3")
+    assert done.code == 2
+    assert "--step" in done.err
+
+
+def test_help_names_every_command(sam_jax) -> None:
+    done = sam_jax("--help")
+    assert done.code == 0
+    for command in ("convert", "export", "inspect"):
+        assert command in done.out
