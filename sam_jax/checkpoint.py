@@ -160,30 +160,34 @@ def restore_variables(path: str | Path, step: int | None = None) -> dict:
     step = max(steps) if step is None else step
     if step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps)}")
-    with ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(read_only=True),
-        item_names=(_MODEL,),
-        item_handlers={_MODEL: ocp.StandardCheckpointHandler()},
-    ) as manager:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            manager.item_metadata(step)[_MODEL],
-        )
-        restored = manager.restore(
-            step, args=ocp.args.Composite(**{_MODEL: ocp.args.StandardRestore(shapes)})
-        )
-        return restored[_MODEL]
+    # The handler itself: what wraps it warns of the parts that are left alone here.
+    handler, item = ocp.StandardCheckpointHandler(), folder / str(step) / _MODEL
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        handler.metadata(item).tree,
+    )
+    try:
+        return handler.restore(item, args=ocp.args.StandardRestore(shapes))
+    finally:
+        handler.close()
 
 
 def save_variables(workdir: str | Path, variables: Any) -> None:
-    """Writes the variables of a model as the checkpoint of step 0, to be read as a run's."""
+    """Writes the variables of a model as the checkpoint of step 0, to be read as a run's.
+
+    In the foreground and some arrays at a time, so that they are never in memory twice.
+    """
     folder = epath.Path(workdir).resolve() / CHECKPOINTS
     with ocp.CheckpointManager(
-        folder, item_names=(_MODEL,), item_handlers={_MODEL: ocp.StandardCheckpointHandler()}
+        folder,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_names=(_MODEL,),
+        item_handlers={_MODEL: ocp.StandardCheckpointHandler(save_concurrent_gb=1)},
     ) as manager:
-        manager.save(0, args=ocp.args.Composite(**{_MODEL: ocp.args.StandardSave(variables)}))
+        # Arrays of JAX are written as they are, those of numpy from copies.
+        arrays = jax.tree.map(jax.numpy.asarray, variables)
+        manager.save(0, args=ocp.args.Composite(**{_MODEL: ocp.args.StandardSave(arrays)}))
 
 
 def save_config(workdir: str | Path, config: dict) -> None:

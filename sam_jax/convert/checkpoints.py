@@ -32,10 +32,10 @@ from sam_jax.convert.geometry import (
 )
 from sam_jax.convert.mae import mae_config, start_from_mae
 from sam_jax.convert.names import NamesError, from_native, to_native
-from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import ModelConfig, build_model, model_config_of
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
+from sam_jax.ops.resize import resize_positions
 
 Target = Literal["orbax", "official", "hugging-face"]
 Form = Literal["orbax", "official", "hugging_face", "mae"]
@@ -68,7 +68,13 @@ class Weights:
     tensors: Mapping[str, Any]
 
 
-def load(path_or_name: str | Path, *, step: int | None = None, key: Array | None = None) -> Loaded:
+def load(
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    decoder_heads: int | None = None,
+    key: Array | None = None,
+) -> Loaded:
     """The model and the variables of any checkpoint.
 
     Args:
@@ -76,6 +82,7 @@ def load(path_or_name: str | Path, *, step: int | None = None, key: Array | None
         or Hugging Face's names; a Hugging Face folder; a masked autoencoder; or, where nothing is
         called that, a name on the Hugging Face Hub such as ``facebook/sam-vit-base``.
       step: which checkpoint of a training run; None for the newest.
+      decoder_heads: see ``open_weights``.
       key: for what a masked autoencoder lacks, which is all but the encoder.
 
     Raises:
@@ -83,7 +90,7 @@ def load(path_or_name: str | Path, *, step: int | None = None, key: Array | None
       NamesError: if tensors are missing, unexpected or misshapen; it lists all of them.
       CheckpointError: if a training run holds no such checkpoint.
     """
-    weights = open_weights(path_or_name, step=step)
+    weights = open_weights(path_or_name, step=step, decoder_heads=decoder_heads)
     return Loaded(Sam(weights.config), jax.tree.map(jax.numpy.asarray, _variables(weights, key)))
 
 
@@ -123,8 +130,9 @@ def _with_positions_of(template: Mapping[str, Any], variables: Mapping[str, Any]
         same_kind = array.ndim == len(shape) and array.shape[-1] == shape[-1]
         if array.shape == shape or not same_kind or not _POSITIONS.search(path):
             return array
-        method = "cubic" if array.ndim == 3 else "linear"
-        return np.asarray(jax.image.resize(array, shape, method, antialias=False))
+        if array.ndim == 3:
+            return np.asarray(resize_positions(jax.numpy.asarray(array), shape[:2]))
+        return np.asarray(jax.image.resize(array, shape, "linear", antialias=False))
 
     flat = flatten_dict(variables, sep="/")
     return unflatten_dict({path: fitted(path, leaf) for path, leaf in flat.items()}, sep="/")
@@ -158,10 +166,15 @@ def convert(
     on_progress(f"reading {source}")
     weights = open_weights(source, step=step, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
+    config, form = weights.config, weights.form
+    if to == "orbax":
+        # Copies, so that the mapped file is let go of before writing takes memory of its own.
+        variables = jax.tree.map(jax.numpy.array, variables)
+        del weights
     on_progress(f"writing {target}")
-    save(target, weights.config, variables, to)
-    height, width = weights.config.image_encoder.image_size
-    return f"{variant_name(weights.config)} for {height} x {width} pixels, from {weights.form}"
+    save(target, config, variables, to)
+    height, width = config.image_encoder.image_size
+    return f"{variant_name(config)} for {height} x {width} pixels, from {form}"
 
 
 def native_variables(weights: Weights) -> dict[str, Any]:
@@ -201,7 +214,7 @@ def open_weights(
       path_or_name: see ``load``.
       step: which checkpoint of a training run; None for the newest.
       decoder_heads: heads of the decoder's attention, which a file of tensors does not tell; None
-        for what a config beside it says, or the published number.
+        for what a config in its folder says, or the published number at the published width.
 
     Raises:
       WeightsError: if it cannot be read, or is of no model known here.
@@ -368,14 +381,14 @@ def _run_config(run: Path) -> SamConfig:
     return build_model(from_mapping(ModelConfig, section, "model")).config
 
 
-def _decoder_heads_beside(path: Path) -> int:
+def _decoder_heads_beside(path: Path) -> int | None:
     config = (path if path.is_dir() else path.parent) / "config.json"
     if path.is_dir() and config.exists():
         try:
             return hugging_face_decoder_heads(json.loads(config.read_text()))
         except (ValueError, AttributeError) as error:
             raise WeightsError(f"{config}: expected a JSON object: {error}") from None
-    return MaskDecoderConfig.num_heads
+    return None
 
 
 def _preprocessor(config: SamConfig) -> dict[str, Any]:

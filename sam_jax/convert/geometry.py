@@ -52,7 +52,7 @@ def infer_config(
     tensors: Mapping[str, np.ndarray],
     scheme: Scheme,
     where: Any,
-    decoder_heads: int = MaskDecoderConfig.num_heads,
+    decoder_heads: int | None = None,
 ) -> SamConfig:
     """The shape of the model that tensors belong to.
 
@@ -62,7 +62,8 @@ def infer_config(
       tensors: by their names in ``scheme``, "official" or "hugging_face".
       scheme: whose names they are.
       where: what to call the place they come from in messages.
-      decoder_heads: heads of the decoder's attention.
+      decoder_heads: heads of the decoder's attention; None if only the tensors are known, which
+        will do at the published width.
 
     Raises:
       WeightsError: if tensors that tell the shape are missing, or make no sense together.
@@ -116,6 +117,15 @@ def infer_config(
         raise WeightsError(
             f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
         )
+    if decoder_heads is None:
+        # A guess at another width would load, run, and be wrong by some points of IoU.
+        if image_encoder.output_dim != ImageEncoderConfig.output_dim:
+            raise WeightsError(
+                f"{where} does not tell how many heads the decoder's attention has, and its width "
+                f"{image_encoder.output_dim} is not the published {ImageEncoderConfig.output_dim}: "
+                "say it, as decoder_heads (on the command line: --decoder-heads)"
+            )
+        decoder_heads = MaskDecoderConfig.num_heads
     layer = f"{decoder}/transformer/layer_0"
     mask_decoder = MaskDecoderConfig(
         depth=_count(tensors, f"{layer}/self_attn/q_proj/kernel", scheme),
@@ -211,7 +221,7 @@ def to_hugging_face(config: SamConfig) -> dict[str, Any]:
     }
 
 
-def hugging_face_decoder_heads(config: Mapping[str, Any]) -> int:
+def hugging_face_decoder_heads(config: Mapping[str, Any]) -> int | None:
     """Heads of the decoder's attention, the one number that no tensor's shape tells."""
     section = config.get("mask_decoder_config") or {}
-    return section.get("num_attention_heads", MaskDecoderConfig.num_heads)
+    return section.get("num_attention_heads")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -37,8 +36,8 @@ class DecoderOptions:
 
 def decoder_graph(
     weights: Mapping[str, np.ndarray], config: SamConfig, options: DecoderOptions
-) -> Any:
-    """An ``onnx.ModelProto`` from image embeddings and prompts to masks of the original size.
+) -> Graph:
+    """The graph from image embeddings and prompts to masks of the original size.
 
     Inputs, all float32: ``image_embeddings`` [1, d, gh, gw]; ``point_coords`` [prompts, points, 2]
     in pixels of the model's input; ``point_labels`` [prompts, points] (1 and 0 are clicks, 2 and 3
@@ -102,7 +101,7 @@ def decoder_graph(
         }
     graph.name_output(masks, "low_res_masks")
     outputs["low_res_masks"] = ("num_prompts", num_masks, 4 * gh, 4 * gw)
-    return graph.model(
+    graph.declare(
         "sam_mask_decoder",
         inputs={
             "image_embeddings": (1, dim, gh, gw),
@@ -114,6 +113,7 @@ def decoder_graph(
         },
         outputs=outputs,
     )
+    return graph
 
 
 def _embed_points(graph: Graph, image_size: tuple[int, int]) -> str:

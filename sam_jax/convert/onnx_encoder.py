@@ -1,7 +1,6 @@
 """The image encoder as an ONNX graph."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -11,8 +10,8 @@ from sam_jax.models.image_encoder import ImageEncoderConfig
 _ENCODER = "image_encoder"
 
 
-def encoder_graph(weights: Mapping[str, np.ndarray], config: ImageEncoderConfig) -> Any:
-    """An ``onnx.ModelProto`` from ``images`` to ``image_embeddings``.
+def encoder_graph(weights: Mapping[str, np.ndarray], config: ImageEncoderConfig) -> Graph:
+    """The graph from ``images`` to ``image_embeddings``.
 
     ``images`` is [batch, 3, h, w] at the model's size: RGB, longest side resized, normalised with
     ImageNet's mean and deviation, then padded with zeros at the bottom and right.
@@ -34,11 +33,12 @@ def encoder_graph(weights: Mapping[str, np.ndarray], config: ImageEncoderConfig)
     x = graph.channel_norm(x, f"{_ENCODER}.neck.1")
     x = graph.convolution(x, f"{_ENCODER}.neck.2", bias=False, pads=[1] * 4)
     graph.name_output(graph.channel_norm(x, f"{_ENCODER}.neck.3"), "image_embeddings")
-    return graph.model(
+    graph.declare(
         "sam_image_encoder",
         inputs={"images": ("batch", 3, height, width)},
         outputs={"image_embeddings": ("batch", config.output_dim, rows, columns)},
     )
+    return graph
 
 
 def _block(graph: Graph, x: str, index: int, config: ImageEncoderConfig) -> str:

@@ -13,12 +13,10 @@ from sam_jax.convert.files import WeightsError, written_whole
 from sam_jax.convert.names import from_native
 from sam_jax.convert.onnx_decoder import DecoderOptions, decoder_graph
 from sam_jax.convert.onnx_encoder import encoder_graph
-from sam_jax.convert.onnx_graph import import_onnx
+from sam_jax.convert.onnx_graph import LARGEST_MESSAGE, import_onnx
 from sam_jax.models.sam import SamConfig
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
-# A message of protocol buffers ends at 2 GiB; larger weights lie in a file of their own beside it.
-_LARGEST_MESSAGE = 2**31 - 2**24
 
 
 def export_onnx(
@@ -59,26 +57,11 @@ def export_onnx(
         unfinished.mkdir()
         for name, build in graphs.items():
             on_progress(f"writing {name}")
-            _write(unfinished / name, build())
+            build().write(unfinished / name, LARGEST_MESSAGE)
             if quantize is not None:
                 small = name.replace(".onnx", ".int8.onnx")
                 on_progress(f"writing {small}")
                 quantize(unfinished / name, unfinished / small)
-
-
-def _write(path: Path, model: Any) -> None:
-    onnx = import_onnx()
-    if model.ByteSize() < _LARGEST_MESSAGE:
-        onnx.save_model(model, path)
-    else:
-        onnx.save_model(
-            model,
-            path,
-            save_as_external_data=True,
-            all_tensors_to_one_file=True,
-            location=f"{path.name}.data",
-        )
-    onnx.checker.check_model(str(path))
 
 
 def _import_quantizer() -> Callable[[Path, Path], None]:

@@ -5,8 +5,11 @@ in browsers and on phones have, sizes that clients vary stay free, and every wei
 published name.
 """
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,6 +18,10 @@ from sam_jax.convert.files import WeightsError
 OPSET = 17
 # The file format that came with those operators.
 IR_VERSION = 8
+# A message of protocol buffers ends at 2 GiB.
+LARGEST_MESSAGE = 2**31 - 2**24
+_PAGE = 4096
+_SMALLEST_BESIDE = 1024
 
 
 def import_onnx() -> Any:
@@ -41,7 +48,7 @@ class Graph:
         self._onnx = import_onnx()
         self._weights = weights
         self._nodes: list[Any] = []
-        self._initializers: dict[str, Any] = {}
+        self._initializers: dict[str, np.ndarray] = {}
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """The one output of an operator."""
@@ -72,10 +79,7 @@ class Graph:
         return self._initializer(f"{name}.T", self._weights[name].T)
 
     def _initializer(self, name: str, array: np.ndarray) -> str:
-        if name not in self._initializers:
-            self._initializers[name] = self._onnx.numpy_helper.from_array(
-                np.asarray(array, order="C"), name
-            )
+        self._initializers.setdefault(name, array)
         return name
 
     def name_output(self, tensor: str, name: str) -> None:
@@ -84,33 +88,75 @@ class Graph:
             self._onnx.helper.make_node("Identity", [tensor], [name], name=f"output_{name}")
         )
 
-    def model(
+    def declare(
         self,
         name: str,
         inputs: Mapping[str, Sequence[int | str]],
         outputs: Mapping[str, Sequence[int | str]],
-    ) -> Any:
-        """The whole as an ``onnx.ModelProto``.
+    ) -> None:
+        """Says what the graph is called, takes and gives.
 
         Args:
           name: of the graph.
           inputs: shapes by name, float32; a word is a size that may vary.
           outputs: the same.
         """
+        self._name, self._inputs, self._outputs = name, inputs, outputs
+
+    def write(self, path: Path, largest_message: int = LARGEST_MESSAGE) -> None:
+        """Writes the graph, and checks what was written.
+
+        Weights that are too large for one message lie in a file of their own, which has the graph's
+        name and ``.data`` after it. They are written one after the other, never copied as a whole.
+        """
         helper, float32 = self._onnx.helper, self._onnx.TensorProto.FLOAT
         graph = helper.make_graph(
             self._nodes,
-            name,
-            [helper.make_tensor_value_info(n, float32, list(s)) for n, s in inputs.items()],
-            [helper.make_tensor_value_info(n, float32, list(s)) for n, s in outputs.items()],
-            list(self._initializers.values()),
+            self._name,
+            [helper.make_tensor_value_info(n, float32, list(s)) for n, s in self._inputs.items()],
+            [helper.make_tensor_value_info(n, float32, list(s)) for n, s in self._outputs.items()],
         )
-        return helper.make_model(
+        model = helper.make_model(
             graph,
             producer_name="sam_jax",
             ir_version=IR_VERSION,
             opset_imports=[helper.make_opsetid("", OPSET)],
         )
+        num_bytes = sum(array.nbytes for array in self._initializers.values())
+        with contextlib.ExitStack() as stack:
+            data = None
+            if num_bytes >= largest_message:
+                data = stack.enter_context(path.with_name(f"{path.name}.data").open("wb"))
+            for name, array in self._initializers.items():
+                # Runtimes read shapes and axes before they open other files.
+                if data is not None and array.nbytes >= _SMALLEST_BESIDE:
+                    tensor = self._beside(name, array, data)
+                else:
+                    tensor = self._onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
+                model.graph.initializer.append(tensor)
+        path.write_bytes(model.SerializeToString())
+        del model
+        self._onnx.checker.check_model(str(path))
+
+    def _beside(self, name: str, array: np.ndarray, data: BinaryIO) -> Any:
+        """A tensor whose values go into another file."""
+        tensor = self._onnx.TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=self._onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
+            data_location=self._onnx.TensorProto.EXTERNAL,
+        )
+        # Aligned as memory pages are, so that runtimes can map them.
+        data.seek(-data.tell() % _PAGE, os.SEEK_CUR)
+        where = {
+            "location": Path(data.name).name,
+            "offset": str(data.tell()),
+            "length": str(array.nbytes),
+        }
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=value)
+        np.asarray(array, order="C").tofile(data)
+        return tensor
 
     # --- Layers -------------------------------------------------------------------------------
 

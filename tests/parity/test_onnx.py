@@ -246,7 +246,7 @@ def test_int8_answers_nearly_the_same(setting: Setting, folder: Path) -> None:
 def test_weights_past_the_limit_of_a_message_lie_beside_the_graph(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_export, "_LARGEST_MESSAGE", 1000)
+    monkeypatch.setattr(onnx_export, "LARGEST_MESSAGE", 1000)
     export_onnx(tmp_path / "x", SQUARE, setting.variables, int8=True)
     assert (tmp_path / "x" / f"{ENCODER}.data").exists()
     images = np.zeros((1, 3, 48, 48), np.float32)
