@@ -33,7 +33,9 @@ Step = Annotated[
 ]
 DecoderHeads = Annotated[
     int | None,
-    typer.Option(help="Heads of the decoder's attention, if a file's model has not the usual 8."),
+    typer.Option(
+        help="Heads of the decoder's attention, which a file of unpublished width does not tell."
+    ),
 ]
 
 

@@ -61,7 +61,7 @@ def test_inspect_lists_what_is_wrong(sam_jax, tmp_path: Path) -> None:
     tensors = from_native(random_variables(SQUARE))
     del tensors["mask_decoder.iou_token.weight"]
     write_safetensors(tmp_path / "x.safetensors", tensors)
-    shown = sam_jax("inspect", tmp_path / "x.safetensors")
+    shown = sam_jax("inspect", tmp_path / "x.safetensors", "--decoder-heads", 4)
     assert shown.code == 1
     assert "missing: mask_decoder.iou_token.weight" in shown.out
 

@@ -110,7 +110,7 @@ def test_every_form_leads_back_to_the_same(tmp_path: Path, variables, target) ->
         SQUARE, mask_decoder=dataclasses.replace(SQUARE.mask_decoder)
     )
     assert_same_variables(checkpoints.native_variables(weights), variables)
-    assert not describe(path).problems
+    assert not describe(path, decoder_heads=SQUARE.mask_decoder.num_heads).problems
 
 
 def test_load_gives_a_model_that_runs(tmp_path: Path, variables) -> None:
@@ -128,7 +128,7 @@ def test_load_gives_a_model_that_runs(tmp_path: Path, variables) -> None:
 def test_half_precision_is_read_as_float32(tmp_path: Path, variables) -> None:
     half = {k: v.astype(np.float16) for k, v in from_native(variables).items()}
     write_safetensors(tmp_path / "x.safetensors", half)
-    _, loaded = load(tmp_path / "x.safetensors")
+    _, loaded = load(tmp_path / "x.safetensors", decoder_heads=4)
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16).astype(np.float32), variables)
     assert_same_variables(loaded, rounded)
 
@@ -141,13 +141,37 @@ def test_one_error_lists_what_is_wrong_by_both_names(tmp_path: Path, variables) 
     path = tmp_path / "x.safetensors"
     write_safetensors(path, tensors)
     with pytest.raises(NamesError, match="3 problems") as error:
-        load(path)
+        load(path, decoder_heads=4)
     message = str(error.value)
     assert message.startswith(f"{path} (custom): ")
     assert "missing: mask_decoder.iou_token.weight (native params/mask_decoder/output" in message
     assert "misshapen: image_encoder.neck.1.bias (5,) (native params/image_encoder/neck" in message
     assert "unexpected: adapter.weight (native none)" in message
-    assert describe(path).problems == message
+    assert describe(path, decoder_heads=4).problems == message
+
+
+def test_heads_are_never_guessed_at_another_width(tmp_path: Path, variables) -> None:
+    write_safetensors(tmp_path / "x.safetensors", from_native(variables))
+    with pytest.raises(WeightsError, match=r"does not tell how many heads.*--decoder-heads"):
+        load(tmp_path / "x.safetensors")
+
+
+def test_a_model_for_another_size_takes_the_weights(tmp_path: Path, variables) -> None:
+    save(tmp_path / "run", SQUARE, variables, "orbax")
+    fitted = jax.device_put(checkpoints.variables_for(Sam(TINY), tmp_path / "run"))
+    assert fitted["params"]["image_encoder"]["pos_embed"].shape == (10, 12, 24)
+    images = jax.numpy.ones((1, *TINY.image_encoder.image_size, 3))
+    np.testing.assert_allclose(
+        Sam(TINY).apply(fitted, images, method=Sam.encode),
+        # The model itself interpolates for images of another size.
+        Sam(SQUARE).apply(variables, images, method=Sam.encode),
+        atol=1e-5,
+    )
+    wider = dataclasses.replace(TINY.mask_decoder, mlp_dim=44)
+    with pytest.raises(NamesError, match=r"misshapen: params/mask_decoder/.* expected \(32, 44\)"):
+        checkpoints.variables_for(
+            Sam(dataclasses.replace(TINY, mask_decoder=wider)), tmp_path / "run"
+        )
 
 
 def test_a_file_without_a_telling_tensor(tmp_path: Path, variables) -> None:
