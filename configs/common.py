@@ -1,6 +1,32 @@
 """Fragments that several recipes share."""
 
+import dataclasses
+import typing
+from typing import Any
+
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from sam_jax.checkpoint import CheckpointConfig
+from sam_jax.data.config import DataConfig
+from sam_jax.evaluation.run import EvalConfig
+from sam_jax.losses import LossConfig
+from sam_jax.models.variants import ModelConfig
+from sam_jax.prompts import PromptConfig
+from sam_jax.sharding import ShardingConfig
+from sam_jax.training.loop import TrainConfig
+from sam_jax.training.optimizer import OptimizerConfig
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "prompts": PromptConfig,
+    "losses": LossConfig,
+    "optimizer": OptimizerConfig,
+    "sharding": ShardingConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+}
 
 # Where the large arrays are split over the devices that share one copy of the state: the input
 # channels of every product. What is left whole is small.
@@ -15,7 +41,7 @@ FSDP_RULES = (
 
 
 def base_config() -> ConfigDict:
-    """Every section, with what no recipe changes."""
+    """Every section, with what no recipe changes; a recipe ends with ``complete``."""
     config = ConfigDict()
     config.model = ConfigDict({"variant": "vit_b", "dtype": "float32"})
     config.data = ConfigDict()
@@ -27,3 +53,34 @@ def base_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.evals = ConfigDict()
     return config
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """The config with every field of every section, so that the command line can set any of them.
+
+    What a recipe does not mention has the library's default.
+    """
+    for name, cls in SECTIONS.items():
+        _complete_section(config[name], cls)
+    for evaluation in config.evals.values():
+        _complete_section(evaluation, EvalConfig)
+    return config
+
+
+def _complete_section(section: ConfigDict, cls: type) -> None:
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        default: Any = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = section.get(field.name, default)
+        if value is dataclasses.MISSING:
+            continue  # the program sets it
+        # A bare None would take no value from the command line, for want of a type.
+        section[field.name] = _empty(types[field.name]) if value is None else value
+
+
+def _empty(annotation: Any) -> Any:
+    """None, of the type that ``X | None`` allows."""
+    (kind,) = (arg for arg in typing.get_args(annotation) if arg is not type(None))
+    return placeholder(typing.get_origin(kind) or kind)

@@ -72,4 +72,4 @@ def paper_config(
     config.sharding.fsdp = fsdp
     config.train = {"num_steps": num_steps, "log_every": 50, "eval_every": 0}
     config.checkpoint = {"every_steps": 1000, "keep": 3, "keep_period": 30_000}
-    return config
+    return common.complete(config)
