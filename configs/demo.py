@@ -26,9 +26,9 @@ def get_config() -> ConfigDict:
         "encoder": {
             "patch_size": 8,
             "embed_dim": 128,
-            "depth": 4,
+            "depth": 3,
             "num_heads": 4,
-            "global_attention_blocks": (0, 1, 2, 3),
+            "global_attention_blocks": (0, 1, 2),
             "output_dim": 64,
         },
         "decoder": {"num_heads": 4, "mlp_dim": 256, "iou_head_dim": 64, "dropout_rate": 0.0},
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
         "all_iou_predictions": True,
     }
     config.optimizer = {
-        "peak_learning_rate": 3e-3,
+        "peak_learning_rate": 2e-3,
         "warmup_steps": 50,
         "schedule": "cosine",
         "layer_decay": 1.0,
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.sharding.cpu_devices = 2
-    config.train = {"num_steps": 3200, "remat_rounds": False, "log_every": 100}
+    config.train = {"num_steps": 3600, "remat_rounds": False, "log_every": 100}
     config.checkpoint = {"every_steps": 500}
     config.evals = {
         "shapes": {
@@ -73,4 +73,4 @@ def get_config() -> ConfigDict:
             "baselines": ("disk", "box_filled"),
         }
     }
-    return config
+    return common.complete(config)
