@@ -44,8 +44,7 @@ def main(argv: list[str]) -> None:
         )
         for name, section in config["evals"].items()
     }
-    weights = variables_for(model, CHECKPOINT.value, step=STEP.value)
-    variables = jax.tree.map(jax.numpy.asarray, weights)
+    variables = jax.device_put(variables_for(model, CHECKPOINT.value, step=STEP.value))
     run = CHECKPOINT.value.removesuffix(".pth").removesuffix(".safetensors")
     out = Path(OUT.value or run + "/eval")
     for name, evaluate in evaluators.items():
@@ -57,4 +56,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    # What is wrong with a flag or a --config.key is a message, too.
+    app.run(main, flags_parser=readable_errors(AttributeError)(app.parse_flags_with_usage))

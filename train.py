@@ -55,4 +55,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    # What is wrong with a flag or a --config.key is a message, too.
+    app.run(main, flags_parser=readable_errors(AttributeError)(app.parse_flags_with_usage))

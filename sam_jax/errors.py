@@ -16,13 +16,17 @@ class ConfigError(UserError, ValueError):
 
 
 @contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
+def readable_errors(*others: type[Exception]) -> Iterator[None]:
     """Ends the program with a message and an exit code at an error that the user can mend.
 
     Anything else keeps its traceback: it is a fault of the code.
+
+    Args:
+      *others: what else is the user's to mend here.
     """
+    mendable: tuple[type[Exception], ...] = (UserError, OSError, *others)
     try:
         yield
-    except (UserError, FileNotFoundError) as error:
+    except mendable as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
