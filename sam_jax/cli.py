@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Segment Anything in JAX: weights in and out.",
+    help="Segment Anything in JAX: weights in and out, and masks from prompts.",
 )
 
 Source = Annotated[
@@ -179,6 +179,77 @@ def inspect(
     if found.problems:
         console.print(found.problems, markup=False)
         raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Argument(help="A picture file.", show_default=False)],
+    checkpoint: Annotated[str, typer.Option(help="What to load, as SOURCE of convert.")],
+    out: Annotated[Path, typer.Option(help="PNG to write: the picture with prompts and mask.")],
+    points: Annotated[
+        list[str] | None,
+        typer.Option(help="x,y on the object, or x,y,0 beside it; may be repeated."),
+    ] = None,
+    box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1 around the object.")] = None,
+    mask_out: Annotated[
+        Path | None, typer.Option(help="PNG to write: the mask alone, 255 on the object.")
+    ] = None,
+    step: Step = None,
+    decoder_heads: DecoderHeads = None,
+) -> None:
+    """Segments one object of a picture from clicks, a box, or both."""
+    import numpy as np
+
+    from sam_jax.inference.images import open_image
+    from sam_jax.inference.predictor import Predictor
+    from sam_jax.inference.prompts import Prompt
+    from sam_jax.visualize import draw_boxes, draw_points, overlay_masks, save_picture
+
+    clicks = [_numbers(text, "--points", (2, 3)) for text in points or []]
+    corners = None if box is None else _numbers(box, "--box", (4,))
+    prompt = Prompt(
+        points=[click[:2] for click in clicks],
+        labels=[click[2] if len(click) == 3 else 1.0 for click in clicks],
+        box=corners,
+    )
+    pixels = open_image(image)
+    with _progress() as say:
+        say(f"reading {checkpoint}")
+        predictor = Predictor.load(checkpoint, step=step, decoder_heads=decoder_heads)
+        say("segmenting")
+        # Several prompts leave no doubt about what is meant; a lone click does.
+        embeddings = predictor.embed([pixels])
+        (found,) = predictor.predict(
+            embeddings, [[prompt]], multimask_output=len(clicks) + 2 * (corners is not None) == 1
+        )
+    mask = found.mask(0)
+    picture = overlay_masks(pixels, mask[None])
+    if corners is not None:
+        picture = draw_boxes(picture, np.array([corners]))
+    if clicks:
+        picture = draw_points(
+            picture,
+            np.array([click[:2] for click in clicks]),
+            np.array([int(click[2]) if len(click) == 3 else 1 for click in clicks]),
+        )
+    save_picture(out, picture)
+    if mask_out is not None:
+        save_picture(mask_out, mask.astype(np.uint8) * 255)
+    typer.echo(
+        f"{out}: {mask.mean():.1%} of the picture, predicted IoU "
+        f"{found.iou_predictions[0].max():.2f}"
+    )
+
+
+def _numbers(text: str, option: str, counts: tuple[int, ...]) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        wanted = " or ".join(map(str, counts))
+        raise ConfigError(f"{option} {text}: expected {wanted} numbers with commas between them")
+    return numbers
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -144,6 +145,14 @@ def draw_boxes(
         _blend(canvas, INK, 0.5 * _band(outside, -1.0, line_px + 1.0))
         _blend(canvas, color, _band(outside, 0.0, line_px))
     return _to_bytes(canvas)
+
+
+def save_picture(
+    path: Path, picture: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"]
+) -> None:
+    """Writes a PNG, whatever the suffix; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, format="PNG")
 
 
 def resize_picture(

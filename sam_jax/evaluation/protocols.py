@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.evaluation.clicks import Click, center_click, correction_click, random_click
 from sam_jax.evaluation.metrics import mask_iou
-from sam_jax.evaluation.restore import restore_mask
+from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images

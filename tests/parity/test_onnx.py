@@ -13,7 +13,7 @@ from sam_jax.convert import onnx_export
 from sam_jax.convert.files import WeightsError
 from sam_jax.convert.onnx_decoder import DecoderOptions
 from sam_jax.convert.onnx_export import DECODER, ENCODER, export_onnx
-from sam_jax.evaluation.restore import restore_mask
+from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam, SamConfig
 from tests.golden.tiny import TINY

@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sam_jax import cli
 from sam_jax.convert.checkpoints import save
@@ -114,3 +116,23 @@ def test_help_names_every_command(sam_jax) -> None:
     assert done.code == 0
     for command in ("convert", "export", "inspect"):
         assert command in done.out
+
+
+def test_predict(sam_jax, run: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.jpg")
+    out, mask = tmp_path / "new" / "out.png", tmp_path / "mask.png"
+    arguments = ("predict", tmp_path / "in.jpg", "--checkpoint", run, "--out", out)
+    clicks = ("--points", "10,20", "--points", "3,4,0", "--box", "2,2,30,25")
+    done = sam_jax(*arguments, *clicks, "--mask-out", mask)
+    assert done.code == 0, done.err
+    assert f"{out}: " in done.out
+    with Image.open(out) as picture, Image.open(mask) as alone:
+        assert picture.size == alone.size == (40, 30)
+        assert set(np.unique(alone)) <= {0, 255}
+    done = sam_jax(*arguments, "--points", "10")
+    assert (done.code, done.out) == (1, "")
+    assert "--points 10: expected 2 or 3 numbers" in done.err
+    done = sam_jax(*arguments, "--points", "10,99")
+    assert done.code == 1
+    assert "point (10, 99) lies outside of the image" in done.err

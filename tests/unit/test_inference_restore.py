@@ -2,7 +2,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from sam_jax.evaluation.restore import restore_mask
+from sam_jax.inference.restore import restore_mask
 
 
 def linear_weights(size_in, size_out):

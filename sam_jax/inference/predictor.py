@@ -1,0 +1,291 @@
+"""The predictor: any images, any prompts, a bounded number of compiled programs."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_jax.arrays import Array, Bool, Float, Int, UInt8
+from sam_jax.convert.checkpoints import load
+from sam_jax.inference.images import ImageEmbeddings, as_rgb, model_input
+from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_rows, rows_of
+from sam_jax.inference.restore import restore_mask
+from sam_jax.models.prompt_encoder import Prompts
+from sam_jax.models.sam import Sam
+from sam_jax.ops.images import normalize_images
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The sizes that calls are padded to; each combination that occurs is compiled once.
+
+    At most ``len(images) + 4 * len(rows) * len(prompts) * len(points)`` programs exist (with masks
+    among the prompts or not, one candidate or three), and one more per power of two for prompts
+    with more points than the last of ``points``.
+
+    Attributes:
+      images: images per call of the encoder, rising; more are split.
+      rows: rows per call of the decoder, rising; a row is prompts of one image.
+      prompts: prompts per row, rising; more make several rows.
+      points: points per prompt, rising.
+    """
+
+    images: Sequence[int] = (1, 4)
+    rows: Sequence[int] = (1, 4)
+    prompts: Sequence[int] = (1, 8, 64)
+    points: Sequence[int] = (1, 4, 16)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            sizes = tuple(getattr(self, field.name))
+            if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+                raise ValueError(f"buckets.{field.name} must rise from 1 or more, got {sizes}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answers for the prompts of one image, kept at low resolution until they are asked for.
+
+    Attributes:
+      low_res_logits: of each candidate; above 0 is the object. A mask prompt for a later call.
+      iou_predictions: what the model believes each candidate's IoU to be.
+      original_hw: size of the image.
+      resized_hw: its size within the model's input.
+      model_hw: size of the model's input.
+    """
+
+    low_res_logits: Float[np.ndarray, "p m lh lw"]
+    iou_predictions: Float[np.ndarray, "p m"]
+    original_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    model_hw: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.low_res_logits)
+
+    def mask(self, prompt: int, candidate: int | None = None) -> Bool[np.ndarray, "oh ow"]:
+        """One mask in the original image's pixels; by default the candidate of highest IoU."""
+        if candidate is None:
+            candidate = int(self.iou_predictions[prompt].argmax())
+        logits = self.low_res_logits[prompt, candidate]
+        return restore_mask(logits, self.model_hw, self.resized_hw, self.original_hw)
+
+    def best_masks(self) -> Bool[np.ndarray, "p oh ow"]:
+        """Each prompt's mask of highest predicted IoU, in the original image's pixels."""
+        return self._stacked([self.mask(prompt) for prompt in range(len(self))])
+
+    def masks(self) -> Bool[np.ndarray, "p m oh ow"]:
+        """All candidates' masks in the original image's pixels; large for many prompts."""
+        prompts, candidates = self.iou_predictions.shape
+        flat = [self.mask(p, m) for p in range(prompts) for m in range(candidates)]
+        return self._stacked(flat).reshape(prompts, candidates, *self.original_hw)
+
+    def _stacked(self, masks: list[np.ndarray]) -> np.ndarray:
+        return np.stack(masks) if masks else np.zeros((0, *self.original_hw), bool)
+
+
+class Predictor:
+    """A model ready to be prompted. It remembers no image: embeddings are values.
+
+    ::
+
+        predictor = Predictor.load("sam_vit_b_01ec64.pth")
+        embeddings = predictor.embed([image, other])
+        first, second = predictor.predict(
+            embeddings,
+            [[Prompt(points=[(320, 200)]), Prompt(box=(10, 20, 300, 400))], [Prompt(...)]],
+        )
+        first.mask(0), first.iou_predictions[0]
+
+    Args:
+      model: the model.
+      variables: its variables; they are put on the default device once.
+      buckets: sizes that calls are padded to.
+    """
+
+    def __init__(self, model: Sam, variables: Mapping[str, Any], buckets: Buckets | None = None):
+        self._model = model
+        self._variables = jax.device_put(dict(variables))
+        self._buckets = buckets or Buckets()
+        self._encode = jax.jit(self._encode_on_device)
+        self._decode = jax.jit(self._decode_on_device, static_argnames="multimask_output")
+
+    @classmethod
+    def load(
+        cls, path_or_name: str | Path, *, buckets: Buckets | None = None, **options: Any
+    ) -> "Predictor":
+        """A predictor of any checkpoint; ``options`` and errors as ``convert.checkpoints.load``."""
+        model, variables = load(path_or_name, **options)
+        return cls(model, variables, buckets)
+
+    def embed(self, images: Sequence[Any]) -> ImageEmbeddings:
+        """Embeds images, which may differ in size.
+
+        Args:
+          images: 8-bit RGB, RGBA or grey arrays, see ``images.as_rgb``.
+
+        Raises:
+          ImageError: if an image cannot be used; it is named by its number.
+        """
+        size = self._model.image_size
+        checked = [as_rgb(image, f"image {index}") for index, image in enumerate(images)]
+        inputs, resized_hw = [], []
+        for image in checked:
+            padded, hw = model_input(image, size)
+            inputs.append(padded)
+            resized_hw.append(hw)
+        features = []
+        for start, stop, length in _parts(len(checked), self._buckets.images):
+            batch = np.zeros((length, *size, 3), np.uint8)
+            batch_hw = np.zeros((length, 2), np.int32)
+            for row, index in enumerate(range(start, stop)):
+                batch[row], batch_hw[row] = inputs[index], resized_hw[index]
+            features.append(self._encode(self._variables, batch, batch_hw)[: stop - start])
+        grid = self._model.config.image_encoder.grid
+        empty = jnp.zeros((0, *grid, self._model.config.image_encoder.output_dim))
+        return ImageEmbeddings(
+            features=jnp.concatenate([empty, *features]),
+            original_hw=np.array([i.shape[:2] for i in checked], np.int64).reshape(-1, 2),
+            resized_hw=np.array(resized_hw, np.int64).reshape(-1, 2),
+            model_hw=size,
+        )
+
+    def predict(
+        self,
+        embeddings: ImageEmbeddings,
+        prompts: Sequence[Sequence[Prompt]],
+        *,
+        multimask_output: bool = True,
+    ) -> list[Prediction]:
+        """Masks for any number of objects in each image.
+
+        Args:
+          embeddings: of the images, from ``embed`` or a file.
+          prompts: for each image its objects.
+          multimask_output: three candidates for each object, which suits prompts that leave room
+            for doubt, or the single one.
+
+        Raises:
+          PromptError: if a prompt makes no sense, or embeddings are another model's.
+        """
+        per_image = self._checked(embeddings, prompts)
+        lengths = self._buckets.prompts
+        largest = max((len(objects) for objects in per_image), default=0)
+        row_length = _bucket(largest, lengths) or lengths[-1]
+        rows = list(rows_of(per_image, row_length))
+        objects = list(itertools.chain.from_iterable(per_image))
+        most_points = max((len(prompt.points) for prompt in objects), default=0)
+        has_masks = any(prompt.mask_logits is not None for prompt in objects)
+        num_points = _bucket(most_points, self._buckets.points)
+        if num_points is None:
+            num_points = 1 << (most_points - 1).bit_length()
+        logits: list[list[np.ndarray]] = [[] for _ in per_image]
+        ious: list[list[np.ndarray]] = [[] for _ in per_image]
+        for start, stop, num_rows in _parts(len(rows), self._buckets.rows):
+            part = rows[start:stop]
+            padded = pad_rows(
+                part,
+                num_rows=num_rows,
+                row_length=row_length,
+                num_points=num_points,
+                low_res_hw=self._model.low_res_size if has_masks else None,
+            )
+            image_of_row = np.array([row.image for row in part], np.int32)
+            image_of_row = np.pad(image_of_row, (0, num_rows - len(part)))
+            # Gathered here, so that programs do not depend on the number of images.
+            features = embeddings.features[image_of_row]
+            answer = jax.device_get(
+                self._decode(self._variables, features, padded, multimask_output=multimask_output)
+            )
+            for r, row in enumerate(part):
+                logits[row.image].append(answer.low_res_logits[r, : len(row.prompts)])
+                ious[row.image].append(answer.iou_predictions[r, : len(row.prompts)])
+        m, size = 3 if multimask_output else 1, self._model.low_res_size
+        return [
+            Prediction(
+                np.concatenate([np.zeros((0, m, *size), np.float32), *logits[image]]),
+                np.concatenate([np.zeros((0, m), np.float32), *ious[image]]),
+                _pair(embeddings.original_hw[image]),
+                _pair(embeddings.resized_hw[image]),
+                embeddings.model_hw,
+            )
+            for image in range(len(per_image))
+        ]
+
+    def warm_up(self, *, multimask_output: bool = True, num_points: int = 1) -> None:
+        """Compiles what one image with one prompt needs, before the first user waits for it."""
+        embeddings = self.embed([np.zeros((*self._model.image_size, 3), np.uint8)])
+        prompt = Prompt(points=[(0, 0)] * num_points)
+        self.predict(embeddings, [[prompt]], multimask_output=multimask_output)
+
+    def _checked(self, embeddings: ImageEmbeddings, prompts: Sequence[Sequence[Prompt]]) -> list:
+        if len(prompts) != len(embeddings):
+            raise PromptError(
+                f"there are {len(embeddings)} images and prompts for {len(prompts)}; an image "
+                "without prompts needs an empty list"
+            )
+        expected = (
+            *self._model.config.image_encoder.grid,
+            self._model.config.image_encoder.output_dim,
+        )
+        if embeddings.features.shape[1:] != expected:
+            raise PromptError(
+                f"embeddings of shape {embeddings.features.shape[1:]} are another model's; this "
+                f"one's are {expected}"
+            )
+        return [
+            [
+                check_prompt(
+                    prompt,
+                    f"image {image}, prompt {number}",
+                    original_hw=_pair(embeddings.original_hw[image]),
+                    resized_hw=_pair(embeddings.resized_hw[image]),
+                    model_hw=embeddings.model_hw,
+                    low_res_hw=self._model.low_res_size,
+                )
+                for number, prompt in enumerate(objects)
+            ]
+            for image, objects in enumerate(prompts)
+        ]
+
+    def _encode_on_device(
+        self, variables: Any, images: UInt8[Array, "b h w 3"], image_hw: Int[Array, "b 2"]
+    ) -> Any:
+        normalized = normalize_images(images, image_hw)
+        return self._model.apply(variables, normalized, method=Sam.encode)
+
+    def _decode_on_device(
+        self,
+        variables: Any,
+        features: Float[Array, "r gh gw d"],
+        prompts: Prompts,
+        multimask_output: bool,
+    ) -> Any:
+        return self._model.apply(
+            variables, features, prompts, multimask_output=multimask_output, method=Sam.decode
+        )
+
+
+def _bucket(count: int, sizes: Sequence[int]) -> int | None:
+    """The smallest size that holds a count, None if none does."""
+    return next((size for size in sizes if size >= count), None)
+
+
+def _parts(count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """A count in parts ``(start, stop, size to pad to)`` of at most the largest size."""
+    starts = range(0, count, sizes[-1])
+    stops = [min(start + sizes[-1], count) for start in starts]
+    return [
+        (start, stop, _bucket(stop - start, sizes) or sizes[-1])
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _pair(values: np.ndarray) -> tuple[int, int]:
+    first, second = values.tolist()
+    return first, second
