@@ -163,12 +163,15 @@ def restore_variables(path: str | Path, step: int | None = None) -> dict:
     # The handler itself: what wraps it warns of the parts that are left alone here.
     handler, item = ocp.StandardCheckpointHandler(), folder / str(step) / _MODEL
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        handler.metadata(item).tree,
-    )
     try:
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            handler.metadata(item).tree,
+        )
         return handler.restore(item, args=ocp.args.StandardRestore(shapes))
+    # Damaged files end in errors of every kind, bare Exceptions among them.
+    except Exception as error:
+        raise CheckpointError(f"{item} is damaged: {error}") from error
     finally:
         handler.close()
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.errors import ConfigError, readable_errors
 
@@ -47,6 +48,14 @@ class ConvertTarget(enum.StrEnum):
     orbax = "orbax"
 
 
+class Platform(enum.StrEnum):
+    """What StableHLO may be exported for."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    tpu = "tpu"
+
+
 class ExportTarget(enum.StrEnum):
     """Forms that ``export`` writes."""
 
@@ -74,7 +83,10 @@ def convert(
 
     if to is None:
         if target.suffix != ".pth":
-            raise ConfigError(f"{target} does not end in .pth: say what it shall be with --to")
+            raise ConfigError(
+                f"{target} does not end in .pth: say what it shall be with --to, one of "
+                f"{', '.join(ConvertTarget)}"
+            )
         to = ConvertTarget.official
     if to is ConvertTarget.official and target.suffix != ".pth":
         raise ConfigError(f"{target} must end in .pth, as PyTorch's users expect")
@@ -111,14 +123,21 @@ def export(
         bool, typer.Option("--extra-metrics", help="ONNX: answer stability and area too.")
     ] = False,
     platform: Annotated[
-        list[str] | None,
-        typer.Option(help="StableHLO: cpu, cuda, tpu; may be repeated; by default all."),
+        list[Platform] | None,
+        typer.Option(help="StableHLO: where it shall run; may be repeated; by default all."),
     ] = None,
 ) -> None:
     """Writes encoder and decoder to run elsewhere, as ONNX or StableHLO."""
     from sam_jax.convert import checkpoints, onnx_decoder, onnx_export, stablehlo
     from sam_jax.models.sam import Sam
 
+    of_onnx = int8 or single_mask or stability_score or extra_metrics
+    if to is ExportTarget.onnx and platform:
+        raise ConfigError("--platform is for --to stablehlo; ONNX runs on all")
+    if to is ExportTarget.stablehlo and of_onnx:
+        raise ConfigError(
+            "--int8, --single-mask, --stability-score and --extra-metrics are for --to onnx"
+        )
     with _progress() as say:
         say(f"reading {source}")
         weights = checkpoints.open_weights(source, step=step, decoder_heads=decoder_heads)
@@ -129,7 +148,7 @@ def export(
                 target, weights.config, variables, options=options, int8=int8, on_progress=say
             )
         else:
-            platforms = tuple(platform or stablehlo.PLATFORMS)
+            platforms = tuple(p.value for p in platform or Platform)
             say(f"writing StableHLO for {', '.join(platforms)}")
             stablehlo.export_stablehlo(target, Sam(weights.config), variables, platforms=platforms)
     for file in sorted(target.iterdir()):
@@ -168,14 +187,13 @@ def inspect(
         "loads": "no" if found.problems else "yes",
     }
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        # Text, since names of files may hold what looks like markup.
+        table.add_row(name, Text(str(value), overflow="fold"))
     console = Console(highlight=False)
     console.print(table)
     if tensors:
-        listing = Table("tensor", "shape", "type", box=None)
         for name, (shape, dtype) in found.tensors.items():
-            listing.add_row(name, " x ".join(map(str, shape)) or "scalar", dtype)
-        console.print(listing)
+            typer.echo(f"{name}  {' x '.join(map(str, shape)) or 'scalar'}  {dtype}")
     if found.problems:
         console.print(found.problems, markup=False)
         raise typer.Exit(1)
@@ -259,9 +277,9 @@ def _progress() -> Iterator[Callable[[str], None]]:
     with console.status("starting") as status:
 
         def say(message: str) -> None:
-            status.update(message)
+            status.update(Text(message))
             if not console.is_terminal:
-                console.print(message)
+                console.print(Text(message))
 
         yield say
 

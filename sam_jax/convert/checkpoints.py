@@ -17,21 +17,27 @@ from sam_jax.checkpoint import CHECKPOINTS, CONFIG, restore_variables, save_conf
 from sam_jax.configuration import from_mapping
 from sam_jax.convert.files import (
     SAFETENSORS,
+    TORCH_SUFFIXES,
     WeightsError,
+    failing_as_os_error,
+    put_safetensors,
     read_tensors,
-    write_safetensors,
     write_torch,
     written_whole,
 )
 from sam_jax.convert.geometry import (
+    Hints,
+    closest_variant,
     detect_scheme,
-    hugging_face_decoder_heads,
+    differences,
+    hugging_face_hints,
     infer_config,
     to_hugging_face,
     variant_name,
 )
 from sam_jax.convert.mae import mae_config, start_from_mae
 from sam_jax.convert.names import NamesError, from_native, to_native
+from sam_jax.errors import ConfigError
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import ModelConfig, build_model, model_config_of
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
@@ -111,14 +117,27 @@ def variables_for(
       NamesError: if the checkpoint is of a model of another shape; it lists all differences.
       WeightsError, CheckpointError: see ``load``.
     """
-    weights = open_weights(
-        path_or_name, step=step, decoder_heads=model.config.mask_decoder.num_heads
+    encoder = model.config.image_encoder
+    weights = _open(
+        path_or_name,
+        step,
+        # What a bare file does not tell is taken to be the model's.
+        Hints(
+            model.config.mask_decoder.num_heads,
+            encoder.window_size,
+            tuple(encoder.global_attention_blocks),
+        ),
     )
     if weights.form == "mae" and key is not None:
         return start_from_mae(model, weights.tensors, key)
-    template = _shapes(model.config)
-    fitted = _with_positions_of(template, native_variables(weights))
-    return _checked(fitted, template, f"{weights.path} ({variant_name(weights.config)})")
+    variables = native_variables(weights)
+    if found := differences(weights.config, model.config):
+        lines = "\n  ".join(found)
+        raise NamesError(
+            f"{weights.path} is not of the model that the config describes; {len(found)} "
+            f"differences:\n  {lines}"
+        )
+    return _with_positions_of(_shapes(model.config), variables)
 
 
 def _with_positions_of(template: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,13 +208,16 @@ def native_variables(weights: Weights) -> dict[str, Any]:
         return _checked(weights.tensors, template, weights.path)
     if weights.form == "mae":
         raise WeightsError(
-            f"{weights.path} is a masked autoencoder, of which only the encoder serves: give a key "
-            "(on the command line: --seed) to draw the rest at random, as training from it begins"
+            f"{weights.path} is a masked autoencoder, of which only the encoder serves; training "
+            "can start from it (train.init_from; sam-jax convert with --seed; load with a key)"
         )
     try:
         variables = to_native(weights.tensors, template, weights.form)
     except NamesError as error:
         raise NamesError(f"{weights.path} ({variant_name(weights.config)}): {error}") from None
+    for name, array in weights.tensors.items():
+        if array.dtype.kind != "f":
+            raise WeightsError(f"{weights.path}: {name} is {array.dtype}, expected floating point")
     return jax.tree.map(lambda array: np.asarray(array, np.float32), variables)
 
 
@@ -220,6 +242,10 @@ def open_weights(
       WeightsError: if it cannot be read, or is of no model known here.
       CheckpointError: if a training run holds no such checkpoint.
     """
+    return _open(path_or_name, step, Hints(decoder_heads=decoder_heads))
+
+
+def _open(path_or_name: str | Path, step: int | None, hints: Hints) -> Weights:
     path = Path(path_or_name)
     if not path.exists():
         path = _download(str(path_or_name))
@@ -233,11 +259,26 @@ def open_weights(
     if scheme == "mae":
         return Weights(path, scheme, mae_config(tensors, path), tensors)
     if scheme == "hugging_face":
-        # The positional encoding is there twice in older files.
-        tensors.pop("prompt_encoder.shared_embedding.positional_embedding", None)
-    if decoder_heads is None:
-        decoder_heads = _decoder_heads_beside(path)
-    return Weights(path, scheme, infer_config(tensors, scheme, path, decoder_heads), tensors)
+        # One tensor under two names, of which files have one or both.
+        twin = tensors.pop("prompt_encoder.shared_embedding.positional_embedding", None)
+        if twin is not None:
+            tensors.setdefault("shared_image_embedding.positional_embedding", twin)
+        hints = _hints_beside(path) or hints
+    try:
+        config = infer_config(tensors, scheme, path, hints)
+    except WeightsError as error:
+        # An incomplete file: all that it lacks, beside the first thing that was noticed.
+        closest = closest_variant(tensors, scheme)
+        if closest is None:
+            raise
+        try:
+            to_native(tensors, _shapes(closest), scheme)
+        except NamesError as problems:
+            raise NamesError(
+                f"{error}. Compared with {variant_name(closest)}, {problems}"
+            ) from None
+        raise
+    return Weights(path, scheme, config, tensors)
 
 
 def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], target: Target) -> None:
@@ -264,11 +305,13 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
             folder.mkdir()
             _write_json(folder / "config.json", settings)
             _write_json(folder / "preprocessor_config.json", _preprocessor(config))
-            write_safetensors(folder / SAFETENSORS, from_native(variables, "hugging_face"))
+            put_safetensors(folder / SAFETENSORS, from_native(variables, "hugging_face"))
     else:
         with written_whole(path) as folder:
             save_config(folder, {"model": dataclasses.asdict(model_config_of(config))})
-            save_variables(folder, variables)
+            # Full disks reach Orbax's caller as errors of its storage layer.
+            with failing_as_os_error(ValueError, RuntimeError):
+                save_variables(folder, variables)
 
 
 def _check_target(path: Path, target: Target) -> None:
@@ -372,23 +415,26 @@ def _checked(variables: Mapping[str, Any], template: Mapping[str, Any], where: A
 def _run_config(run: Path) -> SamConfig:
     try:
         section = json.loads((run / CONFIG).read_text())["model"]
+        return build_model(from_mapping(ModelConfig, dict(section), "model")).config
     except FileNotFoundError:
         raise WeightsError(
             f"{run / CONFIG} is missing: it says what model the run trains"
         ) from None
+    except ConfigError as error:
+        raise WeightsError(f"{run / CONFIG}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
-    return build_model(from_mapping(ModelConfig, section, "model")).config
 
 
-def _decoder_heads_beside(path: Path) -> int | None:
+def _hints_beside(path: Path) -> Hints | None:
+    """What the ``config.json`` in the folder of Hugging Face's weights says, if there is one."""
     config = (path if path.is_dir() else path.parent) / "config.json"
-    if path.is_dir() and config.exists():
-        try:
-            return hugging_face_decoder_heads(json.loads(config.read_text()))
-        except (ValueError, AttributeError) as error:
-            raise WeightsError(f"{config}: expected a JSON object: {error}") from None
-    return None
+    try:
+        return hugging_face_hints(json.loads(config.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{config}: expected Hugging Face's config: {error}") from None
 
 
 def _preprocessor(config: SamConfig) -> dict[str, Any]:
@@ -421,7 +467,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _download(name: str) -> Path:
     """A folder with the files of a model on the Hugging Face Hub."""
-    if not _HUB_NAME.fullmatch(name):
+    is_path = name.startswith(".") or Path(name).suffix in (*TORCH_SUFFIXES, ".safetensors")
+    if is_path or not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         raise WeightsError(f"{name} does not exist")
     try:
         import huggingface_hub

@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import json
-import os
 import pickle
+import re
 import shutil
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_IN_FOLDER = "pytorch_model.bin"
 
 # Where training codes put the tensors in a file that holds more than those.
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "sam", "teacher", "net", "params")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "sam", "teacher", "net", "params")
 
 
 class WeightsError(UserError, ValueError):
@@ -99,6 +100,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 name: np.asarray(file.get_tensor(name), np.float32 if name in bfloat16 else None)
                 for name in file.keys()  # noqa: SIM118
             }
+    except AttributeError as error:
+        raise WeightsError(f"{path} holds tensors of a type that numpy has not: {error}") from None
     except SafetensorError as error:
         raise WeightsError(
             f"{path} is damaged, cut short or no safetensors file ({path.stat().st_size:,} bytes): "
@@ -115,36 +118,44 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
         except pickle.UnpicklingError as error:
-            lines = str(error).splitlines()
-            named = [line.strip() for line in lines if "GLOBAL" in line or "Unsupported" in line]
+            # Not the rest of PyTorch's message, which tells how to run the file all the same.
+            named = re.findall(r"(?:GLOBAL|Unsupported \w+:?) (\S+)", str(error))
             raise WeightsError(
                 f"{path} is refused: it is damaged, or holds objects besides tensors, whose "
-                f"loading could run code; nothing in it was run. {' '.join(named[:1])} If you "
-                "trust it, load it where it was made, and save the tensors alone: "
+                f"loading could run code ({', '.join(named[:3]) or 'unknown'}); nothing in it "
+                "was run. If you trust it, load it where it was made, and save the tensors alone: "
                 "torch.save(model.state_dict(), path)."
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # Damaged bytes end in errors of every kind, IndexError and struct.error among them.
+        except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise WeightsError(
                 f"{path} is damaged, cut short or no PyTorch file "
                 f"({path.stat().st_size:,} bytes): {reason}"
             ) from None
-    return {
-        # numpy has no bfloat16
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
-        for name, tensor in _tensors_in(content, torch.Tensor, path).items()
-    }
+    arrays = {}
+    for name, tensor in _tensors_in(content, torch.Tensor, path).items():
+        try:
+            # numpy has no bfloat16
+            is_bfloat16 = tensor.dtype == torch.bfloat16
+            arrays[name] = (tensor.float() if is_bfloat16 else tensor).detach().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise WeightsError(
+                f"{path}: {name} is {tensor.layout} {tensor.dtype}, which numpy has not: {error}"
+            ) from None
+    return arrays
 
 
 def _tensors_in(content: Any, tensor_type: type, path: Path) -> dict[str, Any]:
     """The mapping from names to tensors in what a file holds, however it is wrapped."""
     if isinstance(content, Mapping):
+        # First, since beside a wrapper there may be tensors that are no weights, such as a loss.
+        for key in _WRAPPERS:
+            if isinstance(content.get(key), Mapping) and content[key]:
+                return _tensors_in(content[key], tensor_type, path)
         tensors = {str(k): v for k, v in content.items() if isinstance(v, tensor_type)}
         if tensors:
             return tensors
-        for key in _WRAPPERS:
-            if isinstance(content.get(key), Mapping):
-                return _tensors_in(content[key], tensor_type, path)
     found = (
         f"a mapping with {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
         if isinstance(content, Mapping)
@@ -174,7 +185,7 @@ def import_torch(purpose: str) -> Any:
 def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a ``state_dict``, whole or not at all; see ``written_whole``."""
     torch = import_torch(f"writing {path.name}")
-    with written_whole(path) as unfinished:
+    with written_whole(path) as unfinished, failing_as_os_error(RuntimeError):
         torch.save(
             {name: torch.from_numpy(_owned(array)) for name, array in tensors.items()}, unfinished
         )
@@ -183,9 +194,19 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, whole or not at all; see ``written_whole``."""
     with written_whole(path) as unfinished:
+        put_safetensors(unfinished, tensors)
+
+
+def put_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file within a folder that is itself written whole.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    with failing_as_os_error(SafetensorError):
         safetensors.numpy.save_file(
             {name: np.asarray(array, order="C") for name, array in tensors.items()},
-            unfinished,
+            path,
             # Without this entry the ``transformers`` library refuses the file.
             metadata={"format": "pt"},
         )
@@ -197,6 +218,15 @@ def _owned(array: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
+def failing_as_os_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Libraries say by errors of their own that a file could not be written."""
+    try:
+        yield
+    except kinds as error:
+        raise OSError((str(error) or repr(error)).splitlines()[0]) from error
+
+
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A path to write a file or folder at, which takes its name only when all of it is there.
 
@@ -205,15 +235,17 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
       WeightsError: if the disk is full, or the place cannot be written to.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    # Of a link, what it points to.
+    path = path.resolve()
+    unfinished = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         if path.is_dir():
             path.rmdir()  # fails if there is anything in it, which is never ours to delete
         unfinished.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise WeightsError(f"could not write {path}: {reason}; nothing of it is left") from error
     finally:
         if unfinished.is_dir():

@@ -48,26 +48,42 @@ def detect_scheme(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What tensors do not tell of a model's shape; None for what is not known.
+
+    Attributes:
+      decoder_heads: heads of the decoder's attention.
+      window_size: side of the encoder's windows, which their tables tell unless the whole grid is
+        as large.
+      global_attention_blocks: blocks without windows, likewise.
+    """
+
+    decoder_heads: int | None = None
+    window_size: int | None = None
+    global_attention_blocks: tuple[int, ...] | None = None
+
+
 def infer_config(
     tensors: Mapping[str, np.ndarray],
     scheme: Scheme,
     where: Any,
-    decoder_heads: int | None = None,
+    hints: Hints | None = None,
 ) -> SamConfig:
     """The shape of the model that tensors belong to.
 
-    All of it follows from the tensors' shapes but the decoder's number of heads.
+    Almost all of it follows from the tensors' shapes; see ``Hints`` for what does not.
 
     Args:
       tensors: by their names in ``scheme``, "official" or "hugging_face".
       scheme: whose names they are.
       where: what to call the place they come from in messages.
-      decoder_heads: heads of the decoder's attention; None if only the tensors are known, which
-        will do at the published width.
+      hints: what is known besides; nothing will do at the published width.
 
     Raises:
       WeightsError: if tensors that tell the shape are missing, or make no sense together.
     """
+    hints = hints or Hints()
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
         name = foreign_names(path, scheme)[0]
@@ -101,40 +117,114 @@ def infer_config(
             f"{where}: the blocks' tables of relative positions fit neither the grid {grid} nor "
             f"one square window: they are for {sorted(set(tables))}, heads of {sorted(head_dims)}"
         )
+    if windows:
+        window_size = windows.pop()[0]
+        global_blocks = tuple(i for i, table in enumerate(tables) if table == grid)
+    else:
+        window_size, global_blocks = _windows_that_fill_the_grid(embed_dim, depth, hints)
     image_encoder = ImageEncoderConfig(
         image_size=(grid[0] * patch, grid[1] * patch),
         patch_size=patch,
         embed_dim=embed_dim,
         depth=depth,
         num_heads=embed_dim // head_dims.pop(),
-        global_attention_blocks=tuple(i for i, table in enumerate(tables) if table == grid),
-        window_size=windows.pop()[0] if windows else ImageEncoderConfig.window_size,
+        global_attention_blocks=global_blocks,
+        window_size=window_size,
         mlp_rate=shape(f"{encoder}/block_00/mlp/dense_0/kernel", 2)[0] / embed_dim,
         output_dim=shape(f"{encoder}/neck_conv1/kernel", 4)[0],
     )
     candidates = _count(tensors, f"{decoder}/hyper_networks/mlp_0/dense_0/kernel", scheme)
     if candidates != NUM_MULTIMASK + 1:
         raise WeightsError(
-            f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
+            f"{where} lacks a mask decoder"
+            if not candidates
+            else f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
         )
-    if decoder_heads is None:
-        # A guess at another width would load, run, and be wrong by some points of IoU.
-        if image_encoder.output_dim != ImageEncoderConfig.output_dim:
-            raise WeightsError(
-                f"{where} does not tell how many heads the decoder's attention has, and its width "
-                f"{image_encoder.output_dim} is not the published {ImageEncoderConfig.output_dim}: "
-                "say it, as decoder_heads (on the command line: --decoder-heads)"
-            )
-        decoder_heads = MaskDecoderConfig.num_heads
     layer = f"{decoder}/transformer/layer_0"
     mask_decoder = MaskDecoderConfig(
         depth=_count(tensors, f"{layer}/self_attn/q_proj/kernel", scheme),
-        num_heads=decoder_heads,
+        num_heads=_decoder_heads(hints.decoder_heads, image_encoder.output_dim, where),
         mlp_dim=shape(f"{layer}/mlp/dense_0/kernel", 2)[0],
         iou_head_dim=shape(f"{decoder}/iou_head/dense_0/kernel", 2)[0],
     )
     mask_channels = shape("params/prompt_encoder/mask_downscaling/conv2/kernel", 4)[0]
     return SamConfig(image_encoder, mask_decoder, mask_channels)
+
+
+def _decoder_heads(heads: int | None, dim: int, where: Any) -> int:
+    """Heads of the decoder's attention at a width: as known, or as published."""
+    if heads is None:
+        # A guess at another width would load, run, and be wrong by some points of IoU.
+        if dim != ImageEncoderConfig.output_dim:
+            raise WeightsError(
+                f"{where} does not tell how many heads the decoder's attention has, and its width "
+                f"{dim} is not the published {ImageEncoderConfig.output_dim}: say it, as "
+                "decoder_heads (on the command line: --decoder-heads)"
+            )
+        return MaskDecoderConfig.num_heads
+    if not isinstance(heads, int) or heads < 1 or dim // 2 % heads:
+        raise WeightsError(
+            f"{where}: the decoder's attention cannot have {heads!r} heads; expected a number that "
+            f"divides its inner width {dim // 2}"
+        )
+    return heads
+
+
+def _windows_that_fill_the_grid(
+    embed_dim: int, depth: int, hints: Hints
+) -> tuple[int, tuple[int, ...]]:
+    """Window side and global blocks where all tables have the grid's size, and tell neither.
+
+    It makes no difference at this size of images, but at others it does.
+    """
+    for variant in VARIANTS.values():
+        known = variant.image_encoder
+        if (known.embed_dim, known.depth) == (embed_dim, depth):
+            window_size, blocks = known.window_size, tuple(known.global_attention_blocks)
+            break
+    else:
+        window_size, blocks = ImageEncoderConfig.window_size, tuple(range(depth))
+    if hints.window_size is not None:
+        window_size = hints.window_size
+    if hints.global_attention_blocks is not None:
+        blocks = hints.global_attention_blocks
+    return window_size, blocks
+
+
+def differences(found: SamConfig, expected: SamConfig) -> list[str]:
+    """In what two shapes differ, but for the size of images and what acts in training only."""
+
+    def fields(config: SamConfig) -> dict[str, Any]:
+        encoder, decoder = (
+            dataclasses.asdict(part) for part in (config.image_encoder, config.mask_decoder)
+        )
+        encoder["global_attention_blocks"] = tuple(encoder["global_attention_blocks"])
+        if len(encoder["global_attention_blocks"]) == encoder["depth"]:
+            del encoder["window_size"]  # there are no windows
+        both = {f"encoder.{k}": v for k, v in encoder.items()}
+        both |= {f"decoder.{k}": v for k, v in decoder.items()}
+        both["mask_channels"] = config.mask_channels
+        for name in ("encoder.image_size", "encoder.drop_path_rate", "decoder.dropout_rate"):
+            del both[name]
+        return both
+
+    ours, theirs = fields(found), fields(expected)
+    return [
+        f"{name} is {ours.get(name)}, expected {theirs.get(name)}"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def closest_variant(tensors: Mapping[str, np.ndarray], scheme: Scheme) -> SamConfig | None:
+    """The variant of the same width and depth, for tensors that do not make a whole model."""
+    name = foreign_names("params/image_encoder/block_00/norm1/scale", scheme)[0]
+    width = tensors[name].shape[-1] if name in tensors and tensors[name].ndim else None
+    depth = _count(tensors, "params/image_encoder/block_00/attn/qkv/kernel", scheme)
+    for config in VARIANTS.values():
+        if (config.image_encoder.embed_dim, config.image_encoder.depth) == (width, depth):
+            return config
+    return None
 
 
 def _count(tensors: Mapping[str, np.ndarray], first: str, scheme: Scheme) -> int:
@@ -221,7 +311,13 @@ def to_hugging_face(config: SamConfig) -> dict[str, Any]:
     }
 
 
-def hugging_face_decoder_heads(config: Mapping[str, Any]) -> int | None:
-    """Heads of the decoder's attention, the one number that no tensor's shape tells."""
-    section = config.get("mask_decoder_config") or {}
-    return section.get("num_attention_heads")
+def hugging_face_hints(config: Mapping[str, Any]) -> Hints:
+    """What Hugging Face's ``config.json`` says that no tensor's shape does."""
+    decoder = config.get("mask_decoder_config") or {}
+    encoder = config.get("vision_config") or {}
+    blocks = encoder.get("global_attn_indexes")
+    return Hints(
+        decoder_heads=decoder.get("num_attention_heads"),
+        window_size=encoder.get("window_size"),
+        global_attention_blocks=None if blocks is None else tuple(blocks),
+    )

@@ -15,11 +15,11 @@ from sam_jax.models.variants import VARIANTS
 
 # What pre-training has and the encoder has not: the class token, the norm after the last block,
 # and the decoder that pre-training throws away.
-_DROPPED = ("cls_token", "mask_token", "norm.", "fc_norm.", "head.", "decoder_")
+_DROPPED = ("cls_token", "mask_token", "norm.", "decoder_")
 
 
 def start_from_mae(model: Sam, tensors: Mapping[str, np.ndarray], key: Array) -> dict[str, Any]:
-    """Variables of a model whose encoder continues a masked autoencoder's.
+    """Variables of a model whose encoder continues a masked autoencoder's, float32.
 
     Positions are interpolated to the model's grid, without that of the class token; so are filters
     of another patch size (ViT-H is pre-trained with 14 pixels). What pre-training has not is as
@@ -50,8 +50,9 @@ def start_from_mae(model: Sam, tensors: Mapping[str, np.ndarray], key: Array) ->
         ).transpose(2, 3, 0, 1)
     fresh = flatten_dict(init_variables(model, key), sep="/")
     template = {path: leaf for path, leaf in fresh.items() if foreign_names(path, "mae")}
-    trained = to_native(kept, unflatten_dict(template, sep="/"), "mae")
-    return unflatten_dict(fresh | flatten_dict(trained, sep="/"), sep="/")
+    trained = flatten_dict(to_native(kept, unflatten_dict(template, sep="/"), "mae"), sep="/")
+    trained = {path: np.asarray(array, np.float32) for path, array in trained.items()}
+    return unflatten_dict(fresh | trained, sep="/")
 
 
 def mae_config(tensors: Mapping[str, np.ndarray], where: Any) -> SamConfig:

@@ -16,8 +16,8 @@ from sam_jax.arrays import Array, Bool, Float, Int
 from sam_jax.convert.files import (
     SAFETENSORS,
     WeightsError,
+    put_safetensors,
     read_tensors,
-    write_safetensors,
     written_whole,
 )
 from sam_jax.models.mask_decoder import MaskPrediction
@@ -69,7 +69,7 @@ def export_stablehlo(
         unfinished.mkdir()
         (unfinished / ENCODER).write_bytes(_serialized(encoder))
         (unfinished / DECODER).write_bytes(_serialized(decoder))
-        write_safetensors(
+        put_safetensors(
             unfinished / SAFETENSORS,
             {
                 path: np.asarray(leaf, np.float32)
@@ -131,8 +131,11 @@ def load_stablehlo(folder: str | Path) -> ExportedSam:
             jax.export.deserialize(bytearray((folder / name).read_bytes()))
             for name in (ENCODER, DECODER)
         )
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} holds no whole StableHLO export: {error}") from error
+    except ImportError:
+        raise WeightsError("reading StableHLO needs: pip install 'sam-jax[stablehlo]'") from None
+    # Damaged bytes end in errors of every kind, struct.error among them.
+    except Exception as error:
+        raise WeightsError(f"{folder} holds no whole StableHLO export: {error!r}") from error
     return ExportedSam(unflatten_dict(flat, sep="/"), encoder, decoder)
 
 

@@ -16,7 +16,17 @@ def restore_mask(
     resized_hw: tuple[int, int],
     original_hw: tuple[int, int],
 ) -> Bool[np.ndarray, "oh ow"]:
-    """The mask in the original image's pixels: where the interpolated logits exceed 0.
+    """The mask in the original image's pixels: where ``restore_logits`` exceeds 0."""
+    return restore_logits(low_res_logits, model_hw, resized_hw, original_hw) > 0
+
+
+def restore_logits(
+    low_res_logits: Float[np.ndarray, "lh lw"],
+    model_hw: tuple[int, int],
+    resized_hw: tuple[int, int],
+    original_hw: tuple[int, int],
+) -> Float[np.ndarray, "oh ow"]:
+    """Logits in the original image's pixels.
 
     Bilinear to the model's input size, padding cropped away, bilinear to the original size; half-
     pixel centres, edges clamped, no antialiasing (PyTorch's ``align_corners=False``).
@@ -30,7 +40,7 @@ def restore_mask(
     Source: segment-anything, ``postprocess_masks``.
     """
     logits = _resize(low_res_logits, model_hw)[: resized_hw[0], : resized_hw[1]]
-    return _resize(logits, original_hw) > 0
+    return _resize(logits, original_hw)
 
 
 def _resize(logits, size_hw):

@@ -1,6 +1,7 @@
 """Weights to the published names and back: identity on every tensor, and errors that list all."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from sam_jax.convert.names import (
     KINDS,
     RULES,
     TABLE,
+    Rule,
     foreign_names,
     from_native,
     native_path,
@@ -70,10 +72,17 @@ def test_every_row_serves_and_no_two_overlap() -> None:
         assert group
         assert {native_path(name) for name in group} == {path}
     # No row is there for nothing, and no kind of layer.
-    used = {foreign_names(path) for path in paths}
-    assert len({rule.native for rule in RULES["official"]}) == len(RULES["official"])
+    for scheme, rules in RULES.items():
+        served = {name for path in paths for name in foreign_names(path, scheme)}
+        for rule in rules:
+            assert any(native_path(name, scheme) and matches(rule, name) for name in served), rule
     assert {row.kind for row in TABLE} == set(KINDS)
-    assert len(used) == len(paths)
+
+
+def matches(rule: Rule, name: str) -> bool:
+    """Whether a name is one of a rule's, its fields being words or numbers."""
+    patterns = (re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(p)) for p in rule.foreign)
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def test_published_names() -> None:

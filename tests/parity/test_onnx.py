@@ -241,6 +241,12 @@ def test_int8_answers_nearly_the_same(setting: Setting, folder: Path) -> None:
     rough = session(folder / "decoder.int8.onnx").run(None, inputs)[2]
     # With random weights logits lie around the threshold, so their values are compared.
     assert np.corrcoef(exact.ravel(), rough.ravel())[0, 1] > 0.98
+    images = np.random.default_rng(0).standard_normal((1, 3, 48, 48)).astype(np.float32)
+    exact, rough = (
+        session(folder / name).run(None, {"images": images})[0]
+        for name in (ENCODER, "encoder.int8.onnx")
+    )
+    assert np.corrcoef(exact.ravel(), rough.ravel())[0, 1] > 0.98
 
 
 def test_weights_past_the_limit_of_a_message_lie_beside_the_graph(

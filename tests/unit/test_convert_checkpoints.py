@@ -51,7 +51,8 @@ def variables():
 def test_the_shape_follows_from_the_tensors(config: SamConfig, scheme) -> None:
     found_scheme, tensors = geometry.detect_scheme(weightless(config, scheme), "x")
     assert found_scheme == scheme
-    found = geometry.infer_config(tensors, scheme, "x", config.mask_decoder.num_heads)
+    hints = geometry.Hints(config.mask_decoder.num_heads)
+    found = geometry.infer_config(tensors, scheme, "x", hints)
     expected = dataclasses.replace(
         config,
         image_encoder=dataclasses.replace(
@@ -106,9 +107,7 @@ def test_every_form_leads_back_to_the_same(tmp_path: Path, variables, target) ->
     save(path, SQUARE, variables, target)
     assert list(tmp_path.iterdir()) == [path]
     weights = open_weights(path, decoder_heads=SQUARE.mask_decoder.num_heads)
-    assert weights.config == dataclasses.replace(
-        SQUARE, mask_decoder=dataclasses.replace(SQUARE.mask_decoder)
-    )
+    assert weights.config == SQUARE
     assert_same_variables(checkpoints.native_variables(weights), variables)
     assert not describe(path, decoder_heads=SQUARE.mask_decoder.num_heads).problems
 
@@ -167,11 +166,6 @@ def test_a_model_for_another_size_takes_the_weights(tmp_path: Path, variables) -
         Sam(SQUARE).apply(variables, images, method=Sam.encode),
         atol=1e-5,
     )
-    wider = dataclasses.replace(TINY.mask_decoder, mlp_dim=44)
-    with pytest.raises(NamesError, match=r"misshapen: params/mask_decoder/.* expected \(32, 44\)"):
-        checkpoints.variables_for(
-            Sam(dataclasses.replace(TINY, mask_decoder=wider)), tmp_path / "run"
-        )
 
 
 def test_a_file_without_a_telling_tensor(tmp_path: Path, variables) -> None:
@@ -179,7 +173,100 @@ def test_a_file_without_a_telling_tensor(tmp_path: Path, variables) -> None:
     del tensors["image_encoder.pos_embed"]
     write_safetensors(tmp_path / "x.safetensors", tensors)
     with pytest.raises(WeightsError, match=r"lacks the tensor image_encoder\.pos_embed"):
-        load(tmp_path / "x.safetensors")
+        load(tmp_path / "x.safetensors", decoder_heads=4)
+
+
+def test_an_incomplete_file_of_a_variant_is_told_all_that_it_lacks(tmp_path: Path) -> None:
+    tensors = {
+        name: np.asarray(array, np.float32)
+        for name, array in weightless(VARIANTS["vit_ti"]).items()
+        if name.startswith("image_encoder") and "neck" not in name
+    }
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(NamesError, match="Compared with vit_ti") as error:
+        load(tmp_path / "x.safetensors", decoder_heads=8)
+    for name in ("image_encoder.neck.0.weight", "mask_decoder.iou_token.weight"):
+        assert f"missing: {name}" in str(error.value)
+
+
+@pytest.mark.parametrize("heads", [0, -1, 5, "4"])
+def test_impossible_heads_are_named(tmp_path: Path, variables, heads) -> None:
+    save(tmp_path / "x", SQUARE, variables, "hugging-face")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["mask_decoder_config"]["num_attention_heads"] = heads
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"cannot have .* heads; .* divides its inner width 16"):
+        load(tmp_path / "x")
+
+
+def test_either_name_of_the_shared_positions_will_do(tmp_path: Path, variables) -> None:
+    save(tmp_path / "x", SQUARE, variables, "hugging-face")
+    path = tmp_path / "x" / "model.safetensors"
+    tensors = files.read_tensors(path)
+    one = "shared_image_embedding.positional_embedding"
+    other = "prompt_encoder.shared_embedding.positional_embedding"
+    tensors[other] = tensors[one]
+    for names in ((one, other), (other,)):
+        kept = {name: array for name, array in tensors.items() if name in names or name != one}
+        write_safetensors(path, kept)
+        assert_same_variables(load(tmp_path / "x").variables, variables)
+        # The file alone has its folder's config, too.
+        assert load(path).model.config == SQUARE
+
+
+def test_windows_as_large_as_the_grid_are_not_forgotten(tmp_path: Path, variables) -> None:
+    encoder = dataclasses.replace(SQUARE.image_encoder, image_size=(28, 28))
+    small = dataclasses.replace(SQUARE, image_encoder=encoder)
+    save(tmp_path / "x", small, random_variables(small), "hugging-face")
+    assert load(tmp_path / "x").model.config == small
+    # Tensors alone do not tell, but those of a variant.
+    encoder = dataclasses.replace(VARIANTS["vit_ti"].image_encoder, image_size=(128, 128))
+    small = dataclasses.replace(VARIANTS["vit_ti"], image_encoder=encoder)
+    found = geometry.infer_config(weightless(small), "official", "x", geometry.Hints(8))
+    assert geometry.variant_name(found) == "vit_ti"
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("mask_decoder", {"num_heads": 8}, "decoder.num_heads is 4, expected 8"),
+        ("image_encoder", {"window_size": 3}, "encoder.window_size is 7, expected 3"),
+        (
+            "image_encoder",
+            {"global_attention_blocks": (0, 2)},
+            "encoder.global_attention_blocks is (1,), expected (0, 2)",
+        ),
+        ("mask_decoder", {"mlp_dim": 44}, "decoder.mlp_dim is 40, expected 44"),
+    ],
+)
+def test_weights_of_a_model_of_another_shape_are_refused(
+    tmp_path: Path, variables, part: str, changes: dict, words: str
+) -> None:
+    save(tmp_path / "run", SQUARE, variables, "orbax")
+    changed = dataclasses.replace(getattr(SQUARE, part), **changes)
+    with pytest.raises(NamesError) as error:
+        checkpoints.variables_for(
+            Sam(dataclasses.replace(SQUARE, **{part: changed})), tmp_path / "run"
+        )
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.complex64])
+def test_only_floating_point_is_weights(tmp_path: Path, variables, dtype) -> None:
+    tensors = from_native(variables)
+    name = "image_encoder.neck.1.bias"
+    tensors[name] = tensors[name].astype(dtype)
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(WeightsError, match=r"neck\.1\.bias is (int8|complex64), expected floating"):
+        load(tmp_path / "x.safetensors", decoder_heads=4)
+
+
+def test_a_damaged_run_is_named(tmp_path: Path, variables) -> None:
+    save(tmp_path / "run", SQUARE, variables, "orbax")
+    path = tmp_path / "run" / "checkpoints" / "0" / "model" / "_METADATA"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoints/0/model is damaged"):
+        load(tmp_path / "run")
 
 
 def test_places_that_will_not_do_are_found_before_the_work(tmp_path: Path, variables) -> None:
@@ -209,8 +296,12 @@ def test_a_run_of_another_model_is_refused(tmp_path: Path, variables) -> None:
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}))
     with pytest.raises(NamesError, match=r"misshapen: params/mask_decoder/.* expected \(32, 44\)"):
         load(tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match="expected JSON with a map 'model'"):
+    for content in ("{}", '{"model": null}', '{"model": [1]}', "nonsense"):
+        (tmp_path / "run" / "config.json").write_text(content)
+        with pytest.raises(WeightsError, match="expected JSON with a map 'model'"):
+            load(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"model": {"variant": "vit_x"}}')
+    with pytest.raises(WeightsError, match=r"config\.json: model\.variant = 'vit_x'"):
         load(tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"config\.json is missing"):
@@ -284,6 +375,20 @@ class TestMae:
         for name in ("cls_token", "mask_token", "norm.weight", "decoder_embed.weight"):
             tensors[name] = np.zeros(3, np.float32)
         return tensors
+
+    def test_half_precision_becomes_float32(self) -> None:
+        from sam_jax.convert.mae import start_from_mae
+
+        half = {name: array.astype(np.float16) for name, array in self.tensors().items()}
+        variables = start_from_mae(Sam(SQUARE), half, jax.random.key(0))
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {"float32"}
+
+    def test_a_classifier_is_no_autoencoder(self) -> None:
+        from sam_jax.convert.mae import start_from_mae
+
+        tensors = self.tensors() | {"head.weight": np.zeros((10, 24), np.float32)}
+        with pytest.raises(NamesError, match=r"unexpected: head\.weight"):
+            start_from_mae(Sam(SQUARE), tensors, jax.random.key(0))
 
     def test_encoder_continues_and_the_rest_is_fresh(self) -> None:
         from sam_jax.convert.mae import start_from_mae

@@ -111,6 +111,24 @@ def test_what_was_there_stays_if_writing_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_links_are_followed_and_empty_folders_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_safetensors(link, TENSORS)
+    assert_same(read_tensors(real), TENSORS)
+    assert link.is_symlink()
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with written_whole(Path()) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "file").touch()
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["file"]
+
+
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with written_whole(tmp_path / "folder") as unfinished:
@@ -216,10 +234,42 @@ class TestTorch:
             read_tensors(evil)
         assert not loot.exists()
 
-    @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-    def test_a_file_cut_short_is_named(self, torch, tmp_path: Path, share: float) -> None:
+    def test_tensors_beside_a_wrapper_are_no_weights(self, torch, tmp_path: Path) -> None:
         path = tmp_path / "x.pth"
-        torch.save(self.state(torch), path)
+        torch.save({"best_loss": torch.tensor(0.3), "model": self.state(torch)}, path)
+        assert_same(read_tensors(path), TENSORS)
+
+    def test_a_type_that_numpy_has_not_is_named(self, torch, tmp_path: Path) -> None:
+        path = tmp_path / "x.pth"
+        torch.save({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, path)
+        with pytest.raises(WeightsError, match=r"x\.pth: a is .*float8_e4m3fn"):
+            read_tensors(path)
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_flipped_bytes_end_in_a_message_or_do_no_harm(
+        self, torch, tmp_path: Path, legacy: bool
+    ) -> None:
+        path = tmp_path / "x.pth"
+        torch.save(self.state(torch), path, _use_new_zipfile_serialization=not legacy)
+        whole, rng = path.read_bytes(), np.random.default_rng(0)
+        refused = 0
+        for place in rng.integers(0, len(whole), 200):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            try:
+                read_tensors(path)
+            except WeightsError:
+                refused += 1
+        assert refused > 10
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+    def test_a_file_cut_short_is_named(
+        self, torch, tmp_path: Path, share: float, legacy: bool
+    ) -> None:
+        path = tmp_path / "x.pth"
+        torch.save(self.state(torch), path, _use_new_zipfile_serialization=not legacy)
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(WeightsError, match=r"x\.pth is (damaged|refused: it is damaged)"):

@@ -87,6 +87,11 @@ def test_the_files_say_what_they_take_and_where_they_run(folder: Path) -> None:
 
 def test_damaged_files_are_named(folder: Path, variables, tmp_path: Path) -> None:
     export_stablehlo(tmp_path / "x", MODEL, variables, platforms=("cpu",))
+    whole = (tmp_path / "x" / DECODER).read_bytes()
+    for length in (0, 10, len(whole) // 2):
+        (tmp_path / "x" / DECODER).write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match="holds no whole StableHLO export"):
+            load_stablehlo(tmp_path / "x")
     (tmp_path / "x" / DECODER).unlink()
     with pytest.raises(WeightsError, match="holds no whole StableHLO export"):
         load_stablehlo(tmp_path / "x")
