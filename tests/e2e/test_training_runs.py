@@ -158,5 +158,5 @@ def test_a_missing_checkpoint_is_named(started, tmp_path):
     process = started("eval.py", "--checkpoint", str(tmp_path / "nothing"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "no checkpoints in" in output
+    assert "does not exist" in output
     assert "Traceback" not in output
