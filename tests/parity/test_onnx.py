@@ -116,6 +116,39 @@ def test_decoder_agrees_with_the_published_export(
     np.testing.assert_allclose(low_res, expected[2], rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the tracer and of what it traces
+@pytest.mark.parametrize("original_hw", ORIGINALS)
+def test_decoder_agrees_with_the_file_that_the_published_script_makes(
+    setting: Setting, folder: Path, tmp_path: Path, original_hw: tuple[int, int]
+) -> None:
+    """With this PyTorch its tracer fixes the crop, so there is a file for each original size."""
+    from segment_anything.utils.onnx import SamOnnxModel
+
+    example = decoder_inputs(setting, 2, True, original_hw)
+    torch.onnx.export(
+        SamOnnxModel(setting.official, return_single_mask=False),
+        tuple(map(torch.from_numpy, example.values())),
+        tmp_path / "published.onnx",
+        input_names=list(example),
+        output_names=["masks", "iou_predictions", "low_res_masks"],
+        dynamic_axes={name: {1: "num_points"} for name in ("point_coords", "point_labels")},
+        opset_version=17,
+        dynamo=False,
+    )
+    theirs, ours = session(tmp_path / "published.onnx"), session(folder / DECODER)
+    assert [o.name for o in theirs.get_outputs()] == [o.name for o in ours.get_outputs()]
+    assert {i.name: i.type for i in theirs.get_inputs()} == {
+        i.name: i.type for i in ours.get_inputs()
+    }
+    for num_points in (1, 5, 20):
+        for with_mask in (False, True):
+            inputs = decoder_inputs(setting, num_points, with_mask, original_hw)
+            expected, found = theirs.run(None, inputs), ours.run(None, inputs)
+            assert_masks_agree(found[0], expected[0])
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("num_points", [1, 20])
 def test_decoder_agrees_with_ours(
