@@ -5,17 +5,13 @@ packages of ``requirements-torch.lock``.
 """
 
 import contextlib
-import functools
-import importlib
-import importlib.util
 import statistics
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 
+from benchmarks import published
 from benchmarks.timing import Timing, time_calls
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.sam import SamConfig
@@ -40,7 +36,7 @@ def encoder_call(
     import torch
 
     device = _device()
-    model = _image_encoder(config).to(device)
+    model = published.build(SamConfig(config)).image_encoder.to(device)
     images = torch.randn(batch, 3, *config.image_size, device=device)
     cotangents = torch.randn(batch, config.output_dim, *config.grid, device=device)
 
@@ -62,7 +58,8 @@ def decoder_call(
     import torch
 
     device, size = _device(), config.image_encoder.image_size
-    prompt_encoder, mask_decoder = (part.to(device).eval() for part in _decoder_parts(config))
+    model = published.build(config).to(device).eval()
+    prompt_encoder, mask_decoder = model.prompt_encoder, model.mask_decoder
     dim, grid = config.image_encoder.output_dim, config.image_encoder.grid
     embedding = torch.randn(1, dim, *grid, device=device)
     coords = torch.rand(num_prompts, num_points, 2, device=device) * size[0]
@@ -86,67 +83,6 @@ def decoder_call(
         _wait(device)
 
     return call
-
-
-def _image_encoder(config: ImageEncoderConfig) -> Any:
-    import torch
-
-    return _segment_anything().modeling.ImageEncoderViT(
-        img_size=config.image_size[0],
-        patch_size=config.patch_size,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_rate,
-        out_chans=config.output_dim,
-        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        global_attn_indexes=tuple(config.global_attention_blocks),
-        window_size=config.window_size,
-    )
-
-
-def _decoder_parts(config: SamConfig) -> tuple[Any, Any]:
-    modeling = _segment_anything().modeling
-    encoder, decoder = config.image_encoder, config.mask_decoder
-    transformer = modeling.TwoWayTransformer(
-        depth=decoder.depth,
-        embedding_dim=encoder.output_dim,
-        num_heads=decoder.num_heads,
-        mlp_dim=decoder.mlp_dim,
-    )
-    return (
-        modeling.PromptEncoder(
-            embed_dim=encoder.output_dim,
-            image_embedding_size=encoder.grid,
-            input_image_size=encoder.image_size,
-            mask_in_chans=config.mask_channels,
-        ),
-        modeling.MaskDecoder(
-            transformer_dim=encoder.output_dim,
-            transformer=transformer,
-            iou_head_hidden_dim=decoder.iou_head_dim,
-        ),
-    )
-
-
-def _segment_anything() -> ModuleType:
-    """The package, which imports torchvision for parts that are not timed here."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("segment_anything")
-    functional = ModuleType("torchvision.transforms.functional")
-    boxes = ModuleType("torchvision.ops.boxes")
-    functional.__dict__.update(resize=None, to_pil_image=None)
-    boxes.__dict__.update(batched_nms=None, box_area=None)
-    missing = {module.__name__: module for module in (functional, boxes)}
-    for name in ("torchvision", "torchvision.ops", "torchvision.transforms"):
-        missing[name] = ModuleType(name)
-    sys.modules.update(missing)
-    try:
-        return importlib.import_module("segment_anything")
-    finally:
-        for name in missing:
-            del sys.modules[name]
 
 
 def _device() -> str:

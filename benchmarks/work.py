@@ -10,9 +10,12 @@ optimizer) is not counted: it is no work for a matrix unit, and how much of it t
 how it is written.
 """
 
+import dataclasses
+
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
+from sam_jax.models.token_attention import folding_pays
 from sam_jax.prompts import PromptConfig
 
 # The backward pass multiplies twice for each product of the forward pass: once for the gradient of
@@ -76,8 +79,7 @@ def decoder_flops(
       num_prompts: prompted objects; a fraction if it is a mean over images.
       num_sparse: sparse tokens of each, valid or not: points, "not a point", box corners.
       multimask_output: three candidates each, or one.
-      with_mask: whether they bring a mask. Without, the first layer's three projections of the
-        image are the same for all objects and computed once.
+      with_mask: whether they bring a mask.
       image_size: height and width in pixels, by default the config's.
     """
     encoder, decoder = config.image_encoder, config.mask_decoder
@@ -86,33 +88,66 @@ def decoder_flops(
     dim, tokens = encoder.output_dim, NUM_OUTPUT_TOKENS + num_sparse
     masks = NUM_MULTIMASK if multimask_output else 1
     inner = dim // 2
+    # Without masks, all objects of an image see the same cells in the first layer.
+    sharing = 1 if with_mask else num_prompts
 
-    layer = (
-        _attention(tokens, tokens, dim, dim)
-        + _attention(tokens, cells, dim, inner)
-        + 2 * tokens * dim * decoder.mlp_dim
-        + _attention(cells, tokens, dim, inner)
-    )
-    transformer = decoder.depth * layer + _attention(tokens, cells, dim, inner)
+    cross = _CrossAttention(tokens, cells, dim, inner, decoder.num_heads)
+    of_tokens = _self_attention(tokens, dim) + 2 * tokens * dim * decoder.mlp_dim
+    first = cross.to_image(sharing) + cross.to_tokens(sharing)
+    others = (decoder.depth - 1) * (cross.to_image() + cross.to_tokens())
+    transformer = decoder.depth * of_tokens + first + others + cross.to_image()
     upscaling = cells * dim * (dim + dim // 2)
     filters = masks * dim * (2 * dim + dim // 8)
     products = masks * _SUBPIXELS * cells * (dim // 8)
     iou_head = decoder.iou_head_dim * (dim + decoder.iou_head_dim + 1 + NUM_MULTIMASK)
     per_prompt = transformer + upscaling + filters + products + iou_head
-
-    once = 0
     if with_mask:
         channels = config.mask_channels
         per_prompt += cells * channels * (4 + channels + dim)
-    else:
-        once = 3 * cells * dim * inner
-        per_prompt -= once
-    return 2 * (once + num_prompts * per_prompt)
+    return 2 * num_prompts * per_prompt
 
 
-def _attention(queries: int, keys: int, dim: int, inner: int) -> int:
-    """Multiply-adds of attention whose projections go from ``dim`` to ``inner`` channels."""
-    return 2 * (queries + keys) * dim * inner + 2 * queries * keys * inner
+def _self_attention(tokens: int, dim: int) -> int:
+    """Multiply-adds of full attention among a few tokens."""
+    return 4 * tokens * dim * dim + 2 * tokens * tokens * dim
+
+
+@dataclasses.dataclass(frozen=True)
+class _CrossAttention:
+    """Multiply-adds, for one object, of attention between its tokens and the cells.
+
+    Either the cells go through a projection, which objects may share, or the tokens go through it
+    in their stead and are met by the cells at full width, see ``models.token_attention``.
+    """
+
+    tokens: int
+    cells: int
+    dim: int
+    inner: int
+    num_heads: int
+
+    def to_image(self, sharing: float = 1) -> float:
+        """Tokens ask the cells of an image, which as many objects share."""
+        return 2 * self._project_tokens() + 2 * self._meet(sharing)
+
+    def to_tokens(self, sharing: float = 1) -> float:
+        """Cells ask the tokens; what comes back is the object's own, and so always folded."""
+        bias = self.tokens * self.inner if self._folds(sharing) else 0
+        return 2 * self._project_tokens() + self._meet(sharing) + bias + self._folded()
+
+    def _project_tokens(self) -> int:
+        return self.tokens * self.dim * self.inner
+
+    def _folds(self, sharing: float) -> bool:
+        return folding_pays(self.tokens, self.cells, self.dim, self.inner, self.num_heads, sharing)
+
+    def _meet(self, sharing: float) -> float:
+        if self._folds(sharing):
+            return self._folded()
+        return self.cells * self.inner * (self.dim / sharing + self.tokens)
+
+    def _folded(self) -> int:
+        return self.tokens * self.dim * (self.inner + self.cells * self.num_heads)
 
 
 def round_flops(

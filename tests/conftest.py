@@ -20,7 +20,6 @@ import importlib.util  # noqa: E402
 from collections.abc import Generator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import ModuleType  # noqa: E402
-from typing import Any  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -84,56 +83,7 @@ def shared_data(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def segment_anything() -> ModuleType:
-    """The published PyTorch code, whole.
+    """The published PyTorch code, whole."""
+    from benchmarks import published
 
-    It imports four functions of torchvision, which not every platform has a build of that fits
-    its build of torch. Where torchvision is missing, stand-ins with the same results take their
-    place, and only while `segment_anything` is imported: other packages see the truth.
-    """
-    if importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("segment_anything")
-    functional = ModuleType("torchvision.transforms.functional")
-    functional.__dict__.update(resize=_resize, to_pil_image=_to_pil_image)
-    boxes = ModuleType("torchvision.ops.boxes")
-    boxes.__dict__.update(batched_nms=_batched_nms, box_area=_box_area)
-    stand_ins = {functional.__name__: functional, boxes.__name__: boxes}
-    for name in ("torchvision", "torchvision.ops", "torchvision.transforms"):
-        stand_ins[name] = ModuleType(name)
-    sys.modules.update(stand_ins)
-    try:
-        return importlib.import_module("segment_anything")
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
-
-
-def _to_pil_image(image: Any) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(image)
-
-
-def _resize(image: Any, size: tuple[int, int]) -> Any:
-    from PIL import Image
-
-    return image.resize(size[::-1], Image.Resampling.BILINEAR)
-
-
-def _box_area(boxes: Any) -> Any:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _batched_nms(boxes: Any, scores: Any, idxs: Any, iou_threshold: float) -> Any:
-    import torch
-
-    left_top = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    right_bottom = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    overlap = (right_bottom - left_top).clamp(min=0).prod(dim=-1)
-    area = _box_area(boxes)
-    iou = overlap / (area[:, None] + area[None, :] - overlap)
-    rivals = (iou > iou_threshold) & (idxs[:, None] == idxs[None, :])
-    kept: list[int] = []
-    for index in torch.argsort(scores, descending=True, stable=True).tolist():
-        if not rivals[index, kept].any():
-            kept.append(index)
-    return torch.tensor(kept, dtype=torch.int64)
+    return published.segment_anything()

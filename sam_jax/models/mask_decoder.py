@@ -116,10 +116,10 @@ class MaskDecoder(nn.Module):
         # Sub-pixels stay apart from the grid until only one number per candidate is left of them:
         # putting 32 channels in order would move far more memory than putting one.
         logits = jnp.einsum(
-            "bpmc,bphwijklc->bpmhwijkl", filters, pixels, preferred_element_type=jnp.float32
+            "bphwijklc,bpmc->bphwijklm", pixels, filters, preferred_element_type=jnp.float32
         )
         return MaskPrediction(
-            low_res_logits=rearrange(logits, "b p m h w i j k l -> b p m (h i k) (w j l)"),
+            low_res_logits=rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)"),
             iou_predictions=iou_predictions.astype(jnp.float32),
         )
 

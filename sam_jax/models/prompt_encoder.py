@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, DimSize, Float, GridShape, Int
 from sam_jax.models.layers import gelu, layer_norm
-from sam_jax.ops.positional import fourier_features, grid_coords
+from sam_jax.ops.positional import fourier_features, grid_fourier_features
 
 # What a point means. The model has one learned embedding for each of the four kinds from
 # BACKGROUND on, and another one for "not a point".
@@ -123,7 +123,7 @@ class PromptEncoder(nn.Module):
         if not sparse:
             sparse.append(jnp.zeros((batch_size, 1, 0, self.embed_dim), self.dtype))
             valid.append(jnp.zeros((batch_size, 1, 0), bool))
-        image_pe = fourier_features(jnp.asarray(grid_coords(grid)), self.frequencies.value)
+        image_pe = grid_fourier_features(grid, self.frequencies.value)
         return PromptEmbeddings(
             sparse=jnp.concatenate(sparse, axis=2).astype(self.dtype),
             sparse_valid=jnp.concatenate(valid, axis=2),

@@ -1,73 +1,12 @@
 """The two-way transformer: prompt tokens and image cells attend to each other."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float
 from sam_jax.models.layers import Mlp, layer_norm
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than the embedding's.
-
-    Queries and keys carry an axis of objects that may be 1 on either side where all objects of an
-    image share it: it is broadcast inside the product and never copied.
-    """
-
-    num_heads: int
-    downsample_rate: int = 1
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        queries: Float[Array, "b #p s d"],
-        keys: Float[Array, "b #p t d"],
-        values: Float[Array, "b #p t d"],
-        keys_valid: Bool[Array, "b #p t"] | None = None,
-    ) -> Float[Array, "b p s d"]:
-        dim = queries.shape[-1]
-        inner = dim // self.downsample_rate
-
-        # Queries and keys start with the same projection, so that attention starts as a kernel on
-        # positions: a click looks around itself from the first step on, and need not learn to.
-        lecun_normal = nn.initializers.lecun_normal()
-        init_key = self.make_rng("params") if self.is_initializing() else None
-
-        def same_for_both(key, shape, dtype):
-            return lecun_normal(key if init_key is None else init_key, shape, dtype)
-
-        def project(name, x):
-            kernel_init = lecun_normal if name == "v_proj" else same_for_both
-            x = nn.Dense(inner, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
-            return rearrange(x, "b p t (a c) -> b p t a c", a=self.num_heads)
-
-        q = project("q_proj", queries)
-        k = project("k_proj", keys)
-        v = project("v_proj", values)
-        scale = (inner // self.num_heads) ** -0.5
-        shared = k.shape[1] == 1
-        if shared:
-            k, v = k[:, 0], v[:, 0]
-        keys_axes = "btac" if shared else "bptac"
-        if q.shape[1] == 1 and not shared:
-            # Only the image side is shared: its queries meet every object's keys.
-            logits = jnp.einsum("bsac,bptac->bpast", q[:, 0], k, preferred_element_type=jnp.float32)
-        else:
-            logits = jnp.einsum(
-                f"bpsac,{keys_axes}->bpast", q, k, preferred_element_type=jnp.float32
-            )
-        logits = logits * scale
-        if keys_valid is not None:
-            logits = jnp.where(keys_valid[:, :, None, None, :], logits, -jnp.inf)
-        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum(f"bpast,{keys_axes}->bpsac", probs, v)
-        return nn.Dense(dim, dtype=self.dtype, name="out_proj")(
-            rearrange(out, "b p s a c -> b p s (a c)")
-        )
+from sam_jax.models.token_attention import Attention
 
 
 class TwoWayAttentionBlock(nn.Module):

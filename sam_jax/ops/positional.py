@@ -30,6 +30,29 @@ def grid_coords(grid: tuple[int, int]) -> Float[np.ndarray, "gh gw 2"]:
     return np.stack(np.broadcast_arrays(xs[None, :], ys[:, None]), axis=-1)
 
 
+def grid_fourier_features(
+    grid: tuple[int, int], frequencies: Float[Array, "2 half_d"]
+) -> Float[Array, "gh gw d"]:
+    """``fourier_features`` of ``grid_coords``.
+
+    A phase is the sum of a row's and a column's, so by the rule for the sine of a sum ``gh + gw``
+    sines are enough for a frequency. On a CPU ``gh * gw`` take a sixth of decoding a prompt.
+    """
+    sines_and_cosines = []
+    for size, of_axis in zip(grid[::-1], frequencies.astype(jnp.float32), strict=True):
+        centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+        phases = 2.0 * jnp.pi * ((2.0 * centres - 1.0)[:, None] * of_axis)
+        sines_and_cosines.append((jnp.sin(phases), jnp.cos(phases)))
+    (sin_x, cos_x), (sin_y, cos_y) = sines_and_cosines
+    factors = [
+        jnp.concatenate(pair, axis=-1)
+        for pair in ((sin_x, cos_x), (cos_x, -sin_x), (cos_y, cos_y), (sin_y, sin_y))
+    ]
+    # Without the barrier XLA moves the sines into the sum's loop, and takes them for every cell.
+    by_sin_x, by_cos_x, cos_y, sin_y = jax.lax.optimization_barrier(factors)
+    return by_sin_x * cos_y[:, None] + by_cos_x * sin_y[:, None]
+
+
 def relative_positions(
     table: Float[Array, "entries c"], size: int
 ) -> Float[Array, "{size} {size} c"]:

@@ -39,7 +39,7 @@ def _descend(tree: Any, path: tuple[str, ...]) -> Any:
 def tiny(segment_anything: ModuleType) -> Pair:
     from tests.parity import official
 
-    theirs = official.build(segment_anything, TINY)
+    theirs = official.build(TINY)
     images = np.random.default_rng(0).standard_normal((2, *TINY.image_encoder.image_size, 3))
     return Pair(
         theirs, Sam(TINY), official.native_variables(theirs, TINY), images.astype(np.float32)

@@ -1,15 +1,14 @@
 """The published PyTorch model: built at any size, given random weights, run on numpy arrays."""
 
-import functools
 import re
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import published
 from sam_jax.convert.names import to_native
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 
@@ -34,54 +33,21 @@ def assert_equal(ours: Any, theirs: Any, tolerance: float = RELATIVE_TOLERANCE) 
     assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
 
 
-def build(segment_anything: ModuleType, config: SamConfig, seed: int = 0) -> Any:
+def build(config: SamConfig, seed: int = 0) -> Any:
     """The published model in the shape of a config, square or not, with random weights.
 
     The published encoder is built for square images only, but nothing in its forward pass needs
     that: its tables of positions are exchanged for ones of the right shape.
     """
-    modeling = segment_anything.modeling
-    encoder, decoder = config.image_encoder, config.mask_decoder
-    dim, grid = encoder.output_dim, encoder.grid
-    image_encoder = modeling.ImageEncoderViT(
-        img_size=encoder.image_size[0],
-        patch_size=encoder.patch_size,
-        embed_dim=encoder.embed_dim,
-        depth=encoder.depth,
-        num_heads=encoder.num_heads,
-        mlp_ratio=encoder.mlp_rate,
-        out_chans=dim,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        global_attn_indexes=tuple(encoder.global_attention_blocks),
-        window_size=encoder.window_size,
-    )
+    encoder, grid = config.image_encoder, config.image_encoder.grid
+    model = published.build(config)
     if grid[0] != grid[1]:
-        image_encoder.pos_embed = nn.Parameter(torch.zeros(1, *grid, encoder.embed_dim))
+        model.image_encoder.pos_embed = nn.Parameter(torch.zeros(1, *grid, encoder.embed_dim))
         for index in encoder.global_attention_blocks:
-            attention = image_encoder.blocks[index].attn
+            attention = model.image_encoder.blocks[index].attn
             head_dim = encoder.embed_dim // encoder.num_heads
             attention.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, head_dim))
             attention.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_dim))
-    model = modeling.Sam(
-        image_encoder,
-        modeling.PromptEncoder(
-            embed_dim=dim,
-            image_embedding_size=grid,
-            input_image_size=encoder.image_size,
-            mask_in_chans=config.mask_channels,
-        ),
-        modeling.MaskDecoder(
-            transformer_dim=dim,
-            transformer=modeling.TwoWayTransformer(
-                depth=decoder.depth,
-                embedding_dim=dim,
-                num_heads=decoder.num_heads,
-                mlp_dim=decoder.mlp_dim,
-            ),
-            iou_head_hidden_dim=decoder.iou_head_dim,
-        ),
-    )
     randomize(model, seed)
     quieten(model)
     return model.eval().requires_grad_(False)

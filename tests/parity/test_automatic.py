@@ -44,7 +44,7 @@ SEARCHES = {
 
 @pytest.fixture(scope="module")
 def theirs(segment_anything: ModuleType) -> Any:
-    return official.build(segment_anything, SQUARE)
+    return official.build(SQUARE)
 
 
 @pytest.fixture(scope="module")

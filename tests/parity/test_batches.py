@@ -50,7 +50,7 @@ def test_whole_model(segment_anything: ModuleType) -> None:
     config = dataclasses.replace(
         TINY, image_encoder=dataclasses.replace(TINY.image_encoder, image_size=(48, 48))
     )
-    theirs = official.build(segment_anything, config, seed=1)
+    theirs = official.build(config, seed=1)
     ours = Sam(config)
     variables = official.native_variables(theirs, config)
     rng = np.random.default_rng(0)

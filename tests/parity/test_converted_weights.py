@@ -43,7 +43,7 @@ CONFIGS = {"tiny": SQUARE} | {name: shallow(name) for name in ("vit_b", "vit_l",
 @pytest.fixture(scope="module", params=CONFIGS, ids=list(CONFIGS))
 def pair(request: pytest.FixtureRequest, segment_anything: ModuleType) -> tuple[Any, SamConfig]:
     config = CONFIGS[request.param]
-    return official.build(segment_anything, config), config
+    return official.build(config), config
 
 
 @pytest.fixture(scope="module")

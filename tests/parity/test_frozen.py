@@ -24,7 +24,7 @@ pytestmark = pytest.mark.parity
 
 def answers(segment_anything: ModuleType) -> dict[str, np.ndarray]:
     """Weights, inputs and outputs of the published model at tiny width."""
-    model = official.build(segment_anything, TINY, seed=2)
+    model = official.build(TINY, seed=2)
     mean, std = (getattr(model, name).numpy()[:, 0, 0] for name in ("pixel_mean", "pixel_std"))
     model.half().float()  # so that half the bytes hold the weights exactly
     frozen = {

@@ -41,7 +41,7 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(segment_anything: ModuleType) -> Setting:
-    theirs = official.build(segment_anything, SQUARE)
+    theirs = official.build(SQUARE)
     image = np.random.default_rng(0).standard_normal((1, 48, 48, 3)).astype(np.float32)
     return Setting(
         theirs, official.native_variables(theirs, SQUARE), official.encode(theirs, image)
@@ -254,7 +254,7 @@ def test_nothing_of_an_unused_mask_passes(setting: Setting, folder: Path) -> Non
 def test_encoder_agrees_with_the_published_one(
     segment_anything: ModuleType, tmp_path: Path, config: SamConfig
 ) -> None:
-    theirs = official.build(segment_anything, config)
+    theirs = official.build(config)
     export_onnx(tmp_path / "x", config, official.native_variables(theirs, config))
     encoder = session(tmp_path / "x" / ENCODER)
     shape = config.image_encoder.image_size

@@ -25,7 +25,7 @@ SIZES = ((48, 48), (30, 45), (200, 77), (11, 7))
 
 @pytest.fixture(scope="module")
 def theirs(segment_anything: ModuleType) -> Any:
-    return segment_anything.SamPredictor(official.build(segment_anything, SQUARE))
+    return segment_anything.SamPredictor(official.build(SQUARE))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.models.two_way_transformer import Attention, TwoWayTransformer
+from sam_jax.models.token_attention import Attention
+from sam_jax.models.two_way_transformer import TwoWayTransformer
 from tests.golden.tiny import TINY, random_variables
 
 DIM = TINY.image_encoder.output_dim

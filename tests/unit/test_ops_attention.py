@@ -1,5 +1,6 @@
 """Grid attention: the definition in numpy, and one suite for all implementations."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 from sam_jax.ops import attention
 from sam_jax.ops.attention import Implementation, grid_attention
 
-# The third, "auto", is one of the two.
-implementations = pytest.mark.parametrize("implementation", ["reference", "chunked"])
+# "auto" is one of these.
+implementations = pytest.mark.parametrize("implementation", ["reference", "extended", "chunked"])
 
 
 def inputs(
@@ -61,7 +62,7 @@ def test_definition(implementation: Implementation, entries: tuple[int, int] | N
     ("grid", "entries"),
     [((16, 3), (31, 5)), ((11, 4), None), ((12, 7), (9, 21))],
 )
-def test_chunked_equals_reference_with_gradients(
+def test_lean_forms_equal_reference_with_gradients(
     grid: tuple[int, int], entries: tuple[int, int] | None
 ) -> None:
     args = inputs(grid, entries)
@@ -78,12 +79,14 @@ def test_chunked_equals_reference_with_gradients(
             jax.value_and_grad(lambda *a, i=i: loss(i, *a), argnums=differentiable, has_aux=True)(
                 *args
             )
-            for i in ("reference", "chunked")
+            for i in ("reference", "extended", "chunked")
         ]
 
-    reference, chunked = both(*args)
+    reference, *lean = both(*args)
     assert np.isfinite(jax.tree.leaves(reference)[0])
-    for expected, ours in zip(jax.tree.leaves(reference), jax.tree.leaves(chunked), strict=True):
+    for expected, ours in itertools.chain.from_iterable(
+        zip(jax.tree.leaves(reference), jax.tree.leaves(form), strict=True) for form in lean
+    ):
         scale = np.abs(expected).max()
         assert scale > 0.1
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * scale)

@@ -3,7 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.ops.positional import fourier_features, grid_coords, relative_positions
+from sam_jax.ops.positional import (
+    fourier_features,
+    grid_coords,
+    grid_fourier_features,
+    relative_positions,
+)
 
 
 def test_relative_positions_by_hand() -> None:
@@ -54,3 +59,11 @@ def test_fourier_features_are_float32_whatever_comes_in() -> None:
     assert ours.dtype == jnp.float32
     np.testing.assert_array_equal(ours, fourier_features(coords.astype(jnp.float32), frequencies))
     assert np.abs(ours - exact).max() > 0.01
+
+
+def test_features_of_a_grid_are_those_of_its_cells() -> None:
+    frequencies = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16)), jnp.float32)
+    expected = fourier_features(jnp.asarray(grid_coords((5, 9))), frequencies)
+    ours = grid_fourier_features((5, 9), frequencies)
+    assert ours.shape == (5, 9, 32)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)

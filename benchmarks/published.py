@@ -1,0 +1,111 @@
+"""The published PyTorch package, also where torchvision has no build that fits PyTorch's.
+
+It imports four functions of torchvision. Where that is missing, stand-ins with the same results
+take their place, and only while the package is imported: other packages see the truth.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sam_jax.models.sam import SamConfig
+
+
+@functools.cache
+def segment_anything() -> ModuleType:
+    """The package; it needs ``requirements-torch.lock``."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return importlib.import_module("segment_anything")
+    functional = ModuleType("torchvision.transforms.functional")
+    functional.__dict__.update(resize=_resize, to_pil_image=Image.fromarray)
+    boxes = ModuleType("torchvision.ops.boxes")
+    boxes.__dict__.update(batched_nms=_batched_nms, box_area=_box_area)
+    stand_ins = {functional.__name__: functional, boxes.__name__: boxes}
+    for name in ("torchvision", "torchvision.ops", "torchvision.transforms"):
+        stand_ins[name] = ModuleType(name)
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("segment_anything")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def build(config: SamConfig) -> Any:
+    """The published model in the shape of a config, with the weights that its constructors make.
+
+    Its encoder is built for square images of the config's height.
+    """
+    import torch
+
+    modeling = segment_anything().modeling
+    encoder, decoder = config.image_encoder, config.mask_decoder
+    dim = encoder.output_dim
+    return modeling.Sam(
+        modeling.ImageEncoderViT(
+            img_size=encoder.image_size[0],
+            patch_size=encoder.patch_size,
+            embed_dim=encoder.embed_dim,
+            depth=encoder.depth,
+            num_heads=encoder.num_heads,
+            mlp_ratio=encoder.mlp_rate,
+            out_chans=dim,
+            norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            global_attn_indexes=tuple(encoder.global_attention_blocks),
+            window_size=encoder.window_size,
+        ),
+        modeling.PromptEncoder(
+            embed_dim=dim,
+            image_embedding_size=encoder.grid,
+            input_image_size=encoder.image_size,
+            mask_in_chans=config.mask_channels,
+        ),
+        modeling.MaskDecoder(
+            transformer_dim=dim,
+            transformer=modeling.TwoWayTransformer(
+                depth=decoder.depth,
+                embedding_dim=dim,
+                num_heads=decoder.num_heads,
+                mlp_dim=decoder.mlp_dim,
+            ),
+            iou_head_hidden_dim=decoder.iou_head_dim,
+        ),
+    )
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def _box_area(boxes: Any) -> Any:
+    boxes = boxes.reshape(-1, 4)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _batched_nms(boxes: Any, scores: Any, idxs: Any, iou_threshold: float) -> Any:
+    """Boxes of different ``idxs`` are no rivals; all are of one kind where the package calls it."""
+    import torch
+
+    corners = boxes.reshape(-1, 4).numpy(force=True)
+    kinds = idxs.numpy(force=True)
+    area = _box_area(corners)
+    order = torch.argsort(scores, descending=True, stable=True).numpy(force=True)
+    kept = []
+    while order.size:
+        best, rest = order[0], order[1:]
+        kept.append(int(best))
+        left_top = np.maximum(corners[best, :2], corners[rest, :2])
+        right_bottom = np.minimum(corners[best, 2:], corners[rest, 2:])
+        overlap = np.clip(right_bottom - left_top, 0, None).prod(axis=-1)
+        with np.errstate(invalid="ignore"):
+            iou = overlap / (area[best] + area[rest] - overlap)
+        # Boxes without an area have no overlap with one another: 0 / 0 is no rivalry.
+        order = rest[~(iou > iou_threshold) | (kinds[rest] != kinds[best])]
+    return torch.tensor(kept, dtype=torch.int64, device=boxes.device)

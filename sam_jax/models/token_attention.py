@@ -1,0 +1,200 @@
+"""Attention between the few tokens of a prompt and the many cells of an image."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from sam_jax.arrays import Array, Bool, Float
+
+
+class Projection(nn.Module):
+    """Kernel and bias of a dense layer, for those who do not apply it to its input."""
+
+    features: int
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_dim: int) -> tuple[Float[Array, "d c"], Float[Array, " c"]]:
+        kernel = self.param("kernel", self.kernel_init, (input_dim, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than the embedding's.
+
+    Queries and keys carry an axis of objects that may be 1 on either side where all objects of an
+    image share it: it is broadcast inside the product and never copied.
+
+    An object has a handful of tokens and thousands of cells. Where the cells are its own, the
+    tokens are brought through the cells' projections instead of the cells: for every head,
+    ``(W_q t) . (W_k c) = (W_k^T W_q t) . c`` and ``sum_c p_c (W_v c) = W_v (sum_c p_c c)``. This is
+    exact, takes less than half of the arithmetic, and no projected cells are ever in memory.
+    """
+
+    num_heads: int
+    downsample_rate: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: Float[Array, "b #p s d"],
+        keys: Float[Array, "b #p t d"],
+        values: Float[Array, "b #p t d"],
+        keys_valid: Bool[Array, "b #p t"] | None = None,
+    ) -> Float[Array, "b p s d"]:
+        dim = queries.shape[-1]
+        inner = dim // self.downsample_rate
+
+        # Queries and keys start with the same projection, so that attention starts as a kernel on
+        # positions: a click looks around itself from the first step on, and need not learn to.
+        lecun_normal = nn.initializers.lecun_normal()
+        init_key = self.make_rng("params") if self.is_initializing() else None
+
+        def same_for_both(key, shape, dtype=jnp.float32):
+            return lecun_normal(key if init_key is None else init_key, shape, dtype)
+
+        def inward(name, kernel_init):
+            kernel, bias = Projection(inner, kernel_init, self.dtype, name=name)(dim)
+            return (
+                rearrange(kernel, "d (a c) -> d a c", a=self.num_heads),
+                rearrange(bias, "(a c) -> a c", a=self.num_heads),
+            )
+
+        q_kernel, q_bias = inward("q_proj", same_for_both)
+        k_kernel, k_bias = inward("k_proj", same_for_both)
+        v_kernel, v_bias = inward("v_proj", lecun_normal)
+        out_kernel, out_bias = Projection(dim, lecun_normal, self.dtype, name="out_proj")(inner)
+        out_kernel = rearrange(out_kernel, "(a c) d -> a c d", a=self.num_heads)
+        weights = _Weights(
+            q_kernel, q_bias, k_kernel, k_bias, v_kernel, v_bias, out_kernel, out_bias
+        )
+        queries, keys, values = (x.astype(self.dtype) for x in (queries, keys, values))
+        if queries.shape[2] > keys.shape[2]:
+            return _cells_ask_tokens(weights, queries, keys, values, keys_valid)
+        return _tokens_ask(weights, queries, keys, values, keys_valid)
+
+
+class _Weights(NamedTuple):
+    """Of all projections, per head."""
+
+    q_kernel: Float[Array, "d a c"]
+    q_bias: Float[Array, "a c"]
+    k_kernel: Float[Array, "d a c"]
+    k_bias: Float[Array, "a c"]
+    v_kernel: Float[Array, "d a c"]
+    v_bias: Float[Array, "a c"]
+    out_kernel: Float[Array, "a c d"]
+    out_bias: Float[Array, " d"]
+
+    def folding_pays(self, few: Array, many: Array) -> bool:
+        """Whether few tokens are better brought through a projection of the many."""
+        dim, num_heads, head_dim = self.q_kernel.shape
+        return folding_pays(
+            few.shape[2],
+            many.shape[2],
+            dim,
+            num_heads * head_dim,
+            num_heads,
+            num_sharing=max(few.shape[1] // many.shape[1], 1),
+        )
+
+
+def folding_pays(
+    num_few: int,
+    num_many: int,
+    dim: int,
+    inner: int,
+    num_heads: int,
+    num_sharing: float = 1,
+) -> bool:
+    """Whether it takes less to bring few tokens through a projection of many than to project these.
+
+    Args:
+      num_few, num_many: tokens on either side, of an object.
+      dim: channels of tokens.
+      inner: channels of all heads.
+      num_heads: heads.
+      num_sharing: objects that share the many, and would share their projection.
+    """
+    projected = num_many * inner * (dim / num_sharing + num_few)
+    folded = num_few * dim * (inner + num_many * num_heads)
+    return folded < projected
+
+
+def _tokens_ask(w, queries, keys, values, keys_valid):
+    """Few queries; keys may be many."""
+    q = _project(queries, w.q_kernel, w.q_bias)
+    num_heads, head_dim = q.shape[-2:]
+    fold = w.folding_pays(queries, keys)
+    if fold:
+        # The keys' bias adds the same to all logits of a query, which softmax does not see.
+        folded = jnp.einsum("bpsac,dac->bpasd", q, w.k_kernel)
+        logits = _split_heads(_meet("bpfd,bptd->bpft", _join_heads(folded), keys), num_heads)
+    else:
+        logits = _meet("bpsac,bptac->bpast", q, _project(keys, w.k_kernel, w.k_bias))
+    logits = logits * head_dim**-0.5
+    if keys_valid is not None:
+        logits = jnp.where(keys_valid[:, :, None, None, :], logits, -jnp.inf)
+    probs = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    if fold:
+        means = _meet("bpft,bptd->bpfd", _join_heads(probs), values, values.dtype)
+        heads = (
+            jnp.einsum("bpasd,dac->bpsac", _split_heads(means, num_heads), w.v_kernel) + w.v_bias
+        )
+    else:
+        v = _project(values, w.v_kernel, w.v_bias)
+        heads = _meet("bpast,bptac->bpsac", probs, v, values.dtype)
+    return jnp.einsum("bpsac,acd->bpsd", heads, w.out_kernel) + w.out_bias
+
+
+def _cells_ask_tokens(w, queries, keys, values, keys_valid):
+    """Many queries and few keys; the many stay the last axis of logits, which is fast to sum."""
+    k = _project(keys, w.k_kernel, w.k_bias)
+    num_heads, head_dim = k.shape[-2:]
+    if w.folding_pays(keys, queries):
+        folded = jnp.einsum("bptac,dac->bpatd", k, w.q_kernel)
+        logits = _split_heads(_meet("bpfd,bpsd->bpfs", _join_heads(folded), queries), num_heads)
+        logits += _meet("ac,bptac->bpat", w.q_bias, k)[..., None]
+    else:
+        logits = _meet("bptac,bpsac->bpats", k, _project(queries, w.q_kernel, w.q_bias))
+    logits = logits * head_dim**-0.5
+    if keys_valid is not None:
+        logits = jnp.where(keys_valid[:, :, None, :, None], logits, -jnp.inf)
+    probs = jax.nn.softmax(logits, axis=3).astype(values.dtype)
+    v = _project(values, w.v_kernel, w.v_bias)
+    # Unlike queries, what comes back is every object's own.
+    brought_out = jnp.einsum("bptac,acd->bpatd", v, w.out_kernel)
+    out = _meet("bpfs,bpfd->bpsd", _join_heads(probs), _join_heads(brought_out), values.dtype)
+    return out + w.out_bias
+
+
+# XLA's CPU compiler copies the cells if few and many meet over more axes than one each.
+def _join_heads(x):
+    return rearrange(x, "b p a s d -> b p (a s) d")
+
+
+def _split_heads(x, num_heads):
+    return rearrange(x, "b p (a s) d -> b p a s d", a=num_heads)
+
+
+def _project(x, kernel, bias):
+    return jnp.einsum("bptd,dac->bptac", x, kernel) + bias
+
+
+def _meet(equation, few, many, dtype=jnp.float32):
+    """A product of what objects have with what they have or share: ``p`` is dropped if shared."""
+    (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    if "p" in right and "p" in left:
+        if many.shape[1] == 1 and few.shape[1] > 1:
+            many, right = many[:, 0], right.replace("p", "")
+        elif few.shape[1] == 1 and many.shape[1] > 1:
+            few, left = few[:, 0], left.replace("p", "")
+    return jnp.einsum(f"{left},{right}->{out}", few, many, preferred_element_type=dtype)
