@@ -4,9 +4,11 @@ It imports four functions of torchvision. Where that is missing, stand-ins with 
 take their place, and only while the package is imported: other packages see the truth.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.models.sam import SamConfig
 
 
@@ -78,6 +81,13 @@ def build(config: SamConfig) -> Any:
             iou_head_hidden_dim=decoder.iou_head_dim,
         ),
     )
+
+
+def generator_arguments(options: AutomaticOptions) -> dict[str, Any]:
+    """Those of our options that the published generator has, too."""
+    known = inspect.signature(segment_anything().SamAutomaticMaskGenerator).parameters
+    ours = dataclasses.asdict(options)
+    return {name: value for name, value in ours.items() if name in known}
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped
+from pycocotools import mask as coco_mask
 
 # JPEG's own limit; anything larger is a damaged header, not a photograph.
 MAX_SIDE_PX = 65_535
@@ -132,6 +133,54 @@ def decode(runs: Int64[np.ndarray, "r"], hw: tuple[int, int]) -> Bool[np.ndarray
     h, w = hw
     foreground = np.arange(runs.size) % 2 == 1
     return np.repeat(foreground, runs).reshape(w, h).T
+
+
+def decode_part(
+    runs: Int64[np.ndarray, "r"], hw: tuple[int, int], box: tuple[int, int, int, int]
+) -> Bool[np.ndarray, "bh bw"]:
+    """The part of the mask inside a box, without the memory of the whole.
+
+    Args:
+        runs: from `run_lengths`, for an image of `hw`.
+        hw: height and width of the image.
+        box: (x0, y0, x1, y1), edges in pixels, x1 and y1 exclusive, inside the image.
+    """
+    h, _ = hw
+    x0, y0, x1, y1 = box
+    bounds = np.clip(np.cumsum(runs), x0 * h, x1 * h) - x0 * h
+    foreground = np.arange(runs.size) % 2 == 1
+    columns = np.repeat(foreground, np.diff(bounds, prepend=0))
+    return columns.reshape(x1 - x0, h)[:, y0:y1].T
+
+
+def encode_part(
+    part: Bool[np.ndarray, "bh bw"], hw: tuple[int, int], corner: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
+    """COCO's compressed RLE of a mask that is empty outside of a part of the image.
+
+    Args:
+        part: the mask inside the part.
+        hw: height and width of the image.
+        corner: (x, y) of the part's upper left pixel.
+
+    Returns:
+        {"size": [h, w], "counts": bytes}, as pycocotools has it.
+    """
+    h, w = hw
+    part_h, part_w = part.shape
+    # An empty pixel below each column ends every run within its column.
+    columns = np.zeros((part_w, part_h + 1), np.uint8)
+    columns[:, :part_h] = cv2.transpose(np.ascontiguousarray(part).view(np.uint8))
+    bounds = np.flatnonzero(np.diff(columns.reshape(-1), prepend=np.uint8(0)))
+    column, row = np.divmod(bounds, part_h + 1)
+    bounds = (column + corner[0]) * h + row + corner[1]
+    # Where the part is as high as the image, runs of neighbouring columns may touch.
+    touching = np.flatnonzero(bounds[2::2] == bounds[1:-1:2])
+    bounds = np.delete(bounds, np.concatenate([2 * touching + 1, 2 * touching + 2]))
+    runs = np.diff(bounds, prepend=0, append=h * w)
+    if not runs[-1] and runs.size > 1:
+        runs = runs[:-1]
+    return coco_mask.frPyObjects({"size": [h, w], "counts": runs.tolist()}, h, w)
 
 
 def from_labels(labels: Shaped[np.ndarray, "h w"]) -> list[dict[str, Any]]:

@@ -3,26 +3,32 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam_jax.arrays import Bool, Float
+from sam_jax.arrays import Float, UInt8
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
+from sam_jax.inference.candidates import (
+    Candidate,
+    OutputMode,
+    box_nms,
+    clean,
+    is_cut,
+    join,
+    mask_box,
+    nms_by_region,
+    record_of,
+)
 from sam_jax.inference.images import ImageEmbeddings, ImageError, as_rgb
 from sam_jax.inference.predictor import Predictor
-from sam_jax.inference.prompts import Prompt
+from sam_jax.inference.regions import Box, Region, crop_boxes, point_grid, tile_boxes
 from sam_jax.inference.restore import restore_logits
-
-OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
-
-# Masks whose box ends this near to a crop's edge, in pixels, are cut by it; the released code's.
-EDGE_TOLERANCE = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,16 @@ class AutomaticOptions:
         all.
       max_area_rate: masks that cover more of the image go. The paper drops those of 95 % and more,
         the released code none.
+      tile_px: side of the tiles that a larger image is searched in besides as a whole, for what is
+        small in it; 0 for none. A tile's grid is that of the first layer of crops. Not with crops.
+      tile_halo_px: neighbouring tiles share at least this much.
+      tile_join_iou: masks that tiles cut are joined if they agree so far where both tiles see them.
+      filter_at: where stability and boxes are measured. "original": in the image's pixels, like the
+        released generator. "low_resolution": in the decoder's, so that only what stays is ever
+        enlarged, for accelerators that find masks faster than the host can measure them.
+      regions_per_batch: crops, tiles or images that each device embeds and prompts at once.
+      host_memory_mib: what measuring masks may take; fewer are measured at once if the image is
+        large, but never less than one.
     """
 
     points_per_side: int = 32
@@ -60,20 +76,43 @@ class AutomaticOptions:
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
     max_area_rate: float = 1.0
+    tile_px: int = 0
+    tile_halo_px: int = 128
+    tile_join_iou: float = 0.7
+    filter_at: Literal["original", "low_resolution"] = "original"
+    regions_per_batch: int = 1
+    host_memory_mib: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
+        for name in (
+            "points_per_side",
+            "points_per_batch",
+            "crop_n_points_downscale_factor",
+            "regions_per_batch",
+            "host_memory_mib",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.crop_n_layers < 0 or self.min_mask_region_area < 0:
             raise ConfigError("crop_n_layers and min_mask_region_area must not be negative")
         if not 0 < self.max_area_rate <= 1 or not 0 <= self.crop_overlap_ratio < 1:
             raise ConfigError("max_area_rate must be in (0, 1], crop_overlap_ratio in [0, 1)")
-        if self.points_per_side < self.crop_n_points_downscale_factor**self.crop_n_layers:
+        if self.filter_at not in ("original", "low_resolution"):
             raise ConfigError(
-                f"layer {self.crop_n_layers} of crops has no points left: points_per_side "
-                f"{self.points_per_side} / {self.crop_n_points_downscale_factor} ** "
-                f"{self.crop_n_layers}"
+                f"filter_at must be 'original' or 'low_resolution', got {self.filter_at!r}"
+            )
+        if self.tile_px and self.crop_n_layers:
+            raise ConfigError("tile_px and crop_n_layers exclude each other: set one of them to 0")
+        if self.tile_px and not 0 <= self.tile_halo_px < self.tile_px:
+            raise ConfigError(
+                f"tile_halo_px must be at least 0 and less than tile_px, {self.tile_px}; got "
+                f"{self.tile_halo_px}"
+            )
+        finest = max(self.crop_n_layers, int(self.tile_px > 0))
+        if self.points_per_side < self.crop_n_points_downscale_factor**finest:
+            raise ConfigError(
+                f"layer {finest} of crops has no points left: points_per_side "
+                f"{self.points_per_side} / {self.crop_n_points_downscale_factor} ** {finest}"
             )
 
 
@@ -85,21 +124,6 @@ SA1B_OPTIONS = AutomaticOptions(
     min_mask_region_area=100,
     max_area_rate=0.95,
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Candidate:
-    """A mask that passed, in the whole image's pixels.
-
-    ``box_xyxy`` are indices of its outermost pixels, ``crop_xyxy`` the edges of its crop.
-    """
-
-    mask_rle: dict[str, Any]
-    box_xyxy: tuple[float, float, float, float]
-    point: tuple[float, float]
-    predicted_iou: float
-    stability_score: float
-    crop_xyxy: tuple[int, int, int, int]
 
 
 def generate_masks(
@@ -116,278 +140,287 @@ def generate_masks(
     ``crop_box`` as ``[x, y, w, h]``, ``predicted_iou``, ``stability_score`` and ``point_coords``,
     the prompt.
 
-    Only candidates of sufficient predicted IoU are ever enlarged, and survivors are kept as run
-    lengths: memory does not grow with the number of points.
+    Nothing has a fixed capacity that could overflow. Masks are drawn only for points with a
+    candidate of sufficient predicted IoU, enlarged one at a time, and kept as run lengths.
 
     Args:
       predictor: of the model.
       image: see ``images.as_rgb``.
       options: how to search.
       output_mode: a boolean array, run lengths as a list, or COCO's compressed string.
-      embeddings: of the whole image, if they are at hand; only without crops.
+      embeddings: of the whole image, if they are at hand; only without crops and tiles.
 
     Raises:
       ImageError: if the image cannot be used, or embeddings are of another one.
 
     Source: Kirillov et al. 2023, appendix B; segment-anything, ``automatic_mask_generator.py``.
     """
-    options = options or AutomaticOptions()
-    pixels = as_rgb(image)
-    size = _size(pixels)
-    crops, layers = crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio)
-    if embeddings is not None and (
-        len(crops) > 1 or len(embeddings) != 1 or embeddings.original_hw[0].tolist() != [*size]
-    ):
+    (records,) = _generate(
+        predictor, [image], options or AutomaticOptions(), output_mode, embeddings
+    )
+    return records
+
+
+def generate_masks_of_many(
+    predictor: Predictor,
+    images: Iterable[Any],
+    options: AutomaticOptions | None = None,
+    *,
+    output_mode: OutputMode = "coco_rle",
+) -> Iterator[list[dict[str, Any]]]:
+    """``generate_masks`` of a stream of images, in their order.
+
+    As many regions as ``options.regions_per_batch`` are embedded and prompted at once on each of
+    the predictor's devices, of one image or of several; no more images than that are in memory.
+
+    Raises:
+      ImageError: if an image cannot be used; those before it have been answered.
+    """
+    return _generate(predictor, images, options or AutomaticOptions(), output_mode, None)
+
+
+@dataclasses.dataclass(eq=False)
+class _Search:
+    """An image on its way: what was found so far, and how many regions are still to be searched."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    regions: list[Region]
+    num_left: int
+    found: list[Candidate] = dataclasses.field(default_factory=list)
+    fragments: list[Candidate] = dataclasses.field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.pixels.shape[:2]
+        return height, width
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measured:
+    """A candidate of a region before suppression; the box is in pixels of the whole image."""
+
+    low_res_logits: Float[np.ndarray, "lh lw"]
+    box_xyxy: tuple[float, float, float, float]
+    point: tuple[float, float]
+    predicted_iou: float
+    stability_score: float
+    is_cut: bool
+
+
+def _generate(
+    predictor: Predictor,
+    images: Iterable[Any],
+    options: AutomaticOptions,
+    output_mode: OutputMode,
+    embeddings: ImageEmbeddings | None,
+) -> Iterator[list[dict[str, Any]]]:
+    batch_size = options.regions_per_batch * predictor.num_devices
+    open_searches: list[_Search] = []
+    work = _regions_of(images, options, open_searches)
+    while batch := list(itertools.islice(work, batch_size)):
+        if embeddings is not None:
+            _check_embeddings(embeddings, batch[0][0])
+        _search(predictor, batch, options, embeddings)
+        while open_searches and not open_searches[0].num_left:
+            yield _finished(open_searches.pop(0), options, output_mode)
+
+
+def _regions_of(
+    images: Iterable[Any], options: AutomaticOptions, open_searches: list[_Search]
+) -> Iterator[tuple[_Search, Region]]:
+    """Every region of every image; an image is opened when its first region is wanted."""
+    for number, image in enumerate(images):
+        pixels = as_rgb(image, f"image {number}")
+        size = (pixels.shape[0], pixels.shape[1])
+        boxes, layers = crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio)
+        regions = [Region(box, layer) for box, layer in zip(boxes, layers, strict=True)]
+        if 0 < options.tile_px < max(size):
+            tiles = tile_boxes(size, options.tile_px, options.tile_halo_px)
+            regions += [Region(box, layer=1, is_tile=True) for box in tiles]
+        search = _Search(pixels, regions, len(regions))
+        open_searches.append(search)
+        for region in regions:
+            yield search, region
+
+
+def _check_embeddings(embeddings: ImageEmbeddings, search: _Search) -> None:
+    fits = len(embeddings) == 1 and embeddings.original_hw[0].tolist() == [*search.size]
+    if not fits or len(search.regions) > 1:
         raise ImageError(
-            f"embeddings must be those of this image alone, {size}, and without crops; got "
-            f"{len(embeddings)} of {embeddings.original_hw.tolist()} and {len(crops)} crops"
+            f"embeddings must be those of this image alone, {search.size}, and without crops or "
+            f"tiles; got {len(embeddings)} of {embeddings.original_hw.tolist()} and "
+            f"{len(search.regions)} regions"
         )
-    found: list[_Candidate] = []
-    with ThreadPoolExecutor() as pool:
-        for crop, layer in zip(crops, layers, strict=True):
-            x0, y0, x1, y1 = crop
-            embedded = embeddings or predictor.embed([pixels[y0:y1, x0:x1]])
-            scale = options.crop_n_points_downscale_factor**layer
-            grid = point_grid(options.points_per_side // scale) * [x1 - x0, y1 - y0]
-            passed = _search(predictor, embedded, grid, crop, size, options, pool)
-            scores = [candidate.predicted_iou for candidate in passed]
-            found += _suppressed(passed, scores, options.box_nms_thresh)
-    if len(crops) > 1:
-        found = _suppressed(found, [1 / _area(c.crop_xyxy) for c in found], options.crop_nms_thresh)
+
+
+def _search(
+    predictor: Predictor,
+    batch: Sequence[tuple[_Search, Region]],
+    options: AutomaticOptions,
+    embeddings: ImageEmbeddings | None,
+) -> None:
+    """Adds to each image what is found in its region."""
+    if embeddings is None:
+        embeddings = predictor.embed(
+            [search.pixels[_window(region.box)] for search, region in batch]
+        )
+    grids, measures = [], []
+    for row, (search, region) in enumerate(batch):
+        x0, y0, x1, y1 = region.box
+        side = options.points_per_side // options.crop_n_points_downscale_factor**region.layer
+        grids.append(point_grid(side) * [x1 - x0, y1 - y0])
+        measures.append(
+            _Measure(
+                region.box,
+                search.size,
+                embeddings.model_hw,
+                _pair(embeddings.resized_hw[row]),
+                options,
+            )
+        )
+    threshold = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -math.inf
+    measuring: list[list[Future[_Measured | None]]] = [[] for _ in batch]
+    with ThreadPoolExecutor(_num_workers(measures, options)) as pool:
+        for found in predictor.predict_points(
+            embeddings,
+            grids,
+            points_per_batch=options.points_per_batch,
+            iou_threshold=threshold,
+        ):
+            for k, candidate in np.argwhere(found.iou_predictions > threshold):
+                image = found.images[k]
+                future = pool.submit(
+                    measures[image].measured,
+                    found.low_res_logits[k, candidate],
+                    grids[image][found.points[k]],
+                    float(found.iou_predictions[k, candidate]),
+                )
+                measuring[image].append(future)
+        for (search, region), measure, futures in zip(batch, measures, measuring, strict=True):
+            passed = [m for m in (future.result() for future in futures) if m is not None]
+            # Tiles keep what they cut, which may be a part of what goes on in the next one.
+            whole = [m for m in passed if not m.is_cut]
+            search.found += pool.map(measure.encoded, _suppressed(whole, options))
+            if region.is_tile:
+                cut = [m for m in passed if m.is_cut]
+                search.fragments += pool.map(measure.encoded, _suppressed(cut, options))
+            search.num_left -= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """How the masks of one region are measured and written."""
+
+    region: Box
+    size: tuple[int, int]
+    model_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    options: AutomaticOptions
+
+    @property
+    def region_hw(self) -> tuple[int, int]:
+        x0, y0, x1, y1 = self.region
+        return y1 - y0, x1 - x0
+
+    def measured(
+        self, low_res_logits: np.ndarray, point: np.ndarray, predicted_iou: float
+    ) -> _Measured | None:
+        """What suppression needs to know of a mask, unless it is unstable."""
+        options, offset = self.options, self.options.stability_score_offset
+        logits, scale = self._logits(low_res_logits)
+        # As the released code divides: a mask that is empty at both thresholds has no stability.
+        union = np.count_nonzero(logits > -offset)
+        stability = np.count_nonzero(logits > offset) / union if union else math.nan
+        if options.stability_score_thresh > 0 and not stability >= options.stability_score_thresh:
+            return None
+        left, top = self.region[:2]
+        x0, y0, x1, y1 = mask_box(logits > 0)
+        if options.filter_at == "low_resolution":
+            x0, y0, x1, y1 = (
+                x0 * scale[1],
+                y0 * scale[0],
+                (x1 + 1) * scale[1] - 1,
+                (y1 + 1) * scale[0] - 1,
+            )
+        box = (x0 + left, y0 + top, x1 + left, y1 + top)
+        return _Measured(
+            low_res_logits,
+            box,
+            (float(point[0]) + left, float(point[1]) + top),
+            predicted_iou,
+            stability,
+            is_cut(box, self.region, self.size),
+        )
+
+    def encoded(self, measured: _Measured) -> Candidate:
+        """A mask that stays, as run lengths of the whole image."""
+        mask = self._restored(measured.low_res_logits) > 0
+        x0, y0, x1, y1 = (int(edge) for edge in mask_box(mask))
+        left, top = self.region[:2]
+        part = mask[y0 : y1 + 1, x0 : x1 + 1]
+        return Candidate(
+            mask_rle=rle.encode_part(part, self.size, (x0 + left, y0 + top)),
+            box_xyxy=(float(x0 + left), float(y0 + top), float(x1 + left), float(y1 + top)),
+            point=measured.point,
+            predicted_iou=measured.predicted_iou,
+            stability_score=measured.stability_score,
+            region=self.region,
+        )
+
+    def _logits(self, low_res_logits: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+        """Logits without padding, at the resolution of the filters, and pixels per cell of them."""
+        if self.options.filter_at == "original":
+            return self._restored(low_res_logits), (1.0, 1.0)
+        cells = [
+            resized * low_res / model
+            for resized, low_res, model in zip(
+                self.resized_hw, low_res_logits.shape, self.model_hw, strict=True
+            )
+        ]
+        scale_h, scale_w = (side / count for side, count in zip(self.region_hw, cells, strict=True))
+        rows, columns = (max(round(count), 1) for count in cells)
+        return low_res_logits[:rows, :columns], (scale_h, scale_w)
+
+    def _restored(self, low_res_logits: np.ndarray) -> np.ndarray:
+        return restore_logits(low_res_logits, self.model_hw, self.resized_hw, self.region_hw)
+
+
+def _num_workers(measures: Sequence[_Measure], options: AutomaticOptions) -> int:
+    """Masks that may be enlarged at once."""
+    # Logits at the size of the model's input and of the region, and three comparisons of these.
+    most = max(4 * math.prod(m.model_hw) + 7 * math.prod(m.region_hw) for m in measures)
+    return max(1, min(os.cpu_count() or 1, options.host_memory_mib * 2**20 // most))
+
+
+def _suppressed(measured: Sequence[_Measured], options: AutomaticOptions) -> list[_Measured]:
+    boxes = np.array([m.box_xyxy for m in measured], np.float64).reshape(-1, 4)
+    scores = np.array([m.predicted_iou for m in measured], np.float64)
+    return [measured[index] for index in box_nms(boxes, scores, options.box_nms_thresh)]
+
+
+def _finished(
+    search: _Search, options: AutomaticOptions, output_mode: OutputMode
+) -> list[dict[str, Any]]:
+    """The records of an image whose regions have all been searched."""
+    found = search.found + join(search.fragments, search.size, options.tile_join_iou)
+    if len(search.regions) > 1:
+        found = nms_by_region(found, options.crop_nms_thresh)
     if options.min_mask_region_area > 0:
-        found = _cleaned(found, options)
-    limit = options.max_area_rate * size[0] * size[1]
+        threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
+        found = clean(found, options.min_mask_region_area, threshold)
+    limit = options.max_area_rate * math.prod(search.size)
     return [
-        _record(candidate, output_mode)
+        record_of(candidate, output_mode)
         for candidate in found
         if options.max_area_rate == 1.0 or int(coco_mask.area(candidate.mask_rle)) < limit
     ]
 
 
-def point_grid(points_per_side: int) -> Float[np.ndarray, "n 2"]:
-    """Points ``(x, y)`` in (0, 1), evenly spaced, row by row."""
-    offset = 1 / (2 * points_per_side)
-    side = np.linspace(offset, 1 - offset, points_per_side)
-    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+def _window(box: Box) -> tuple[slice, slice]:
+    x0, y0, x1, y1 = box
+    return slice(y0, y1), slice(x0, x1)
 
 
-def crop_boxes(
-    size: tuple[int, int], num_layers: int, overlap_ratio: float
-) -> tuple[list[tuple[int, int, int, int]], list[int]]:
-    """Edges ``(x0, y0, x1, y1)`` of the whole image and of all crops, and the layer of each."""
-    height, width = size
-    boxes, layers = [(0, 0, width, height)], [0]
-    for layer in range(1, num_layers + 1):
-        count = 2**layer
-        overlap = int(overlap_ratio * min(size) * (2 / count))
-        crop_h, crop_w = (math.ceil((overlap * (count - 1) + side) / count) for side in size)
-        for column, row in itertools.product(range(count), range(count)):
-            x0, y0 = column * (crop_w - overlap), row * (crop_h - overlap)
-            boxes.append((x0, y0, min(x0 + crop_w, width), min(y0 + crop_h, height)))
-            layers.append(layer)
-    return boxes, layers
-
-
-def box_nms(
-    boxes_xyxy: Float[np.ndarray, "k 4"], scores: Float[np.ndarray, "k"], threshold: float
-) -> list[int]:
-    """Which boxes stay, best first: none has a higher IoU than the threshold with a better one.
-
-    Exact and greedy; of equal scores the earlier box is the better one.
-    """
-    order = np.argsort(-scores, kind="stable")
-    x0, y0, x1, y1 = boxes_xyxy.T
-    areas = (x1 - x0) * (y1 - y0)
-    kept = []
-    while order.size:
-        best, rest = order[0], order[1:]
-        kept.append(int(best))
-        width = np.minimum(x1[best], x1[rest]) - np.maximum(x0[best], x0[rest])
-        height = np.minimum(y1[best], y1[rest]) - np.maximum(y0[best], y0[rest])
-        overlap = np.maximum(width, 0) * np.maximum(height, 0)
-        # Written without a division: boxes of one pixel's width have no area here.
-        order = rest[overlap <= threshold * (areas[best] + areas[rest] - overlap)]
-    return kept
-
-
-def remove_small_regions(
-    mask: Bool[np.ndarray, "h w"], min_area: int, kind: Literal["holes", "islands"]
-) -> tuple[Bool[np.ndarray, "h w"], bool]:
-    """The mask without small holes or islands, and whether there were any.
-
-    Regions touch over corners, too. If all islands are small, the largest one stays.
-    """
-    is_hole = kind == "holes"
-    count, regions, stats, _ = cv2.connectedComponentsWithStats(
-        (mask ^ is_hole).astype(np.uint8), connectivity=8
-    )
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    small = 1 + np.flatnonzero(areas < min_area)
-    if not small.size:
-        return mask, False
-    is_object = np.zeros(count, bool)
-    if is_hole:
-        is_object[[0, *small]] = True
-    else:
-        is_object[1:] = True
-        is_object[small] = False
-        if not is_object.any():
-            is_object[1 + areas.argmax()] = True
-    return is_object[regions], True
-
-
-def _search(
-    predictor: Predictor,
-    embedded: ImageEmbeddings,
-    grid: np.ndarray,
-    crop: tuple[int, int, int, int],
-    size: tuple[int, int],
-    options: AutomaticOptions,
-    pool: ThreadPoolExecutor,
-) -> list[_Candidate]:
-    """The masks of one crop that pass by themselves, in the order of their points."""
-    passed: list[_Candidate] = []
-    for start in range(0, len(grid), options.points_per_batch):
-        points = grid[start : start + options.points_per_batch]
-        (found,) = predictor.predict(embedded, [[Prompt(points=[point]) for point in points]])
-        wanted = np.ones(found.iou_predictions.shape, bool)
-        if options.pred_iou_thresh > 0:
-            wanted = found.iou_predictions > options.pred_iou_thresh
-
-        def examine(place: np.ndarray, found: Any = found, points: Any = points) -> Any:
-            prompt, candidate = place
-            logits = restore_logits(
-                found.low_res_logits[prompt, candidate],
-                found.model_hw,
-                found.resized_hw,
-                found.original_hw,
-            )
-            return _examined(
-                logits,
-                points[prompt],
-                float(found.iou_predictions[prompt, candidate]),
-                crop,
-                size,
-                options,
-            )
-
-        passed += [c for c in pool.map(examine, np.argwhere(wanted)) if c is not None]
-    return passed
-
-
-def _examined(
-    logits: np.ndarray,
-    point: np.ndarray,
-    predicted_iou: float,
-    crop: tuple[int, int, int, int],
-    size: tuple[int, int],
-    options: AutomaticOptions,
-) -> _Candidate | None:
-    """A candidate in the whole image's pixels, unless it is unstable or cut by its crop."""
-    offset = options.stability_score_offset
-    # As the released code divides: a mask that is empty at both thresholds has no stability.
-    union = np.count_nonzero(logits > -offset)
-    stability = np.count_nonzero(logits > offset) / union if union else math.nan
-    if options.stability_score_thresh > 0 and not stability >= options.stability_score_thresh:
-        return None
-    x0, y0 = crop[:2]
-    mask = logits > 0
-    box = _box(mask)
-    in_image = (box[0] + x0, box[1] + y0, box[2] + x0, box[3] + y0)
-    image_box = (0, 0, size[1], size[0])
-    for edge, crop_edge, image_edge in zip(in_image, crop, image_box, strict=True):
-        near_crop = abs(edge - crop_edge) <= EDGE_TOLERANCE
-        if near_crop and abs(edge - image_edge) > EDGE_TOLERANCE:
-            return None
-    whole = np.zeros(size, bool)
-    whole[crop[1] : crop[3], crop[0] : crop[2]] = mask
-    return _Candidate(
-        mask_rle=_encode(whole),
-        box_xyxy=in_image,
-        point=(float(point[0]) + x0, float(point[1]) + y0),
-        predicted_iou=predicted_iou,
-        stability_score=stability,
-        crop_xyxy=crop,
-    )
-
-
-def _encode(mask: np.ndarray) -> dict[str, Any]:
-    return coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
-
-
-def _decode(mask_rle: dict[str, Any]) -> np.ndarray:
-    height, width = mask_rle["size"]
-    return rle.decode(rle.run_lengths(mask_rle), (height, width))
-
-
-def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Indices of the outermost pixels; zeros for an empty mask."""
-    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
-    if not width:
-        return 0.0, 0.0, 0.0, 0.0
-    return float(x), float(y), float(x + width - 1), float(y + height - 1)
-
-
-def _suppressed(
-    candidates: Sequence[_Candidate], scores: Sequence[float], threshold: float
-) -> list[_Candidate]:
-    boxes = np.array([candidate.box_xyxy for candidate in candidates], np.float64).reshape(-1, 4)
-    kept = box_nms(boxes, np.asarray(scores, np.float64), threshold)
-    return [candidates[index] for index in kept]
-
-
-def _cleaned(candidates: Sequence[_Candidate], options: AutomaticOptions) -> list[_Candidate]:
-    """Without small holes and islands; of masks that became alike, unchanged ones stay."""
-    cleaned, scores = [], []
-    for candidate in candidates:
-        mask = _decode(candidate.mask_rle)
-        mask, filled = remove_small_regions(mask, options.min_mask_region_area, "holes")
-        mask, removed = remove_small_regions(mask, options.min_mask_region_area, "islands")
-        if filled or removed:
-            candidate = dataclasses.replace(candidate, mask_rle=_encode(mask), box_xyxy=_box(mask))
-        cleaned.append(candidate)
-        scores.append(0.0 if filled or removed else 1.0)
-    return _suppressed(cleaned, scores, max(options.box_nms_thresh, options.crop_nms_thresh))
-
-
-def _record(candidate: _Candidate, output_mode: OutputMode) -> dict[str, Any]:
-    encoded = candidate.mask_rle
-    segmentation: Any
-    if output_mode == "binary_mask":
-        segmentation = _decode(encoded)
-    elif output_mode == "coco_rle":
-        segmentation = {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
-    else:
-        segmentation = {"size": list(encoded["size"]), "counts": _run_lengths(_decode(encoded))}
-    return {
-        "segmentation": segmentation,
-        "area": int(coco_mask.area(encoded)),
-        "bbox": _xywh(candidate.box_xyxy),
-        "predicted_iou": candidate.predicted_iou,
-        "point_coords": [list(candidate.point)],
-        "stability_score": candidate.stability_score,
-        "crop_box": _xywh(candidate.crop_xyxy),
-    }
-
-
-def _run_lengths(mask: np.ndarray) -> list[int]:
-    """Lengths of runs, column by column, background first."""
-    flat = mask.T.reshape(-1)
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    lengths = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
-    return [0, *lengths] if flat[0] else lengths
-
-
-def _area(box_xyxy: Sequence[float]) -> float:
-    _, _, width, height = _xywh(box_xyxy)
-    return width * height
-
-
-def _xywh(box_xyxy: Sequence[float]) -> list[float]:
-    x0, y0, x1, y1 = box_xyxy
-    return [x0, y0, x1 - x0, y1 - y0]
-
-
-def _size(pixels: np.ndarray) -> tuple[int, int]:
-    height, width = pixels.shape[:2]
-    return height, width
+def _pair(values: np.ndarray) -> tuple[int, int]:
+    first, second = values.tolist()
+    return first, second

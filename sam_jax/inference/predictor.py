@@ -2,22 +2,28 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.convert.checkpoints import load
 from sam_jax.inference.images import ImageEmbeddings, as_rgb, model_input
 from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_rows, rows_of
 from sam_jax.inference.restore import restore_mask
-from sam_jax.models.prompt_encoder import Prompts
+from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
+from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
+
+# Passing points that are fetched from the device at once.
+_ROWS_PER_FETCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +95,23 @@ class Prediction:
         return np.stack(masks) if masks else np.zeros((0, *self.original_hw), bool)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PointBatch:
+    """Those of a batch of points that have a candidate which is good enough.
+
+    Attributes:
+      images: the image's number of each.
+      points: the point's number among those of its image.
+      iou_predictions: of all three candidates.
+      low_res_logits: of all three candidates.
+    """
+
+    images: Int[np.ndarray, "k"]
+    points: Int[np.ndarray, "k"]
+    iou_predictions: Float[np.ndarray, "k m"]
+    low_res_logits: Float[np.ndarray, "k m lh lw"]
+
+
 class Predictor:
     """A model ready to be prompted. It remembers no image: embeddings are values.
 
@@ -104,24 +127,53 @@ class Predictor:
 
     Args:
       model: the model.
-      variables: its variables; they are put on the default device once.
-      buckets: sizes that calls are padded to.
+      variables: its variables; every device gets a copy, once.
+      buckets: sizes that calls are padded to, on each device.
+      devices: on which images and rows of prompts are spread; by default one.
     """
 
-    def __init__(self, model: Sam, variables: Mapping[str, Any], buckets: Buckets | None = None):
+    def __init__(
+        self,
+        model: Sam,
+        variables: Mapping[str, Any],
+        buckets: Buckets | None = None,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("image",))
+        self._by_image = NamedSharding(mesh, PartitionSpec("image"))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._model = model
-        self._variables = jax.device_put(dict(variables))
+        self._variables = jax.device_put(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
         self._decode = jax.jit(self._decode_on_device, static_argnames="multimask_output")
+        self._decode_points = jax.jit(self._decode_points_on_device)
+        # Not a slice, which would be compiled anew for each place.
+        self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)
 
     @classmethod
     def load(
-        cls, path_or_name: str | Path, *, buckets: Buckets | None = None, **options: Any
+        cls,
+        path_or_name: str | Path,
+        *,
+        buckets: Buckets | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        **options: Any,
     ) -> "Predictor":
         """A predictor of any checkpoint; ``options`` and errors as ``convert.checkpoints.load``."""
         model, variables = load(path_or_name, **options)
-        return cls(model, variables, buckets)
+        return cls(model, variables, buckets, devices=devices)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that share the work."""
+        return self._by_image.num_devices
+
+    @property
+    def model_hw(self) -> tuple[int, int]:
+        """Height and width of the model's input, pixels."""
+        return self._model.image_size
 
     def embed(self, images: Sequence[Any]) -> ImageEmbeddings:
         """Embeds images, which may differ in size.
@@ -140,11 +192,12 @@ class Predictor:
             inputs.append(padded)
             resized_hw.append(hw)
         features = []
-        for start, stop, length in _parts(len(checked), self._buckets.images):
+        for start, stop, length in self._parts(len(checked), self._buckets.images):
             batch = np.zeros((length, *size, 3), np.uint8)
             batch_hw = np.zeros((length, 2), np.int32)
             for row, index in enumerate(range(start, stop)):
                 batch[row], batch_hw[row] = inputs[index], resized_hw[index]
+            batch, batch_hw = jax.device_put((batch, batch_hw), self._by_image)
             features.append(self._encode(self._variables, batch, batch_hw)[: stop - start])
         grid = self._model.config.image_encoder.grid
         empty = jnp.zeros((0, *grid, self._model.config.image_encoder.output_dim))
@@ -186,7 +239,7 @@ class Predictor:
             num_points = 1 << (most_points - 1).bit_length()
         logits: list[list[np.ndarray]] = [[] for _ in per_image]
         ious: list[list[np.ndarray]] = [[] for _ in per_image]
-        for start, stop, num_rows in _parts(len(rows), self._buckets.rows):
+        for start, stop, num_rows in self._parts(len(rows), self._buckets.rows):
             part = rows[start:stop]
             padded = pad_rows(
                 part,
@@ -198,7 +251,9 @@ class Predictor:
             image_of_row = np.array([row.image for row in part], np.int32)
             image_of_row = np.pad(image_of_row, (0, num_rows - len(part)))
             # Gathered here, so that programs do not depend on the number of images.
-            features = embeddings.features[image_of_row]
+            features, padded = jax.device_put(
+                (embeddings.features[image_of_row], padded), self._by_image
+            )
             answer = jax.device_get(
                 self._decode(self._variables, features, padded, multimask_output=multimask_output)
             )
@@ -216,6 +271,76 @@ class Predictor:
             )
             for image in range(len(per_image))
         ]
+
+    def predict_points(
+        self,
+        embeddings: ImageEmbeddings,
+        points: Sequence[Float[np.ndarray, "n 2"]],
+        *,
+        points_per_batch: int,
+        iou_threshold: float,
+    ) -> Iterator[PointBatch]:
+        """The three candidates of each of many lone points, some points of all images at a time.
+
+        Masks are drawn only where a candidate is good enough. While the caller looks at one batch,
+        the next is already being computed; no more than two are in memory.
+
+        Args:
+          embeddings: of the images.
+          points: of each image, ``(x, y)`` in its pixels, a pixel's index meaning its centre.
+          points_per_batch: of each image.
+          iou_threshold: candidates need a higher predicted IoU.
+        """
+        scale = embeddings.resized_hw[:, ::-1] / embeddings.original_hw[:, ::-1]
+        num_images = _round_up(len(embeddings), self.num_devices)
+        num_points = _round_up(max(map(len, points), default=0), points_per_batch)
+        coords = np.zeros((num_images, num_points, 2), np.float32)
+        valid = np.zeros((num_images, num_points), bool)
+        for image, of_image in enumerate(points):
+            coords[image, : len(of_image)] = of_image * scale[image]
+            valid[image, : len(of_image)] = True
+        rows = np.minimum(np.arange(num_images), max(len(embeddings) - 1, 0))
+        features = jax.device_put(embeddings.features[rows], self._by_image)
+
+        def dispatched() -> Iterator[tuple[int, Any]]:
+            for start in range(0, num_points, points_per_batch):
+                part = slice(start, start + points_per_batch)
+                arrays = jax.device_put((coords[:, part], valid[:, part]), self._by_image)
+                yield (
+                    start,
+                    self._decode_points(
+                        self._variables, features, *arrays, np.float32(iou_threshold)
+                    ),
+                )
+
+        batches = dispatched()
+        current = next(batches, None)
+        while current is not None:
+            following = next(batches, None)
+            yield self._passing(*current, valid, iou_threshold)
+            current = following
+
+    def _passing(
+        self, start: int, answer: MaskPrediction, valid: np.ndarray, iou_threshold: float
+    ) -> PointBatch:
+        """What is worth fetching of a batch."""
+        ious = np.asarray(answer.iou_predictions)
+        part = valid[:, start : start + ious.shape[1]]
+        images, places = np.nonzero(part & (ious > iou_threshold).any(axis=-1))
+        lh, lw = self._model.low_res_size
+        rows = answer.low_res_logits.reshape(-1, ious.shape[-1], lh, lw)
+        flat = images * ious.shape[1] + places
+        fetched = [np.zeros((0, ious.shape[-1], lh, lw), np.float32)]
+        for begin in range(0, len(flat), _ROWS_PER_FETCH):
+            wanted = flat[begin : begin + _ROWS_PER_FETCH]
+            indices = np.pad(wanted, (0, _ROWS_PER_FETCH - len(wanted)))
+            fetched.append(np.asarray(self._take(rows, indices))[: len(wanted)])
+        return PointBatch(
+            images=images,
+            points=start + places,
+            iou_predictions=ious[images, places],
+            low_res_logits=np.concatenate(fetched),
+        )
 
     def warm_up(self, *, multimask_output: bool = True, num_points: int = 1) -> None:
         """Compiles what one image with one prompt needs, before the first user waits for it."""
@@ -269,6 +394,60 @@ class Predictor:
         return self._model.apply(
             variables, features, prompts, multimask_output=multimask_output, method=Sam.decode
         )
+
+    def _decode_points_on_device(
+        self,
+        variables: Any,
+        features: Float[Array, "b gh gw d"],
+        coords: Float[Array, "b p 2"],
+        valid: Bool[Array, "b p"],
+        iou_threshold: Float[Array, ""],
+    ) -> MaskPrediction:
+        """Points in chunks; a chunk without a good candidate is not drawn."""
+        # A CPU does best with one point, whose cells stay in its cache. Accelerators want many.
+        chunk = 1 if jax.default_backend() == "cpu" else coords.shape[1]
+        m, lh, lw = NUM_MULTIMASK, *self._model.low_res_size
+
+        def one_chunk(coords_and_valid: Any) -> MaskPrediction:
+            coords, valid = coords_and_valid
+            shape = (*valid.shape, m)
+
+            def nothing() -> MaskPrediction:
+                return MaskPrediction(jnp.zeros((*shape, lh, lw)), jnp.full(shape, -jnp.inf))
+
+            def something() -> MaskPrediction:
+                prompts = Prompts(
+                    point_coords=coords[:, :, None],
+                    point_labels=jnp.full((*valid.shape, 1), FOREGROUND),
+                    point_valid=valid[..., None],
+                )
+                attended: Any = self._model.apply(
+                    variables, features, prompts, multimask_output=True, method=Sam.attend
+                )
+                ious = attended.iou_predictions
+                logits = jax.lax.cond(
+                    jnp.any((ious > iou_threshold) & valid[..., None]),
+                    lambda: self._model.apply(
+                        variables, attended, multimask_output=True, method=Sam.draw
+                    ),
+                    lambda: jnp.zeros((*shape, lh, lw)),
+                )
+                return MaskPrediction(logits, ious)
+
+            return jax.lax.cond(jnp.any(valid), something, nothing)
+
+        chunks = [rearrange(x, "b (n c) ... -> n b c ...", c=chunk) for x in (coords, valid)]
+        return jax.tree.map(
+            lambda x: rearrange(x, "n b c ... -> b (n c) ..."), jax.lax.map(one_chunk, chunks)
+        )
+
+    def _parts(self, count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+        """A count in parts ``(start, stop, size to pad to)``, where every device gets a bucket."""
+        return _parts(count, [size * self.num_devices for size in sizes])
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _bucket(count: int, sizes: Sequence[int]) -> int | None:

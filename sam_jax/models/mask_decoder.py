@@ -51,6 +51,22 @@ class MaskPrediction:
     iou_predictions: Float[Array, "b p m"]
 
 
+@no_type_check
+@flax.struct.dataclass
+class Attended:
+    """Objects after tokens and cells attended to each other, before their masks are drawn.
+
+    Attributes:
+      mask_tokens: of all four candidates, from which the filters of their masks are made.
+      cells: of the image as every object sees it.
+      iou_predictions: of the wanted candidates, see ``MaskPrediction``.
+    """
+
+    mask_tokens: Float[Array, "b p k d"]
+    cells: Float[Array, "b p gh gw d"]
+    iou_predictions: Float[Array, "b p m"]
+
+
 class MaskDecoder(nn.Module):
     """Mask candidates of every prompted object.
 
@@ -61,9 +77,25 @@ class MaskDecoder(nn.Module):
     """
 
     config: MaskDecoderConfig
+    embed_dim: int
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg, dim = self.config, self.embed_dim
+        normal = nn.initializers.normal(1.0)
+        self.output_tokens = self.param("output_tokens", normal, (2 + NUM_MULTIMASK, dim))
+        self.transformer = TwoWayTransformer(
+            depth=cfg.depth,
+            num_heads=cfg.num_heads,
+            mlp_dim=cfg.mlp_dim,
+            dropout_rate=cfg.dropout_rate,
+            dtype=self.dtype,
+        )
+        widths = (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK)
+        self.iou_head = Mlp(widths, nn.relu, self.dtype)
+        self.hyper_networks = HyperNetworks(dim // 8, self.dtype)
+        self.upscaling = Upscaling(dim, self.dtype)
+
     def __call__(
         self,
         image_embeddings: Float[Array, "b gh gw d"],
@@ -73,55 +105,58 @@ class MaskDecoder(nn.Module):
         train: bool = False,
     ) -> MaskPrediction:
         """Three candidates per object, or the single one, in float32."""
-        cfg = self.config
-        dim = image_embeddings.shape[-1]
-        gh, gw = image_embeddings.shape[1:3]
+        attended = self.attend(
+            image_embeddings, prompts, multimask_output=multimask_output, train=train
+        )
+        return MaskPrediction(
+            low_res_logits=self.draw(attended, multimask_output=multimask_output),
+            iou_predictions=attended.iou_predictions,
+        )
 
-        normal = nn.initializers.normal(1.0)
-        output_tokens = self.param("output_tokens", normal, (2 + NUM_MULTIMASK, dim))
+    def attend(
+        self,
+        image_embeddings: Float[Array, "b gh gw d"],
+        prompts: PromptEmbeddings,
+        *,
+        multimask_output: bool,
+        train: bool = False,
+    ) -> Attended:
+        """All but the masks: about two thirds of the arithmetic, and how good they would be."""
+        gh, gw = image_embeddings.shape[1:3]
         b, p = prompts.sparse.shape[:2]
+        output_tokens = self.output_tokens.astype(self.dtype)
         tokens, tokens_valid = _with_output_tokens(
-            jnp.broadcast_to(output_tokens.astype(self.dtype), (b, p, *output_tokens.shape)),
-            prompts,
+            jnp.broadcast_to(output_tokens, (b, p, *output_tokens.shape)), prompts
         )
         cells = image_embeddings[:, None].astype(self.dtype) + prompts.dense
-        tokens, cells = TwoWayTransformer(
-            depth=cfg.depth,
-            num_heads=cfg.num_heads,
-            mlp_dim=cfg.mlp_dim,
-            dropout_rate=cfg.dropout_rate,
-            dtype=self.dtype,
-            name="transformer",
-        )(
+        tokens, cells = self.transformer(
             tokens,
             rearrange(cells, "b p h w d -> b p (h w) d"),
             rearrange(prompts.image_pe, "h w d -> (h w) d"),
             tokens_valid,
             train=train,
         )
+        iou_predictions = self.iou_head(tokens[:, :, 0])[..., _wanted(multimask_output)]
+        return Attended(
+            mask_tokens=tokens[:, :, 1 : 2 + NUM_MULTIMASK],
+            cells=rearrange(cells, "b p (h w) d -> b p h w d", h=gh, w=gw),
+            iou_predictions=iou_predictions.astype(jnp.float32),
+        )
 
-        wanted = slice(1, None) if multimask_output else slice(0, 1)
-        iou_head = Mlp(
-            (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK),
-            nn.relu,
-            self.dtype,
-            name="iou_head",
-        )
-        iou_predictions = iou_head(tokens[:, :, 0])[..., wanted]
-        mask_tokens = tokens[:, :, 1 : 2 + NUM_MULTIMASK]
-        filters = HyperNetworks(dim // 8, self.dtype, name="hyper_networks")(mask_tokens, wanted)
-        pixels = Upscaling(dim, self.dtype, name="upscaling")(
-            rearrange(cells, "b p (h w) d -> b p h w d", h=gh, w=gw)
-        )
+    def draw(self, attended: Attended, *, multimask_output: bool) -> Float[Array, "b p m lh lw"]:
+        """Low-resolution logits of the candidates."""
+        filters = self.hyper_networks(attended.mask_tokens, _wanted(multimask_output))
+        pixels = self.upscaling(attended.cells)
         # Sub-pixels stay apart from the grid until only one number per candidate is left of them:
         # putting 32 channels in order would move far more memory than putting one.
         logits = jnp.einsum(
             "bphwijklc,bpmc->bphwijklm", pixels, filters, preferred_element_type=jnp.float32
         )
-        return MaskPrediction(
-            low_res_logits=rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)"),
-            iou_predictions=iou_predictions.astype(jnp.float32),
-        )
+        return rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)")
+
+
+def _wanted(multimask_output: bool) -> slice:
+    return slice(1, None) if multimask_output else slice(0, 1)
 
 
 def _with_output_tokens(

@@ -9,8 +9,13 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
-from sam_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, MaskPrediction
-from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
+from sam_jax.models.mask_decoder import (
+    Attended,
+    MaskDecoder,
+    MaskDecoderConfig,
+    MaskPrediction,
+)
+from sam_jax.models.prompt_encoder import PromptEmbeddings, PromptEncoder, Prompts
 from sam_jax.ops.attention import Implementation
 
 
@@ -78,7 +83,7 @@ class Sam(nn.Module):
         self.prompt_encoder = PromptEncoder(
             cfg.image_encoder.output_dim, cfg.mask_channels, self.dtype
         )
-        self.mask_decoder = MaskDecoder(cfg.mask_decoder, self.dtype)
+        self.mask_decoder = MaskDecoder(cfg.mask_decoder, cfg.image_encoder.output_dim, self.dtype)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -117,13 +122,33 @@ class Sam(nn.Module):
             single prompt), or the one of the fourth token.
           train: whether dropout acts; needs a ``dropout`` key then.
         """
-        grid = image_embeddings.shape[1:3]
-        patch = self.config.image_encoder.patch_size
-        embedded = self.prompt_encoder(
-            prompts, grid, (grid[0] * patch, grid[1] * patch), image_embeddings.shape[0]
-        )
+        embedded = self._embed(image_embeddings, prompts)
         return self.mask_decoder(
             image_embeddings, embedded, multimask_output=multimask_output, train=train
+        )
+
+    def attend(
+        self,
+        image_embeddings: Float[Array, "b gh gw d"],
+        prompts: Prompts,
+        *,
+        multimask_output: bool,
+    ) -> Attended:
+        """The first part of ``decode``, which tells how good the masks would be."""
+        embedded = self._embed(image_embeddings, prompts)
+        return self.mask_decoder.attend(
+            image_embeddings, embedded, multimask_output=multimask_output
+        )
+
+    def draw(self, attended: Attended, *, multimask_output: bool) -> Float[Array, "b p m lh lw"]:
+        """The second part of ``decode``: low-resolution logits, for those worth the work."""
+        return self.mask_decoder.draw(attended, multimask_output=multimask_output)
+
+    def _embed(self, image_embeddings: Array, prompts: Prompts) -> PromptEmbeddings:
+        grid = image_embeddings.shape[1:3]
+        patch = self.config.image_encoder.patch_size
+        return self.prompt_encoder(
+            prompts, grid, (grid[0] * patch, grid[1] * patch), image_embeddings.shape[0]
         )
 
     def __call__(

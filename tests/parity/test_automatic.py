@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import published
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
@@ -60,8 +61,7 @@ def test_records_are_the_same(
 ) -> None:
     options = SEARCHES[name]
     image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
-    arguments = dataclasses.asdict(options)
-    del arguments["max_area_rate"]
+    arguments = published.generator_arguments(options)
     for mode in ("uncompressed_rle", "binary_mask"):
         generator = segment_anything.SamAutomaticMaskGenerator(
             theirs, **arguments, output_mode=mode

@@ -199,7 +199,7 @@ def test_mask_decoder(tiny: Pair, multimask_output: bool, num_tokens: int) -> No
         dense=jnp.asarray(dense)[None],
         image_pe=jnp.asarray(image_pe),
     )
-    decoder = MaskDecoder(DECODER)
+    decoder = MaskDecoder(DECODER, DIM)
     ours = jax.jit(lambda v, e, p: decoder.apply(v, e, p, multimask_output=multimask_output))(
         tiny.part("mask_decoder"), jnp.asarray(embedding)[None], prompts
     )

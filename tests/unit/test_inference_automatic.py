@@ -5,17 +5,11 @@ import pytest
 
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
-from sam_jax.inference.automatic import (
-    SA1B_OPTIONS,
-    AutomaticOptions,
-    box_nms,
-    crop_boxes,
-    generate_masks,
-    point_grid,
-    remove_small_regions,
-)
+from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions, generate_masks
+from sam_jax.inference.candidates import box_nms, remove_small_regions
 from sam_jax.inference.images import ImageError
 from sam_jax.inference.predictor import Buckets, Predictor
+from sam_jax.inference.regions import crop_boxes, point_grid
 from sam_jax.models.sam import Sam
 from tests.golden.tiny import TINY, random_variables
 

@@ -33,7 +33,7 @@ EMBEDDINGS = normal(2, *GRID, DIM)
 
 
 def decode(params: Any, multimask_output: bool, dtype: Any = jnp.float32) -> MaskPrediction:
-    return MaskDecoder(CONFIG, dtype).apply(
+    return MaskDecoder(CONFIG, DIM, dtype).apply(
         {"params": params}, EMBEDDINGS, PROMPTS, multimask_output=multimask_output
     )
 
@@ -102,7 +102,7 @@ def test_sub_pixels_are_put_in_order() -> None:
 def test_parameters_are_the_same_however_the_decoder_is_first_called(
     multimask_output: bool,
 ) -> None:
-    decoder = MaskDecoder(CONFIG)
+    decoder = MaskDecoder(CONFIG, DIM)
     variables = jax.eval_shape(
         lambda: decoder.init(
             jax.random.key(0), EMBEDDINGS, PROMPTS, multimask_output=multimask_output
