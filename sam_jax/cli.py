@@ -40,6 +40,13 @@ DecoderHeads = Annotated[
 ]
 
 
+Checkpoint = Annotated[str, typer.Option(help="What to load, as SOURCE of convert.")]
+CompilationCache = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps compiled programs, for a faster start the next time."),
+]
+
+
 class ConvertTarget(enum.StrEnum):
     """Forms that ``convert`` writes."""
 
@@ -54,6 +61,13 @@ class Platform(enum.StrEnum):
     cpu = "cpu"
     cuda = "cuda"
     tpu = "tpu"
+
+
+class Preset(enum.StrEnum):
+    """Where options of ``masks`` start from."""
+
+    released = "released"
+    sa1b = "sa1b"
 
 
 class ExportTarget(enum.StrEnum):
@@ -202,7 +216,7 @@ def inspect(
 @app.command()
 def predict(
     image: Annotated[Path, typer.Argument(help="A picture file.", show_default=False)],
-    checkpoint: Annotated[str, typer.Option(help="What to load, as SOURCE of convert.")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="PNG to write: the picture with prompts and mask.")],
     points: Annotated[
         list[str] | None,
@@ -259,6 +273,126 @@ def predict(
     )
 
 
+@app.command()
+def masks(
+    source: Annotated[
+        Path, typer.Argument(help="A picture, or a folder of them.", show_default=False)
+    ],
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder for one JSON file per picture.")],
+    preset: Annotated[
+        Preset, typer.Option(help="The published generator's options, or those behind SA-1B.")
+    ] = Preset.released,
+    points_per_side: Annotated[
+        int | None, typer.Option(help="Points along each side of the grid.", show_default="32")
+    ] = None,
+    pred_iou_thresh: Annotated[
+        float | None, typer.Option(help="Least predicted IoU.", show_default="0.88")
+    ] = None,
+    stability_score_thresh: Annotated[
+        float | None, typer.Option(help="Least stability.", show_default="0.95")
+    ] = None,
+    crop_n_layers: Annotated[
+        int | None, typer.Option(help="Layers of crops besides the whole.", show_default="0")
+    ] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Side of tiles, for large pictures.", show_default="none")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of any other of AutomaticOptions; may be repeated."),
+    ] = None,
+    coco: Annotated[
+        bool, typer.Option("--coco", help="Write annotations.json in COCO's form as well.")
+    ] = False,
+    overlays: Annotated[bool, typer.Option(help="Write a picture of the masks, too.")] = True,
+    step: Step = None,
+    decoder_heads: DecoderHeads = None,
+    compilation_cache: CompilationCache = None,
+) -> None:
+    """Segments everything in a picture or a folder, in the form of SA-1B's annotations.
+
+    A folder may be stopped at any time: the same command goes on where it was.
+    """
+    import dataclasses
+
+    import jax
+
+    from sam_jax.inference import folder
+    from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions
+    from sam_jax.inference.predictor import Buckets, Predictor, use_compilation_cache
+
+    named: dict[str, Any] = {
+        "points_per_side": points_per_side,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_score_thresh,
+        "crop_n_layers": crop_n_layers,
+        "tile_px": tile_px,
+    }
+    changes = {name: value for name, value in named.items() if value is not None}
+    start = SA1B_OPTIONS if preset is Preset.sa1b else AutomaticOptions()
+    options = dataclasses.replace(start, **changes, **_options(start, option or []))
+    folder.list_pictures(source)  # before minutes are spent on loading
+    if compilation_cache is not None:
+        use_compilation_cache(compilation_cache)
+    with _progress() as say:
+        say(f"reading {checkpoint}")
+        predictor = Predictor.load(
+            checkpoint,
+            buckets=Buckets(images=(options.regions_per_batch,)),
+            devices=jax.local_devices(),
+            step=step,
+            decoder_heads=decoder_heads,
+        )
+    try:
+        with _progress_bar("masks") as advance:
+            summary = folder.annotate_folder(
+                predictor,
+                source,
+                out,
+                options,
+                checkpoint=checkpoint,
+                coco=coco,
+                overlays=overlays,
+                on_progress=advance,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on from what is in {out}", err=True)
+        raise typer.Exit(130) from None
+    before = f", {summary.num_before} were there before" if summary.num_before else ""
+    typer.echo(f"{out}: {summary.num_masks} masks of {summary.num_annotated} pictures{before}")
+    if summary.skipped:
+        typer.echo(
+            f"{len(summary.skipped)} skipped, see {out / folder.SKIPPED_NAME}; the first: "
+            f"{summary.skipped[0]}",
+            err=True,
+        )
+        if not summary.num_annotated and not summary.num_before:
+            raise typer.Exit(1)
+
+
+def _options(known: Any, given: list[str]) -> dict[str, Any]:
+    """Values of a dataclass's fields from NAME=VALUE, in the type of what is there."""
+    import dataclasses
+    import difflib
+
+    values: dict[str, Any] = {}
+    names = [field.name for field in dataclasses.fields(known)]
+    for text in given:
+        name, _, value = text.partition("=")
+        name = name.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+            raise ConfigError(f"--option {text}: no such option{hint}")
+        kind = type(getattr(known, name))
+        try:
+            values[name] = kind(value)
+        except ValueError:
+            raise ConfigError(f"--option {text}: expected {kind.__name__}") from None
+    return values
+
+
 def _numbers(text: str, option: str, counts: tuple[int, ...]) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]
@@ -282,6 +416,39 @@ def _progress() -> Iterator[Callable[[str], None]]:
                 console.print(Text(message))
 
         yield say
+
+
+@contextlib.contextmanager
+def _progress_bar(what: str) -> Iterator[Callable[[Any], None]]:
+    """A bar on the terminal's error stream, or a line per picture if it is none."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None, last="")
+
+        def advance(progress: Any) -> None:
+            last = f"{progress.path.name}: {progress.num_masks} masks"
+            bar.update(task, completed=progress.done, total=progress.total, last=last)
+            if not console.is_terminal:
+                console.print(Text(f"{progress.done} of {progress.total}  {last}"))
+
+        yield advance
 
 
 def main() -> None:

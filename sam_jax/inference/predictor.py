@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
 
+
+def use_compilation_cache(folder: str | Path) -> None:
+    """Keeps all programs that are compiled from now on in a folder, and takes them from there.
+
+    Programs are kept by what they compute, for what device, and by JAX's version: a folder may be
+    shared, and nothing in it is ever wrong, only unused.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Cells of a chunk of points that a CPU decodes at once: one point at the published size.
+_CACHED_CELL_NUMBERS = 2**20
 # Passing points that are fetched from the device at once.
 _ROWS_PER_FETCH = 8
 
@@ -342,9 +357,29 @@ class Predictor:
             low_res_logits=np.concatenate(fetched),
         )
 
-    def warm_up(self, *, multimask_output: bool = True, num_points: int = 1) -> None:
-        """Compiles what one image with one prompt needs, before the first user waits for it."""
+    def warm_up(
+        self,
+        *,
+        multimask_output: bool = True,
+        num_points: int = 1,
+        points_per_batch: int | None = None,
+    ) -> None:
+        """Compiles what one image with one prompt needs, before the first user waits for it.
+
+        Args:
+          multimask_output: as ``predict``.
+          num_points: of the prompt.
+          points_per_batch: of automatic masks, to compile what they need as well.
+        """
         embeddings = self.embed([np.zeros((*self._model.image_size, 3), np.uint8)])
+        if points_per_batch is not None:
+            for _ in self.predict_points(
+                embeddings,
+                [np.zeros((1, 2))],
+                points_per_batch=points_per_batch,
+                iou_threshold=np.inf,
+            ):
+                pass
         prompt = Prompt(points=[(0, 0)] * num_points)
         self.predict(embeddings, [[prompt]], multimask_output=multimask_output)
 
@@ -404,8 +439,9 @@ class Predictor:
         iou_threshold: Float[Array, ""],
     ) -> MaskPrediction:
         """Points in chunks; a chunk without a good candidate is not drawn."""
-        # A CPU does best with one point, whose cells stay in its cache. Accelerators want many.
-        chunk = 1 if jax.default_backend() == "cpu" else coords.shape[1]
+        chunk = coords.shape[1]
+        if jax.default_backend() == "cpu":
+            chunk = math.gcd(chunk, _points_in_cache(math.prod(features.shape[1:])))
         m, lh, lw = NUM_MULTIMASK, *self._model.low_res_size
 
         def one_chunk(coords_and_valid: Any) -> MaskPrediction:
@@ -444,6 +480,11 @@ class Predictor:
     def _parts(self, count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
         """A count in parts ``(start, stop, size to pad to)``, where every device gets a bucket."""
         return _parts(count, [size * self.num_devices for size in sizes])
+
+
+def _points_in_cache(numbers_per_point: int) -> int:
+    """A power of two of points whose cells stay in a CPU's cache while they are decoded."""
+    return 1 << max(_CACHED_CELL_NUMBERS // numbers_per_point, 1).bit_length() - 1
 
 
 def _round_up(count: int, multiple: int) -> int:
