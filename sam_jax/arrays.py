@@ -24,9 +24,9 @@ sizes are ``(height, width)``.
 from typing import Any, TypeAlias
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8, UInt16
 
-__all__ = ["Array", "Bool", "DimSize", "Float", "GridShape", "Int", "UInt8"]
+__all__ = ["Array", "Bool", "DimSize", "Float", "GridShape", "Int", "UInt8", "UInt16"]
 
 GridShape: TypeAlias = tuple[int, int]
 # A length that ``jax.export`` may leave open: an int, or one of its symbols.

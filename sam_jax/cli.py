@@ -279,7 +279,7 @@ def masks(
         Path, typer.Argument(help="A picture, or a folder of them.", show_default=False)
     ],
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder for one JSON file per picture.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to, outside of the source.")],
     preset: Annotated[
         Preset, typer.Option(help="The published generator's options, or those behind SA-1B.")
     ] = Preset.released,
@@ -303,9 +303,15 @@ def masks(
         typer.Option(help="NAME=VALUE of any other of AutomaticOptions; may be repeated."),
     ] = None,
     coco: Annotated[
-        bool, typer.Option("--coco", help="Write annotations.json in COCO's form as well.")
+        bool, typer.Option("--coco", help="Write coco.json, of all pictures, as well.")
     ] = False,
-    overlays: Annotated[bool, typer.Option(help="Write a picture of the masks, too.")] = True,
+    overlays: Annotated[bool, typer.Option(help="Write pictures of the masks, too.")] = True,
+    label_maps: Annotated[
+        bool, typer.Option("--label-maps", help="Write 16-bit PNGs without overlaps, too.")
+    ] = False,
+    link_pictures: Annotated[
+        bool, typer.Option("--link-pictures", help="Link pictures to annotations, to train on.")
+    ] = False,
     step: Step = None,
     decoder_heads: DecoderHeads = None,
     compilation_cache: CompilationCache = None,
@@ -354,6 +360,8 @@ def masks(
                 checkpoint=checkpoint,
                 coco=coco,
                 overlays=overlays,
+                label_maps=label_maps,
+                link_pictures=link_pictures,
                 on_progress=advance,
             )
     except KeyboardInterrupt:
@@ -361,6 +369,12 @@ def masks(
         raise typer.Exit(130) from None
     before = f", {summary.num_before} were there before" if summary.num_before else ""
     typer.echo(f"{out}: {summary.num_masks} masks of {summary.num_annotated} pictures{before}")
+    if summary.num_annotated and not summary.num_masks:
+        typer.echo(
+            f"no mask passed: pred_iou_thresh is {options.pred_iou_thresh}, stability_score_thresh "
+            f"{options.stability_score_thresh}, which a model of little training does not reach",
+            err=True,
+        )
     if summary.skipped:
         typer.echo(
             f"{len(summary.skipped)} skipped, see {out / folder.SKIPPED_NAME}; the first: "

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sam_jax.arrays import Bool, Float, Int, UInt8
+from sam_jax.arrays import Bool, Float, Int, UInt8, UInt16
 
 Color = tuple[int, int, int]
 
@@ -148,7 +148,8 @@ def draw_boxes(
 
 
 def save_picture(
-    path: Path, picture: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"]
+    path: Path,
+    picture: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"],
 ) -> None:
     """Writes a PNG, whatever the suffix; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -79,7 +79,7 @@ class AutomaticOptions:
     tile_px: int = 0
     tile_halo_px: int = 128
     tile_join_iou: float = 0.7
-    filter_at: Literal["original", "low_resolution"] = "original"
+    filter_at: str = "original"
     regions_per_batch: int = 1
     host_memory_mib: int = 1024
 

@@ -1,4 +1,4 @@
-"""Automatic masks of a folder of pictures: files beside each other, and going on after a stop."""
+"""Automatic masks of a folder of pictures, which goes on where it was stopped."""
 
 import dataclasses
 import json
@@ -16,15 +16,18 @@ from sam_jax.convert.files import written_whole
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
+from sam_jax.inference.candidates import label_map
 from sam_jax.inference.images import ImageError, open_image
 from sam_jax.inference.predictor import Predictor
 from sam_jax.visualize import overlay_masks, save_picture
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-OVERLAY_SUFFIX = ".masks.png"
+ANNOTATIONS_FOLDER = "annotations"
+OVERLAYS_FOLDER = "overlays"
+LABELS_FOLDER = "labels"
 SETTINGS_NAME = "settings.json"
 SKIPPED_NAME = "skipped.txt"
-COCO_NAME = "annotations.json"
+COCO_NAME = "coco.json"
 # Ids of an image's masks start at its own id times this.
 ANNOTATION_IDS_PER_IMAGE = 100_000
 # Overlays are pictures to look at: a larger image is shown at this size.
@@ -61,7 +64,7 @@ class Summary:
 
 
 def list_pictures(source: Path) -> list[Path]:
-    """A picture file itself, or all those below a folder, sorted; overlays are none of them.
+    """A picture file itself, or all those below a folder, sorted.
 
     Raises:
       ConfigError: if there is none, or two differ in their suffix alone.
@@ -74,7 +77,7 @@ def list_pictures(source: Path) -> list[Path]:
         Path(folder) / name
         for folder, _, names in os.walk(source)
         for name in names
-        if name.lower().endswith(PICTURE_SUFFIXES) and not name.endswith(OVERLAY_SUFFIX)
+        if name.lower().endswith(PICTURE_SUFFIXES)
     ]
     if not found:
         raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
@@ -96,6 +99,8 @@ def annotate_folder(
     checkpoint: str = "",
     coco: bool = False,
     overlays: bool = True,
+    label_maps: bool = False,
+    link_pictures: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
     """Writes all masks of all pictures in the form of SA-1B's annotations, one file per picture.
@@ -107,24 +112,34 @@ def annotate_folder(
     Args:
       predictor: of the model.
       source: a picture, or a folder, sub-folders included.
-      target: a folder; files in it are named like the pictures.
+      target: a folder outside of ``source``. Files in its ``annotations`` are named like the
+        pictures.
       options: how to search.
       checkpoint: what the predictor was loaded from, for ``settings.json``.
-      coco: writes ``annotations.json`` in COCO's form as well, of all pictures.
-      overlays: writes a picture of the masks beside each file.
+      coco: writes ``coco.json`` in COCO's form as well, of all pictures.
+      overlays: writes pictures of the masks in ``overlays``.
+      label_maps: writes maps without overlaps in ``labels``, see ``candidates.label_map``, as PNGs
+        of 16 bits.
+      link_pictures: links the pictures beside their annotations, which makes ``annotations`` a
+        folder to train on.
       on_progress: called after each picture.
 
     Raises:
-      ConfigError: if there is no picture, or the folder holds masks that were made otherwise.
+      ConfigError: if there is no picture, the target lies among them, or it holds masks that were
+        made otherwise.
     """
     options = options or AutomaticOptions()
     pictures = list_pictures(source)
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"{target} lies in {source}, whose pictures are read: give another folder"
+        )
     root = source if source.is_dir() else source.parent
     _keep_settings(target, {"checkpoint": checkpoint, **dataclasses.asdict(options)})
-    files = {path: (target / path.relative_to(root)).with_suffix(".json") for path in pictures}
-    for reserved in (SETTINGS_NAME, COCO_NAME):
-        if target / reserved in files.values():
-            raise ConfigError(f"a picture must not be called {Path(reserved).stem}; rename it")
+    files = {
+        path: (target / ANNOTATIONS_FOLDER / path.relative_to(root)).with_suffix(".json")
+        for path in pictures
+    }
     ids = {path: number for number, path in enumerate(pictures, start=1)}
     left = [path for path in pictures if not files[path].exists()]
     num_before = done = len(pictures) - len(left)
@@ -133,7 +148,7 @@ def annotate_folder(
     def readable() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         for path, pixels in _read_ahead(left):
             if isinstance(pixels, ImageError):
-                skipped.append(f"{path}: {pixels}")
+                skipped.append(str(pixels))
                 continue
             opened.append((path, pixels))
             yield pixels
@@ -142,8 +157,13 @@ def annotate_folder(
         path, pixels = opened.popleft()
         relative = path.relative_to(root)
         if overlays:
-            picture = overlay_of(pixels, records)
-            save_picture(files[path].with_suffix(OVERLAY_SUFFIX), picture)
+            drawn = (target / OVERLAYS_FOLDER / relative).with_suffix(".png")
+            save_picture(drawn, overlay_of(pixels, records))
+        if label_maps:
+            labels = label_map(records, pixels.shape[:2]).astype(np.uint16)
+            save_picture((target / LABELS_FOLDER / relative).with_suffix(".png"), labels)
+        if link_pictures:
+            _link(path, target / ANNOTATIONS_FOLDER / relative)
         # Last, since this is the file that says that the picture is done.
         _write_json(files[path], sa1b_annotation(records, relative, ids[path], pixels.shape[:2]))
         done, num_masks = done + 1, num_masks + len(records)
@@ -236,6 +256,12 @@ def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
             yield path, pixels.result()
             if (next_path := next(following, None)) is not None:
                 waiting.append((next_path, pool.submit(read, next_path)))
+
+
+def _link(path: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.resolve())
 
 
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:

@@ -9,7 +9,11 @@ from einops import rearrange
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, Float
+from sam_jax.arrays import Array, Bool, DimSize, Float
+
+# Lengths that ``jax.export`` leaves open are taken for those of clicks on many objects.
+_OPEN_TOKENS = 8
+_OPEN_OBJECTS = 64
 
 
 class Projection(nn.Module):
@@ -77,7 +81,8 @@ class Attention(nn.Module):
             q_kernel, q_bias, k_kernel, k_bias, v_kernel, v_bias, out_kernel, out_bias
         )
         queries, keys, values = (x.astype(self.dtype) for x in (queries, keys, values))
-        if queries.shape[2] > keys.shape[2]:
+        num_queries, num_keys = (_known(x.shape[2], _OPEN_TOKENS) for x in (queries, keys))
+        if num_queries > num_keys:
             return _cells_ask_tokens(weights, queries, keys, values, keys_valid)
         return _tokens_ask(weights, queries, keys, values, keys_valid)
 
@@ -97,14 +102,20 @@ class _Weights(NamedTuple):
     def folding_pays(self, few: Array, many: Array) -> bool:
         """Whether few tokens are better brought through a projection of the many."""
         dim, num_heads, head_dim = self.q_kernel.shape
+        is_shared = _known(many.shape[1], _OPEN_OBJECTS) == 1
         return folding_pays(
-            few.shape[2],
-            many.shape[2],
+            _known(few.shape[2], _OPEN_TOKENS),
+            _known(many.shape[2], _OPEN_TOKENS),
             dim,
             num_heads * head_dim,
             num_heads,
-            num_sharing=max(few.shape[1] // many.shape[1], 1),
+            num_sharing=_known(few.shape[1], _OPEN_OBJECTS) if is_shared else 1,
         )
+
+
+def _known(size: DimSize, otherwise: int) -> int:
+    """A length, or what to count with where an export leaves it open."""
+    return size if isinstance(size, int) else otherwise
 
 
 def folding_pays(

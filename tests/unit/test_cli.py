@@ -114,7 +114,7 @@ def test_a_typo_is_answered(sam_jax) -> None:
 def test_help_names_every_command(sam_jax) -> None:
     done = sam_jax("--help")
     assert done.code == 0
-    for command in ("convert", "export", "inspect"):
+    for command in ("convert", "export", "inspect", "predict", "masks"):
         assert command in done.out
 
 
@@ -136,3 +136,44 @@ def test_predict(sam_jax, run: Path, tmp_path: Path) -> None:
     done = sam_jax(*arguments, "--points", "10,99")
     assert done.code == 1
     assert "point (10, 99) lies outside of the image" in done.err
+
+
+def test_masks(sam_jax, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    Image.fromarray(pixels).save(source / "one.jpg")
+    (source / "two.jpg").write_bytes(b"broken")
+    arguments = ("masks", source, "--checkpoint", run, "--out", out, "--points-per-side", 2)
+    options = ("--pred-iou-thresh", 0, "--stability-score-thresh", 0)
+    done = sam_jax(*arguments, *options, "--option", "points-per-batch=4", "--coco")
+    assert done.code == 0, done.err
+    assert f"{out}: " in done.out
+    assert " masks of 1 pictures" in done.out
+    assert "of 2  one.jpg: " in done.err
+    assert "1 skipped, see" in done.err
+    assert (out / "coco.json").exists()
+    again = sam_jax(*arguments, *options)
+    assert "0 masks of 0 pictures, 1 were there before" in again.out
+    other = sam_jax(*arguments)
+    assert other.code == 1
+    assert "pred_iou_thresh was 0.0, is 0.88" in other.err
+    for option, words in (
+        ("box_nms_tresh=1", "did you mean box_nms_thresh?"),
+        ("box_nms_thresh=high", "expected float"),
+        ("tile_px=64.5", "expected int"),
+    ):
+        wrong = sam_jax(*arguments, "--option", option)
+        assert (wrong.code, wrong.out) == (1, "")
+        assert words in wrong.err
+    nothing = sam_jax(*arguments[:5], tmp_path / "strict", "--points-per-side", 2)
+    assert nothing.code == 0
+    assert "no mask passed: pred_iou_thresh is 0.88" in nothing.err
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sam_jax.inference.folder.annotate_folder", stop)
+    stopped = sam_jax(*arguments, *options)
+    assert stopped.code == 130
+    assert "the same command goes on" in stopped.err

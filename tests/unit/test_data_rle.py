@@ -191,3 +191,16 @@ def test_real_sa1b_annotations(shared_data: Path) -> None:
         y, x = np.nonzero(mask)
         # The release's boxes are one pixel short.
         assert annotation["bbox"] == [x.min(), y.min(), np.ptp(x), np.ptp(y)]
+
+
+@hypothesis.given(masks, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_a_part_is_encoded_as_the_whole(
+    part: np.ndarray, left: int, top: int, right: int, bottom: int
+) -> None:
+    """Also where the part is as high as the image, and runs go on from column to column."""
+    whole = np.pad(part, ((top, bottom), (left, right)))
+    encoded = rle.encode_part(part, whole.shape, (left, top))
+    assert {**encoded, "counts": encoded["counts"].decode()} == compress(whole)
+    box = (left, top, left + part.shape[1], top + part.shape[0])
+    runs = rle.run_lengths(encoded)
+    np.testing.assert_array_equal(rle.decode_part(runs, whole.shape, box), part)

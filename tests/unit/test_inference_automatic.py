@@ -1,95 +1,22 @@
-"""The parts of the automatic search, each against a plain or a known answer."""
+"""Automatic masks: one image or many, whole, in crops or in tiles, on one device or several."""
 
+import dataclasses
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
 
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
-from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions, generate_masks
-from sam_jax.inference.candidates import box_nms, remove_small_regions
+from sam_jax.inference import automatic
+from sam_jax.inference.automatic import AutomaticOptions, generate_masks, generate_masks_of_many
 from sam_jax.inference.images import ImageError
 from sam_jax.inference.predictor import Buckets, Predictor
-from sam_jax.inference.regions import crop_boxes, point_grid
 from sam_jax.models.sam import Sam
 from tests.golden.tiny import TINY, random_variables
 
 RNG = np.random.default_rng(0)
-
-
-def plain_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
-    def iou(a: np.ndarray, b: np.ndarray) -> float:
-        sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-        overlap = np.prod(np.maximum(sides, 0))
-        return overlap / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - overlap)
-
-    kept: list[int] = []
-    for index in sorted(range(len(boxes)), key=lambda i: -scores[i]):
-        if all(iou(boxes[index], boxes[other]) <= threshold for other in kept):
-            kept.append(index)
-    return kept
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.7, 0.95])
-def test_nms_is_the_greedy_one_at_any_threshold(threshold: float) -> None:
-    for _ in range(10):
-        corners = RNG.integers(0, 20, (40, 2))
-        boxes = np.concatenate([corners, corners + RNG.integers(1, 20, (40, 2))], axis=1)
-        # Few values, so that there are ties, which the earlier box wins.
-        scores = RNG.integers(0, 8, 40).astype(float)
-        assert box_nms(boxes.astype(float), scores, threshold) == plain_nms(
-            boxes, scores, threshold
-        )
-
-
-def test_nms_of_nothing_and_of_boxes_without_area() -> None:
-    assert box_nms(np.zeros((0, 4)), np.zeros(0), 0.5) == []
-    assert sorted(box_nms(np.zeros((2, 4)), np.zeros(2), 0.5)) == [0, 1]
-
-
-def test_crops_are_those_of_the_released_annotations() -> None:
-    """An image of SA-1B, 2000 x 1500, in whose annotations these boxes stand."""
-    boxes, layers = crop_boxes((1500, 2000), 2, SA1B_OPTIONS.crop_overlap_ratio)
-    assert [layers.count(layer) for layer in range(3)] == [1, 4, 16]
-    first = {box for box, layer in zip(boxes, layers, strict=True) if layer == 1}
-    assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in first} == {(1256, 1006)}
-    assert {x0 for x0, *_ in first} == {0, 744}
-    second = {box for box, layer in zip(boxes, layers, strict=True) if layer == 2}
-    assert {x0 for x0, *_ in second} == {0, 436, 872, 1308}
-    assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in second} == {(692, 567)}
-    assert max(x1 for _, _, x1, _ in boxes) == 2000
-    assert max(y1 for *_, y1 in boxes) == 1500
-
-
-def test_grid() -> None:
-    np.testing.assert_allclose(
-        point_grid(2), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
-    )
-
-
-def test_small_holes_are_filled_and_small_islands_removed() -> None:
-    mask = np.zeros((12, 12), bool)
-    mask[1:9, 1:9] = True
-    mask[3, 3] = mask[5:8, 5:8] = False
-    mask[11, 11] = True
-    filled, changed = remove_small_regions(mask, 5, "holes")
-    assert changed
-    assert filled[3, 3]
-    assert not filled[6, 6]
-    cleaned, changed = remove_small_regions(filled, 5, "islands")
-    assert changed
-    assert not cleaned[11, 11]
-    assert cleaned[1, 1]
-    same, changed = remove_small_regions(cleaned, 5, "islands")
-    assert not changed
-    np.testing.assert_array_equal(same, cleaned)
-
-
-def test_the_largest_of_small_islands_stays() -> None:
-    mask = np.zeros((9, 9), bool)
-    mask[0, 0] = mask[4, 4:6] = True
-    cleaned, changed = remove_small_regions(mask, 50, "islands")
-    assert changed
-    assert np.argwhere(cleaned).tolist() == [[4, 4], [4, 5]]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +25,10 @@ def test_the_largest_of_small_islands_stays() -> None:
         ({"points_per_side": 0}, "points_per_side must be at least 1, got 0"),
         ({"crop_n_layers": -1}, "must not be negative"),
         ({"max_area_rate": 0.0}, "max_area_rate must be in"),
+        ({"filter_at": "middle"}, "filter_at must be 'original' or 'low_resolution'"),
+        ({"tile_px": 64, "crop_n_layers": 1}, "exclude each other"),
+        ({"tile_px": 64, "tile_halo_px": 64}, "less than tile_px, 64; got 64"),
+        ({"host_memory_mib": 0}, "host_memory_mib must be at least 1"),
         (
             {"points_per_side": 3, "crop_n_layers": 2, "crop_n_points_downscale_factor": 2},
             "layer 2 of crops has no points left",
@@ -154,8 +85,6 @@ def test_run_lengths_are_of_one_mask_in_every_form(predictor: Predictor) -> None
 
 
 def test_masks_of_nearly_everything_may_be_dropped(predictor: Predictor) -> None:
-    import dataclasses
-
     image = RNG.integers(0, 256, (30, 50, 3), np.uint8)
     limited = dataclasses.replace(EVERYTHING, max_area_rate=0.5)
     every = generate_masks(predictor, image, EVERYTHING)
@@ -163,3 +92,114 @@ def test_masks_of_nearly_everything_may_be_dropped(predictor: Predictor) -> None
     assert min(areas) < 750 < max(areas)
     found = generate_masks(predictor, image, limited)
     assert [record["area"] for record in found] == [area for area in areas if area < 750]
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(found) == len(expected)
+    for record, reference in zip(found, expected, strict=True):
+        assert record.keys() == reference.keys()
+        assert record["point_coords"] == reference["point_coords"]
+        assert record["predicted_iou"] == pytest.approx(reference["predicted_iou"], abs=1e-5)
+        assert abs(record["area"] - reference["area"]) <= 1
+
+
+CROPS = dataclasses.replace(EVERYTHING, crop_n_layers=1, crop_nms_thresh=1.0)
+
+
+@pytest.mark.parametrize("regions_per_batch", [1, 3])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_stream_of_images_is_answered_as_each_alone(
+    predictor: Predictor, num_devices: int, regions_per_batch: int
+) -> None:
+    """Batches hold regions of one image or of several, and devices share them."""
+    if jax.local_device_count() < num_devices:
+        pytest.skip(f"needs {num_devices} devices")
+    images = [RNG.integers(0, 256, (*size, 3), np.uint8) for size in ((30, 50), (48, 40), (7, 9))]
+    spread = Predictor(
+        Sam(TINY),
+        random_variables(TINY),
+        Buckets((regions_per_batch,), (1,), (1,), (1,)),
+        devices=jax.local_devices()[:num_devices],
+    )
+    options = dataclasses.replace(CROPS, regions_per_batch=regions_per_batch)
+    # It is a stream: the first answer comes before the last image is asked for.
+    asked = []
+
+    def stream() -> Any:
+        for number, image in enumerate(images):
+            asked.append(number)
+            yield image
+
+    answers = generate_masks_of_many(spread, stream(), options, output_mode="uncompressed_rle")
+    together = [next(answers)]
+    assert len(asked) < 3 or regions_per_batch * num_devices > 5
+    together += answers
+    assert len(together) == 3
+    for image, found in zip(images, together, strict=True):
+        expected = generate_masks(predictor, image, CROPS, output_mode="uncompressed_rle")
+        assert len(expected) > 3
+        assert_same(found, expected)
+
+
+def test_points_without_a_good_candidate_are_not_drawn(predictor: Predictor) -> None:
+    embeddings = predictor.embed([RNG.integers(0, 256, (30, 50, 3), np.uint8)])
+    points = [RNG.uniform(0, 29, (21, 2))]
+    (everything,) = predictor.predict_points(
+        embeddings, points, points_per_batch=32, iou_threshold=-np.inf
+    )
+    assert everything.points.tolist() == list(range(21))
+    best = everything.iou_predictions.max(axis=-1)
+    # Between two of them: chunks of another size round otherwise.
+    threshold = float(np.sort(best)[9:11].mean())
+    batches = list(
+        predictor.predict_points(embeddings, points, points_per_batch=8, iou_threshold=threshold)
+    )
+    assert len(batches) == 3
+    numbers = np.concatenate([batch.points for batch in batches])
+    assert numbers.tolist() == np.flatnonzero(best > threshold).tolist()
+    np.testing.assert_allclose(
+        np.concatenate([batch.low_res_logits for batch in batches]),
+        everything.low_res_logits[numbers],
+        rtol=0,
+        atol=2e-5,
+    )
+
+
+def test_filters_may_look_at_low_resolution(predictor: Predictor) -> None:
+    """Scores are nearly the same there, and boxes of what stays are those of the full masks."""
+    image = RNG.integers(0, 256, (30, 50, 3), np.uint8)
+    low = dataclasses.replace(EVERYTHING, filter_at="low_resolution")
+    found = generate_masks(predictor, image, low)
+    expected = generate_masks(predictor, image, EVERYTHING)
+    assert_same(found, expected)
+    for record, reference in zip(found, expected, strict=True):
+        assert record["bbox"] == reference["bbox"]
+        np.testing.assert_array_equal(record["segmentation"], reference["segmentation"])
+        assert record["stability_score"] == pytest.approx(reference["stability_score"], abs=0.15)
+
+
+def test_tiles_search_a_large_image_besides_the_whole(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Masks of random weights are all over their tile.
+    monkeypatch.setattr(automatic, "is_cut", lambda *args: False)
+    image = RNG.integers(0, 256, (60, 100, 3), np.uint8)
+    tiled = dataclasses.replace(
+        EVERYTHING, points_per_side=2, tile_px=48, tile_halo_px=16, crop_nms_thresh=1.0
+    )
+    found = generate_masks(predictor, image, tiled, output_mode="coco_rle")
+    boxes = {tuple(record["crop_box"]) for record in found}
+    assert (0, 0, 100, 60) in boxes
+    assert {box[2:] for box in boxes} == {(100, 60), (48, 48)}
+    assert len(boxes) == 1 + 2 * 3
+    for record in found:
+        mask = rle.decode(rle.run_lengths(record["segmentation"]), (60, 100))
+        assert record["area"] == mask.sum()
+        rows, columns = np.nonzero(mask)
+        x, y, width, height = record["bbox"]
+        if mask.any():
+            assert (columns.min(), rows.min()) == (x, y)
+            assert (columns.max(), rows.max()) == (x + width, y + height)
+    # An image no larger than a tile has none.
+    small = generate_masks(predictor, image[:40, :40], tiled)
+    assert {tuple(record["crop_box"]) for record in small} == {(0, 0, 40, 40)}

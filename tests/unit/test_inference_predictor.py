@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from sam_jax.inference.predictor import Buckets, Predictor
+from sam_jax.inference.predictor import Buckets, Predictor, use_compilation_cache
 from sam_jax.inference.prompts import Prompt, PromptError
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
@@ -217,3 +219,40 @@ def test_warm_up_compiles_what_a_first_user_needs(variables: dict[str, Any]) -> 
     predictor.predict(embeddings, [[Prompt(points=[(5, 5)])]])
     assert count_programs(predictor) == programs
     jax.block_until_ready(embeddings.features)
+
+
+def test_devices_share_images_and_rows(predictor: Predictor, variables: dict[str, Any]) -> None:
+    if jax.local_device_count() < 2:
+        pytest.skip("needs two devices")
+    spread = Predictor(MODEL, variables, BUCKETS, devices=jax.local_devices()[:2])
+    assert spread.num_devices == 2
+    images = pictures(*SIZES)
+    prompts = [prompts_for(size) for size in SIZES]
+    ours = spread.predict(spread.embed(images), prompts)
+    for one, other in zip(ours, predictor.predict(predictor.embed(images), prompts), strict=True):
+        np.testing.assert_allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(one.iou_predictions, other.iou_predictions, atol=1e-5)
+
+
+def test_compiled_programs_are_kept(
+    variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        use_compilation_cache(tmp_path / "programs")
+        compilation_cache.reset_cache()
+        Predictor(MODEL, variables, BUCKETS).warm_up(points_per_batch=4)
+        kept = {path.name for path in (tmp_path / "programs").iterdir()}
+        for program in ("_encode_on_device", "_decode_on_device", "_decode_points_on_device"):
+            assert any(program in name for name in kept), kept
+        Predictor(MODEL, variables, BUCKETS).warm_up(points_per_batch=4)
+        assert {path.name for path in (tmp_path / "programs").iterdir()} == kept
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -1,0 +1,196 @@
+"""A folder of pictures: what is written, what is skipped, and that a stop loses nothing."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from sam_jax.convert.files import WeightsError
+from sam_jax.data.sources.sa1b import Sa1bSource
+from sam_jax.errors import ConfigError
+from sam_jax.inference import folder
+from sam_jax.inference.automatic import AutomaticOptions
+from sam_jax.inference.predictor import Buckets, Predictor
+from sam_jax.models.sam import Sam
+from tests.golden.tiny import TINY, random_variables
+
+OPTIONS = AutomaticOptions(
+    points_per_side=2,
+    points_per_batch=4,
+    pred_iou_thresh=0.0,
+    stability_score_thresh=0.0,
+    box_nms_thresh=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (4,), (1,)))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "pictures"
+    (source / "more").mkdir(parents=True)
+    for name, size in (("b.jpg", (30, 40)), ("a.png", (20, 24)), ("more/c.JPEG", (9, 50))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(source / name)
+    (source / "notes.txt").write_text("no picture")
+    return source
+
+
+# pycocotools decodes in a way that numpy 2 warns of.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_files_are_sa1bs_and_cocos(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reports: list[folder.Progress] = []
+    summary = folder.annotate_folder(
+        predictor,
+        pictures,
+        out,
+        OPTIONS,
+        coco=True,
+        label_maps=True,
+        link_pictures=True,
+        on_progress=reports.append,
+    )
+    assert (summary.num_annotated, summary.num_before, summary.num_masks) == (3, 0, 36)
+    assert [(report.done, report.total) for report in reports] == [(1, 3), (2, 3), (3, 3)]
+    content = json.loads((out / "annotations" / "more" / "c.json").read_text())
+    assert content["image"] == {
+        "image_id": 3,
+        "width": 50,
+        "height": 9,
+        "file_name": "more/c.JPEG",
+    }
+    assert [a["id"] for a in content["annotations"]] == list(range(300_000, 300_012))
+
+    # SA-1B's own reader takes the linked pairs.
+    source = Sa1bSource(out / "annotations")
+    assert len(source) == 3
+    assert [len(source[index].masks_rle) for index in range(3)] == [12, 12, 12]
+    assert Image.open(io.BytesIO(source[0].image)).size == (24, 20)
+
+    coco = COCO(out / "coco.json")
+    assert len(coco.imgs) == 3
+    assert len(coco.anns) == 36
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        assert mask.sum() == annotation["area"]
+        if mask.any():
+            assert mask.any(axis=0).sum() <= annotation["bbox"][2]
+            rows = np.flatnonzero(mask.any(axis=1))
+            assert rows[-1] - rows[0] + 1 == annotation["bbox"][3]
+
+    with Image.open(out / "overlays" / "b.png") as overlay:
+        assert overlay.size == (40, 30)
+    labels = np.asarray(Image.open(out / "labels" / "b.png"))
+    assert labels.max() <= 12
+    assert len(np.unique(labels)) > 2
+
+
+def test_a_stopped_call_goes_on(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(progress: folder.Progress) -> None:
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.annotate_folder(predictor, pictures, out, OPTIONS, on_progress=stop)
+    done = {path: path.stat().st_mtime_ns for path in out.rglob("annotations/**/*.json")}
+    assert len(done) == 2
+    summary = folder.annotate_folder(predictor, pictures, out, OPTIONS)
+    assert (summary.num_annotated, summary.num_before) == (1, 2)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    straight = tmp_path / "straight"
+    folder.annotate_folder(predictor, pictures, straight, OPTIONS)
+    for path in straight.rglob("*.json"):
+        assert (out / path.relative_to(straight)).read_text() == path.read_text()
+
+
+def test_damaged_pictures_are_skipped_and_named(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "0.jpg").write_bytes(b"nothing")
+    (pictures / "z.png").write_bytes((pictures / "a.png").read_bytes()[:200])
+    out = tmp_path / "out"
+    summary = folder.annotate_folder(predictor, pictures, out, OPTIONS, overlays=False)
+    assert summary.num_annotated == 3
+    assert len(summary.skipped) == 2
+    listed = (out / "skipped.txt").read_text().splitlines()
+    assert "0.jpg is damaged or no picture" in listed[0]
+    assert "z.png is damaged or no picture" in listed[1]
+    assert not (out / "overlays").exists()
+    # Mended, they are done the next time.
+    for name in ("0.jpg", "z.png"):
+        Image.new("RGB", (8, 8)).save(pictures / name)
+    summary = folder.annotate_folder(predictor, pictures, out, OPTIONS, overlays=False)
+    assert (summary.num_annotated, summary.num_before, summary.skipped) == (2, 3, [])
+    assert not (out / "skipped.txt").exists()
+
+
+def test_masks_made_otherwise_are_not_mixed(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    out = tmp_path / "out"
+    folder.annotate_folder(predictor, pictures, out, OPTIONS, checkpoint="one")
+    # How much is done at once changes no mask.
+    larger = dataclasses.replace(OPTIONS, points_per_batch=2)
+    folder.annotate_folder(predictor, pictures, out, larger, checkpoint="one")
+    other = dataclasses.replace(OPTIONS, box_nms_thresh=0.5)
+    with pytest.raises(ConfigError, match=r"box_nms_thresh was 1\.0, is 0\.5"):
+        folder.annotate_folder(predictor, pictures, out, other, checkpoint="one")
+    with pytest.raises(ConfigError, match="checkpoint was 'one', is 'two'"):
+        folder.annotate_folder(predictor, pictures, out, OPTIONS, checkpoint="two")
+    (out / "settings.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"settings\.json is damaged"):
+        folder.annotate_folder(predictor, pictures, out, OPTIONS, checkpoint="one")
+
+
+def test_folders_that_cannot_be(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        folder.list_pictures(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty holds no picture"):
+        folder.list_pictures(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="whose pictures are read"):
+        folder.annotate_folder(predictor, pictures, pictures / "out", OPTIONS)
+    Image.new("RGB", (8, 8)).save(pictures / "a.jpg")
+    with pytest.raises(ConfigError, match="would share one annotation file"):
+        folder.list_pictures(pictures)
+
+
+def test_overlays_of_large_pictures_are_reduced() -> None:
+    pixels = np.zeros((100, 3200, 3), np.uint8)
+    record = {"segmentation": {"size": [100, 3200], "counts": [0, 160_000, 160_000]}}
+    drawn = folder.overlay_of(pixels, [record])
+    assert drawn.shape == (50, 1600, 3)
+    assert drawn[:, :780].any()
+    assert not drawn[:, 820:].any()
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    return (p for p in path.rglob("*") if p.is_file())
+
+
+def test_nothing_half_written_is_left(
+    predictor: Predictor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    folder.annotate_folder(predictor, pictures / "a.png", out, OPTIONS, overlays=False)
+    before = set(files_below(out))
+    monkeypatch.setattr(folder.json, "dumps", fail)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        folder.annotate_folder(predictor, pictures / "b.jpg", out, OPTIONS, overlays=False)
+    assert set(files_below(out)) == before
