@@ -140,6 +140,7 @@ def _options(args: argparse.Namespace, predictor: Predictor, image: np.ndarray) 
     inner, outer = ((found.low_res_logits > side * offset).sum(axis=(-2, -1)) for side in (1, -1))
     return dataclasses.replace(
         options,
+        # Of all candidates, since none was below minus infinity.
         pred_iou_thresh=float(np.quantile(found.iou_predictions, 1 - args.pass_rate)),
         stability_score_offset=offset,
         stability_score_thresh=float(np.median(inner / np.maximum(outer, 1))),

@@ -326,6 +326,7 @@ def masks(
 
     from sam_jax.inference import folder
     from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions
+    from sam_jax.inference.images import allow_large_pictures
     from sam_jax.inference.predictor import Buckets, Predictor, use_compilation_cache
 
     named: dict[str, Any] = {
@@ -337,7 +338,13 @@ def masks(
     }
     changes = {name: value for name, value in named.items() if value is not None}
     start = SA1B_OPTIONS if preset is Preset.sa1b else AutomaticOptions()
-    options = dataclasses.replace(start, **changes, **_options(start, option or []))
+    others = _options(start, option or [])
+    if twice := changes.keys() & others.keys():
+        raise ConfigError(
+            f"{', '.join(sorted(twice))}: given as an option of its own and by --option"
+        )
+    options = dataclasses.replace(start, **changes, **others)
+    allow_large_pictures()
     folder.list_pictures(source)  # before minutes are spent on loading
     if compilation_cache is not None:
         use_compilation_cache(compilation_cache)
@@ -357,7 +364,6 @@ def masks(
                 source,
                 out,
                 options,
-                checkpoint=checkpoint,
                 coco=coco,
                 overlays=overlays,
                 label_maps=label_maps,
@@ -457,7 +463,8 @@ def _progress_bar(what: str) -> Iterator[Callable[[Any], None]]:
         task = bar.add_task(what, total=None, last="")
 
         def advance(progress: Any) -> None:
-            last = f"{progress.path.name}: {progress.num_masks} masks"
+            count = "skipped" if progress.num_masks is None else f"{progress.num_masks} masks"
+            last = f"{progress.path.name}: {count}"
             bar.update(task, completed=progress.done, total=progress.total, last=last)
             if not console.is_terminal:
                 console.print(Text(f"{progress.done} of {progress.total}  {last}"))

@@ -1,9 +1,9 @@
 """Everything in an image: a grid of points is prompted, and the good masks are kept."""
 
 import dataclasses
-import itertools
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +15,7 @@ from sam_jax.arrays import Float, UInt8
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
 from sam_jax.inference.candidates import (
+    EDGE_TOLERANCE,
     Candidate,
     OutputMode,
     box_nms,
@@ -60,7 +61,7 @@ class AutomaticOptions:
         released generator. "low_resolution": in the decoder's, so that only what stays is ever
         enlarged, for accelerators that find masks faster than the host can measure them.
       regions_per_batch: crops, tiles or images that each device embeds and prompts at once.
-      host_memory_mib: what measuring masks may take; fewer are measured at once if the image is
+      host_memory_mib: what enlarged masks may take; fewer are measured at once if the image is
         large, but never less than one.
     """
 
@@ -103,11 +104,13 @@ class AutomaticOptions:
             )
         if self.tile_px and self.crop_n_layers:
             raise ConfigError("tile_px and crop_n_layers exclude each other: set one of them to 0")
-        if self.tile_px and not 0 <= self.tile_halo_px < self.tile_px:
+        if self.tile_px and not 2 * EDGE_TOLERANCE < self.tile_halo_px < self.tile_px:
             raise ConfigError(
-                f"tile_halo_px must be at least 0 and less than tile_px, {self.tile_px}; got "
-                f"{self.tile_halo_px}"
+                f"tile_halo_px must be above {2 * EDGE_TOLERANCE:g}, so that what one tile cuts is "
+                f"whole in the next, and less than tile_px, {self.tile_px}; got {self.tile_halo_px}"
             )
+        if not 0 < self.tile_join_iou <= 1:
+            raise ConfigError(f"tile_join_iou must be in (0, 1], got {self.tile_join_iou}")
         finest = max(self.crop_n_layers, int(self.tile_px > 0))
         if self.points_per_side < self.crop_n_points_downscale_factor**finest:
             raise ConfigError(
@@ -152,6 +155,7 @@ def generate_masks(
 
     Raises:
       ImageError: if the image cannot be used, or embeddings are of another one.
+      PromptError: if embeddings are another model's.
 
     Source: Kirillov et al. 2023, appendix B; segment-anything, ``automatic_mask_generator.py``.
     """
@@ -179,6 +183,10 @@ def generate_masks_of_many(
     return _generate(predictor, images, options or AutomaticOptions(), output_mode, None)
 
 
+# Masks that wait to be measured, for each that is: enough that nobody is idle.
+_LINE_PER_WORKER = 4
+
+
 @dataclasses.dataclass(eq=False)
 class _Search:
     """An image on its way: what was found so far, and how many regions are still to be searched."""
@@ -197,13 +205,16 @@ class _Search:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Measured:
-    """A candidate of a region before suppression; the box is in pixels of the whole image."""
+    """A mask of a region before suppression.
 
-    low_res_logits: Float[np.ndarray, "lh lw"]
-    box_xyxy: tuple[float, float, float, float]
-    point: tuple[float, float]
-    predicted_iou: float
-    stability_score: float
+    Attributes:
+      candidate: the mask; its run lengths are empty while ``low_res_logits`` stand for them.
+      low_res_logits: of a mask that was measured at low resolution and not enlarged yet.
+      is_cut: whether the region's border cuts it.
+    """
+
+    candidate: Candidate
+    low_res_logits: Float[np.ndarray, "lh lw"] | None
     is_cut: bool
 
 
@@ -217,12 +228,26 @@ def _generate(
     batch_size = options.regions_per_batch * predictor.num_devices
     open_searches: list[_Search] = []
     work = _regions_of(images, options, open_searches)
-    while batch := list(itertools.islice(work, batch_size)):
+    error: ImageError | None = None
+    while error is None:
+        batch = []
+        try:
+            for search_and_region in work:
+                batch.append(search_and_region)
+                if len(batch) == batch_size:
+                    break
+        except ImageError as found:
+            # What came before it is answered first.
+            error = found
+        if not batch:
+            break
         if embeddings is not None:
             _check_embeddings(embeddings, batch[0][0])
         _search(predictor, batch, options, embeddings)
         while open_searches and not open_searches[0].num_left:
             yield _finished(open_searches.pop(0), options, output_mode)
+    if error is not None:
+        raise error
 
 
 def _regions_of(
@@ -233,7 +258,12 @@ def _regions_of(
         pixels = as_rgb(image, f"image {number}")
         size = (pixels.shape[0], pixels.shape[1])
         boxes, layers = crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio)
-        regions = [Region(box, layer) for box, layer in zip(boxes, layers, strict=True)]
+        regions = [
+            Region(box, layer)
+            for box, layer in zip(boxes, layers, strict=True)
+            # An image of a few pixels has none for all of its crops.
+            if box[0] < box[2] and box[1] < box[3]
+        ]
         if 0 < options.tile_px < max(size):
             tiles = tile_boxes(size, options.tile_px, options.tile_halo_px)
             regions += [Region(box, layer=1, is_tile=True) for box in tiles]
@@ -279,32 +309,40 @@ def _search(
             )
         )
     threshold = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -math.inf
+    num_workers = _num_workers(measures, options)
     measuring: list[list[Future[_Measured | None]]] = [[] for _ in batch]
-    with ThreadPoolExecutor(_num_workers(measures, options)) as pool:
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        in_line: deque[Future[Any]] = deque()
         for found in predictor.predict_points(
             embeddings,
             grids,
             points_per_batch=options.points_per_batch,
             iou_threshold=threshold,
         ):
-            for k, candidate in np.argwhere(found.iou_predictions > threshold):
-                image = found.images[k]
+            for row, image in enumerate(found.images):
+                if len(in_line) >= _LINE_PER_WORKER * num_workers:
+                    in_line.popleft().result()
                 future = pool.submit(
                     measures[image].measured,
-                    found.low_res_logits[k, candidate],
-                    grids[image][found.points[k]],
-                    float(found.iou_predictions[k, candidate]),
+                    found.low_res_logits[row],
+                    grids[image][found.points[row]],
+                    float(found.iou_predictions[row]),
                 )
+                in_line.append(future)
                 measuring[image].append(future)
         for (search, region), measure, futures in zip(batch, measures, measuring, strict=True):
             passed = [m for m in (future.result() for future in futures) if m is not None]
             # Tiles keep what they cut, which may be a part of what goes on in the next one.
             whole = [m for m in passed if not m.is_cut]
-            search.found += pool.map(measure.encoded, _suppressed(whole, options))
+            search.found += pool.map(measure.enlarged, _suppressed(whole, options))
             if region.is_tile:
                 cut = [m for m in passed if m.is_cut]
-                search.fragments += pool.map(measure.encoded, _suppressed(cut, options))
+                search.fragments += pool.map(measure.enlarged, _suppressed(cut, options))
             search.num_left -= 1
+    finally:
+        # After an error or Ctrl-C, what is still in line is of no use.
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +363,7 @@ class _Measure:
     def measured(
         self, low_res_logits: np.ndarray, point: np.ndarray, predicted_iou: float
     ) -> _Measured | None:
-        """What suppression needs to know of a mask, unless it is unstable."""
+        """A mask as suppression and records need it, unless it is unstable."""
         options, offset = self.options, self.options.stability_score_offset
         logits, scale = self._logits(low_res_logits)
         # As the released code divides: a mask that is empty at both thresholds has no stability.
@@ -334,37 +372,46 @@ class _Measure:
         if options.stability_score_thresh > 0 and not stability >= options.stability_score_thresh:
             return None
         left, top = self.region[:2]
-        x0, y0, x1, y1 = mask_box(logits > 0)
-        if options.filter_at == "low_resolution":
-            x0, y0, x1, y1 = (
-                x0 * scale[1],
-                y0 * scale[0],
-                (x1 + 1) * scale[1] - 1,
-                (y1 + 1) * scale[0] - 1,
-            )
-        box = (x0 + left, y0 + top, x1 + left, y1 + top)
-        return _Measured(
-            low_res_logits,
-            box,
-            (float(point[0]) + left, float(point[1]) + top),
-            predicted_iou,
-            stability,
-            is_cut(box, self.region, self.size),
+        unmeasured = Candidate(
+            mask_rle={},
+            box_xyxy=(0.0, 0.0, 0.0, 0.0),
+            point=(float(point[0]) + left, float(point[1]) + top),
+            predicted_iou=predicted_iou,
+            stability_score=stability,
+            region=self.region,
         )
+        if options.filter_at == "original":
+            candidate, kept = self._encoded(unmeasured, logits > 0), None
+        else:
+            x0, y0, x1, y1 = mask_box(logits > 0)
+            rows, columns = scale
+            candidate = dataclasses.replace(
+                unmeasured,
+                box_xyxy=(
+                    x0 * columns + left,
+                    y0 * rows + top,
+                    (x1 + 1) * columns - 1 + left,
+                    (y1 + 1) * rows - 1 + top,
+                ),
+            )
+            # A copy, since a view would keep its whole batch in memory.
+            kept = low_res_logits.copy()
+        return _Measured(candidate, kept, is_cut(candidate.box_xyxy, self.region, self.size))
 
-    def encoded(self, measured: _Measured) -> Candidate:
+    def enlarged(self, measured: _Measured) -> Candidate:
         """A mask that stays, as run lengths of the whole image."""
-        mask = self._restored(measured.low_res_logits) > 0
+        if measured.low_res_logits is None:
+            return measured.candidate
+        return self._encoded(measured.candidate, self._restored(measured.low_res_logits) > 0)
+
+    def _encoded(self, candidate: Candidate, mask: np.ndarray) -> Candidate:
         x0, y0, x1, y1 = (int(edge) for edge in mask_box(mask))
         left, top = self.region[:2]
         part = mask[y0 : y1 + 1, x0 : x1 + 1]
-        return Candidate(
+        return dataclasses.replace(
+            candidate,
             mask_rle=rle.encode_part(part, self.size, (x0 + left, y0 + top)),
             box_xyxy=(float(x0 + left), float(y0 + top), float(x1 + left), float(y1 + top)),
-            point=measured.point,
-            predicted_iou=measured.predicted_iou,
-            stability_score=measured.stability_score,
-            region=self.region,
         )
 
     def _logits(self, low_res_logits: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
@@ -393,8 +440,8 @@ def _num_workers(measures: Sequence[_Measure], options: AutomaticOptions) -> int
 
 
 def _suppressed(measured: Sequence[_Measured], options: AutomaticOptions) -> list[_Measured]:
-    boxes = np.array([m.box_xyxy for m in measured], np.float64).reshape(-1, 4)
-    scores = np.array([m.predicted_iou for m in measured], np.float64)
+    boxes = np.array([m.candidate.box_xyxy for m in measured], np.float64).reshape(-1, 4)
+    scores = np.array([m.candidate.predicted_iou for m in measured], np.float64)
     return [measured[index] for index in box_nms(boxes, scores, options.box_nms_thresh)]
 
 
@@ -408,6 +455,9 @@ def _finished(
     if options.min_mask_region_area > 0:
         threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
         found = clean(found, options.min_mask_region_area, threshold)
+    if options.filter_at == "low_resolution":
+        # A mask may be smaller than a pixel of a small image.
+        found = [candidate for candidate in found if coco_mask.area(candidate.mask_rle)]
     limit = options.max_area_rate * math.prod(search.size)
     return [
         record_of(candidate, output_mode)

@@ -144,8 +144,8 @@ def join(fragments: Sequence[Candidate], size: tuple[int, int], min_iou: float) 
     """Objects that go on over the borders of tiles, put together from what each tile saw of them.
 
     Two masks of different tiles are of one object if, in the part of the image that both tiles
-    see, each is the other's best match and their IoU there is high enough. What stays cut by
-    the border of all that was joined is left out.
+    see, each is the other's best match and their IoU there is high enough. What ends at a tile's
+    border and goes on in none of those that were joined is left out.
 
     Args:
       fragments: masks that the borders of their tiles cut.
@@ -164,8 +164,11 @@ def join(fragments: Sequence[Candidate], size: tuple[int, int], min_iou: float) 
     members: dict[int, list[Candidate]] = {}
     for index, fragment in enumerate(fragments):
         members.setdefault(root(index), []).append(fragment)
-    joined = [_union(parts) for parts in members.values() if len(parts) > 1]
-    return [whole for whole in joined if not is_cut(whole.box_xyxy, whole.region, size)]
+    return [
+        _union(parts)
+        for parts in members.values()
+        if len(parts) > 1 and not any(_goes_on(part, parts, size) for part in parts)
+    ]
 
 
 def record_of(candidate: Candidate, output_mode: OutputMode) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def _mutual_matches(
         x0, y0, x1, y1 = (int(edge) for edge in shared)
         if x0 >= x1 or y0 >= y1:
             continue
-        window = rle.encode_part(np.ones((y1 - y0, x1 - x0), bool), size, (x0, y0))
+        window = _window((x0, y0, x1, y1), size)
         inside = [
             [
                 coco_mask.merge([fragments[index].mask_rle, window], intersect=True)
@@ -245,6 +248,37 @@ def _mutual_matches(
             if ious[row].argmax() == column and ious[:, column].argmax() == row:
                 pairs.append((of_tile[tile][row], of_tile[neighbour][column]))
     return pairs
+
+
+def _goes_on(part: Candidate, parts: Sequence[Candidate], size: tuple[int, int]) -> bool:
+    """Whether a part is cut where no tile of the other parts sees how it goes on."""
+    image_box = (0, 0, size[1], size[0])
+    for side, (edge, border, image_edge) in enumerate(
+        zip(part.box_xyxy, part.region, image_box, strict=True)
+    ):
+        if abs(edge - border) > EDGE_TOLERANCE or abs(edge - image_edge) <= EDGE_TOLERANCE:
+            continue
+        strip = list(part.region)
+        strip[(side + 2) % 4] = int(border + (1 if side < 2 else -1) * (EDGE_TOLERANCE + 1))
+        at_border = coco_mask.merge([part.mask_rle, _window(strip, size)], intersect=True)
+        outward = -1 if side < 2 else 1
+        beyond = [
+            _window(other.region, size)
+            for other in parts
+            if outward * (other.region[side] - border) > EDGE_TOLERANCE
+        ]
+        if not beyond:
+            return True
+        seen = coco_mask.merge([at_border, coco_mask.merge(beyond)], intersect=True)
+        if coco_mask.area(seen) < coco_mask.area(at_border):
+            return True
+    return False
+
+
+def _window(box: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
+    """The mask of a rectangle, given by its edges."""
+    x0, y0, x1, y1 = (int(edge) for edge in box)
+    return rle.encode_part(np.ones((y1 - y0, x1 - x0), bool), size, (x0, y0))
 
 
 def _union(parts: Sequence[Candidate]) -> Candidate:

@@ -1,6 +1,8 @@
 """Automatic masks of a folder of pictures, which goes on where it was stopped."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 from collections import deque
@@ -10,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from sam_jax.arrays import UInt8
 from sam_jax.convert.files import written_whole
 from sam_jax.data import rle
+from sam_jax.data.transforms import resize_image
 from sam_jax.errors import ConfigError
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.candidates import label_map
 from sam_jax.inference.images import ImageError, open_image
 from sam_jax.inference.predictor import Predictor
-from sam_jax.visualize import overlay_masks, save_picture
+from sam_jax.visualize import overlay_masks, palette, save_picture
 
+_ORIENTATION = 0x0112  # the EXIF tag
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ANNOTATIONS_FOLDER = "annotations"
 OVERLAYS_FOLDER = "overlays"
@@ -28,12 +33,16 @@ LABELS_FOLDER = "labels"
 SETTINGS_NAME = "settings.json"
 SKIPPED_NAME = "skipped.txt"
 COCO_NAME = "coco.json"
-# Ids of an image's masks start at its own id times this.
-ANNOTATION_IDS_PER_IMAGE = 100_000
 # Overlays are pictures to look at: a larger image is shown at this size.
 _OVERLAY_SIDE_PX = 1600
 # Pictures that are read ahead of the model.
 _READ_AHEAD = 2
+# Masks that are drawn at once.
+_DRAWN_TOGETHER = 64
+# What a 16-bit map can tell apart.
+_MAX_LABEL = 65_535
+# Bytes at a file's start in which its image is named.
+_HEAD_BYTES = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +53,13 @@ class Progress:
       done: pictures that are finished, also by earlier calls, or skipped.
       total: pictures in the folder.
       path: the last one.
-      num_masks: that it has.
+      num_masks: that it has; None if it was skipped.
     """
 
     done: int
     total: int
     path: Path
-    num_masks: int
+    num_masks: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +73,17 @@ class Summary:
 
 
 def list_pictures(source: Path) -> list[Path]:
-    """A picture file itself, or all those below a folder, sorted.
+    """A picture file itself, or all those below a folder, sorted; links are followed.
 
     Raises:
       ConfigError: if there is none, or two differ in their suffix alone.
+      OSError: if a folder cannot be read.
     """
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist")
-    found = [
-        Path(folder) / name
-        for folder, _, names in os.walk(source)
-        for name in names
-        if name.lower().endswith(PICTURE_SUFFIXES)
-    ]
+    found = [path for path in _files_below(source) if path.suffix.lower() in PICTURE_SUFFIXES]
     if not found:
         raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
     found.sort()
@@ -90,13 +95,27 @@ def list_pictures(source: Path) -> list[Path]:
     return found
 
 
+def _files_below(root: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        # A link may lead back to where it is.
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(parent, name) for name in names)
+
+
 def annotate_folder(
     predictor: Predictor,
     source: Path,
     target: Path,
     options: AutomaticOptions | None = None,
     *,
-    checkpoint: str = "",
     coco: bool = False,
     overlays: bool = True,
     label_maps: bool = False,
@@ -115,13 +134,13 @@ def annotate_folder(
       target: a folder outside of ``source``. Files in its ``annotations`` are named like the
         pictures.
       options: how to search.
-      checkpoint: what the predictor was loaded from, for ``settings.json``.
       coco: writes ``coco.json`` in COCO's form as well, of all pictures.
       overlays: writes pictures of the masks in ``overlays``.
       label_maps: writes maps without overlaps in ``labels``, see ``candidates.label_map``, as PNGs
         of 16 bits.
       link_pictures: links the pictures beside their annotations, which makes ``annotations`` a
-        folder to train on.
+        folder to train on. Masks are of upright pictures: of those that are stored turned, as
+        their EXIF says, an upright copy is written.
       on_progress: called after each picture.
 
     Raises:
@@ -130,113 +149,130 @@ def annotate_folder(
     """
     options = options or AutomaticOptions()
     pictures = list_pictures(source)
-    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(
-            f"{target} lies in {source}, whose pictures are read: give another folder"
-        )
     root = source if source.is_dir() else source.parent
-    _keep_settings(target, {"checkpoint": checkpoint, **dataclasses.asdict(options)})
+    _check_apart(source, root, target)
+    made_by = {"weights": predictor.fingerprint(), "source": str(root.resolve())}
+    _keep_settings(target, {**made_by, **dataclasses.asdict(options)})
     files = {
         path: (target / ANNOTATIONS_FOLDER / path.relative_to(root)).with_suffix(".json")
         for path in pictures
     }
-    ids = {path: number for number, path in enumerate(pictures, start=1)}
-    left = [path for path in pictures if not files[path].exists()]
-    num_before = done = len(pictures) - len(left)
-    num_masks, skipped, opened = 0, [], deque[tuple[Path, np.ndarray]]()
+    left = [path for path in pictures if not _is_done(files[path], path.relative_to(root))]
+    num_before, num_masks, num_annotated = len(pictures) - len(left), 0, 0
+    skipped: list[str] = []
+    opened = deque[tuple[Path, np.ndarray]]()
+
+    def report(path: Path, count: int | None) -> None:
+        done = num_before + num_annotated + len(skipped)
+        on_progress(Progress(done, len(pictures), path, count))
 
     def readable() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         for path, pixels in _read_ahead(left):
             if isinstance(pixels, ImageError):
                 skipped.append(str(pixels))
+                report(path, None)
                 continue
             opened.append((path, pixels))
             yield pixels
 
-    for records in generate_masks_of_many(predictor, readable(), options):
-        path, pixels = opened.popleft()
-        relative = path.relative_to(root)
-        if overlays:
-            drawn = (target / OVERLAYS_FOLDER / relative).with_suffix(".png")
-            save_picture(drawn, overlay_of(pixels, records))
-        if label_maps:
-            labels = label_map(records, pixels.shape[:2]).astype(np.uint16)
-            save_picture((target / LABELS_FOLDER / relative).with_suffix(".png"), labels)
-        if link_pictures:
-            _link(path, target / ANNOTATIONS_FOLDER / relative)
-        # Last, since this is the file that says that the picture is done.
-        _write_json(files[path], sa1b_annotation(records, relative, ids[path], pixels.shape[:2]))
-        done, num_masks = done + 1, num_masks + len(records)
-        on_progress(Progress(done + len(skipped), len(pictures), path, len(records)))
-    _write_skipped(target / SKIPPED_NAME, skipped)
+    try:
+        for found in generate_masks_of_many(predictor, readable(), options):
+            path, pixels = opened.popleft()
+            relative = path.relative_to(root)
+            # Thresholds of 0 let masks pass that are empty.
+            records = [record for record in found if record["area"]]
+            if overlays:
+                _save_picture(target / OVERLAYS_FOLDER / relative, overlay_of(pixels, records))
+            if label_maps:
+                if len(records) > _MAX_LABEL:
+                    raise ConfigError(f"{path} has {len(records)} masks: too many for 16 bits")
+                labels = label_map(records, (pixels.shape[0], pixels.shape[1]))
+                _save_picture(target / LABELS_FOLDER / relative, labels.astype(np.uint16))
+            if link_pictures:
+                _put_beside(path, target / ANNOTATIONS_FOLDER / relative)
+            # Last, since this is the file that says that the picture is done.
+            _write_json(files[path], sa1b_annotation(records, relative, pixels.shape[:2]))
+            num_masks, num_annotated = num_masks + len(records), num_annotated + 1
+            report(path, len(records))
+    finally:
+        _write_skipped(target / SKIPPED_NAME, skipped)
     if coco:
-        annotated = [path for path in pictures if files[path].exists()]
-        write_coco([files[path] for path in annotated], target / COCO_NAME)
-    return Summary(len(left) - len(skipped), num_before, num_masks, skipped)
+        write_coco([files[path] for path in pictures if files[path].exists()], target / COCO_NAME)
+    return Summary(num_annotated, num_before, num_masks, skipped)
 
 
 def sa1b_annotation(
-    records: Sequence[Mapping[str, Any]], path: Path, image_id: int, size: tuple[int, int]
+    records: Sequence[Mapping[str, Any]], path: Path, size: tuple[int, ...]
 ) -> dict[str, Any]:
     """What SA-1B's annotation file of an image holds.
+
+    Ids of masks are unique among those of their image, whose own follows from its name.
 
     Args:
       records: with COCO's compressed run lengths.
       path: what to call the image.
-      image_id: its number; ids of masks are ``image_id * 100_000`` and on.
       size: its height and width.
     """
     height, width = size
-    first = image_id * ANNOTATION_IDS_PER_IMAGE
+    name = path.as_posix()
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+    # 53 bits, which every reader of JSON takes for the number that it is.
+    image_id = int.from_bytes(digest) >> 11
     return {
-        "image": {
-            "image_id": image_id,
-            "width": width,
-            "height": height,
-            "file_name": path.as_posix(),
-        },
-        "annotations": [
-            {"id": number, **record} for number, record in enumerate(records, start=first)
-        ],
+        "image": {"file_name": name, "image_id": image_id, "width": width, "height": height},
+        "annotations": [{"id": number, **record} for number, record in enumerate(records)],
     }
 
 
 def write_coco(annotation_files: Sequence[Path], target: Path) -> None:
     """Puts SA-1B's annotation files together in one of COCO, never more than one in memory.
 
-    All masks are of one category, "object". Boxes are COCO's: a mask one pixel wide has width 1,
-    where SA-1B says 0.
+    Images and masks are numbered anew, from 1. All masks are of one category, "object". Boxes are
+    COCO's: a mask one pixel wide has width 1, where SA-1B says 0.
+
+    Raises:
+      ConfigError: if a file is damaged.
     """
     with written_whole(target) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write('{"info": {"description": "automatic masks"}, "licenses": [],\n')
         file.write('"categories": [{"id": 1, "name": "object", "supercategory": "object"}],\n')
-        for key, entries in (("images", _coco_images), ("annotations", _coco_annotations)):
+        annotation_ids = itertools.count(1)
+        for key, end in (("images", ",\n"), ("annotations", "}\n")):
             file.write(f'"{key}": [')
             separator = "\n"
-            for source in annotation_files:
-                content = json.loads(source.read_text(encoding="utf-8"))
-                for entry in entries(content):
-                    file.write(separator + json.dumps(entry))
+            for image_id, source in enumerate(annotation_files, start=1):
+                content = _read_json(source)
+                entries = [_coco_image(content, image_id)]
+                if key == "annotations":
+                    entries = _coco_annotations(content, image_id, annotation_ids)
+                for entry in entries:
+                    file.write(separator + json.dumps(entry, allow_nan=False))
                     separator = ",\n"
-            file.write("\n]" + (",\n" if key == "images" else "}\n"))
+            file.write("\n]" + end)
 
 
 def overlay_of(
     pixels: UInt8[np.ndarray, "h w 3"], records: Sequence[Mapping[str, Any]]
 ) -> UInt8[np.ndarray, "oh ow 3"]:
     """The picture under its masks, reduced if it is large."""
-    from sam_jax.data.transforms import resize_image
-
     height, width = pixels.shape[:2]
     scale = min(1.0, _OVERLAY_SIDE_PX / max(height, width))
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     edges = [
         np.linspace(0, side, count + 1) for side, count in ((height, size[0]), (width, size[1]))
     ]
-    masks = np.zeros((len(records), *size), bool)
-    for mask, record in zip(masks, records, strict=True):
-        mask[:] = rle.resample(rle.run_lengths(record["segmentation"]), (height, width), *edges)
-    return overlay_masks(pixels if scale == 1.0 else resize_image(pixels, size), masks)
+    picture = pixels if scale == 1.0 else resize_image(pixels, size)
+    colors = palette(len(records))
+    # Some at a time, which would be gigabytes for all masks of a large picture; the largest first.
+    order = sorted(range(len(records)), key=lambda index: -records[index]["area"])
+    for start in range(0, len(order), _DRAWN_TOGETHER):
+        part = order[start : start + _DRAWN_TOGETHER]
+        masks = [
+            rle.resample(rle.run_lengths(records[index]["segmentation"]), (height, width), *edges)
+            for index in part
+        ]
+        picture = overlay_masks(picture, np.stack(masks), [colors[index] for index in part])
+    return picture
 
 
 def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
@@ -258,10 +294,53 @@ def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
                 waiting.append((next_path, pool.submit(read, next_path)))
 
 
-def _link(path: Path, link: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
+def _check_apart(source: Path, root: Path, target: Path) -> None:
+    """Refuses to write where pictures are read."""
+    root, target = root.resolve(), target.resolve()
+    if source.is_dir() and target.is_relative_to(root):
+        raise ConfigError(f"{target} lies in {root}, whose pictures are read: give another folder")
+    for name in (ANNOTATIONS_FOLDER, OVERLAYS_FOLDER, LABELS_FOLDER):
+        if root.is_relative_to(target / name):
+            raise ConfigError(
+                f"{root}, whose pictures are read, lies in {target / name}, which is written to: "
+                "give another folder"
+            )
+
+
+def _is_done(file: Path, relative: Path) -> bool:
+    """Whether a file is there, whole, and of this picture and not of one with another suffix."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD_BYTES)
+            opened.seek(max(opened.seek(0, os.SEEK_END) - 4, 0))
+            end = opened.read()
+    except FileNotFoundError:
+        return False
+    name = json.dumps({"file_name": relative.as_posix()})[1:-1].encode()
+    return name in head and end.endswith(b"]}\n")
+
+
+def _save_picture(path: Path, picture: np.ndarray) -> None:
+    with written_whole(path.with_suffix(".png")) as unfinished:
+        save_picture(unfinished, picture)
+
+
+def _put_beside(path: Path, beside: Path) -> None:
+    """Links a picture, or copies it upright if it is stored turned: its masks are upright."""
+    if beside.exists() and not beside.is_symlink():
+        return
+    with Image.open(path) as stored:
+        is_turned = stored.getexif().get(_ORIENTATION, 1) != 1
+        if is_turned:
+            with written_whole(beside) as unfinished:
+                ImageOps.exif_transpose(stored).save(unfinished, format=stored.format)
+            return
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first, since another process may do the same.
+    link = beside.with_name(f".{beside.name}.{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(path.resolve())
+    link.replace(beside)
 
 
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:
@@ -274,12 +353,7 @@ def _keep_settings(target: Path, settings: dict[str, Any]) -> None:
         if name not in ("points_per_batch", "regions_per_batch", "host_memory_mib")
     }
     if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError):
-            raise ConfigError(
-                f"{path} is damaged; remove it to go on with these settings"
-            ) from None
+        before = _read_json(path)
         changed = [
             f"{name} was {before.get(name)!r}, is {value!r}"
             for name, value in chosen.items()
@@ -294,31 +368,49 @@ def _keep_settings(target: Path, settings: dict[str, Any]) -> None:
     _write_json(path, chosen)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged; remove it and go on")
+    return content
+
+
 def _write_json(path: Path, content: Any) -> None:
     with written_whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _write_skipped(path: Path, skipped: Sequence[str]) -> None:
     if skipped:
         with written_whole(path) as unfinished:
-            unfinished.write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            text = "\n".join(skipped) + "\n"
+            unfinished.write_bytes(text.encode("utf-8", errors="backslashreplace"))
     else:
         path.unlink(missing_ok=True)
 
 
-def _coco_images(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    image = dict(content["image"])
-    yield {"id": image.pop("image_id"), **image}
+def _coco_image(content: Mapping[str, Any], image_id: int) -> dict[str, Any]:
+    image = {key: content["image"][key] for key in ("file_name", "width", "height")}
+    return {"id": image_id, **image}
 
 
-def _coco_annotations(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _coco_annotations(
+    content: Mapping[str, Any], image_id: int, ids: Iterator[int]
+) -> list[dict[str, Any]]:
+    annotations = []
     for annotation in content["annotations"]:
         x, y, width, height = annotation["bbox"]
-        yield {
-            **annotation,
-            "image_id": content["image"]["image_id"],
-            "category_id": 1,
-            "iscrowd": 0,
-            "bbox": [x, y, width + 1, height + 1],
-        }
+        annotations.append(
+            {
+                **annotation,
+                "id": next(ids),
+                "image_id": image_id,
+                "category_id": 1,
+                "iscrowd": 0,
+                "bbox": [x, y, width + 1, height + 1],
+            }
+        )
+    return annotations

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 from sam_jax.arrays import Array, Float, Int, UInt8
 from sam_jax.convert.files import WeightsError, read_tensors, write_safetensors
+from sam_jax.data.rle import MAX_SIDE_PX
+from sam_jax.data.samples import DECODE_ERRORS
 from sam_jax.data.transforms import fit_longest_side, resize_image
 from sam_jax.errors import UserError
 
@@ -43,6 +45,8 @@ def as_rgb(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
         )
     if 0 in array.shape:
         raise ImageError(f"{name} is empty: its shape is {np.shape(image)}")
+    if max(array.shape) > MAX_SIDE_PX:
+        raise ImageError(f"{name} is too large: {array.shape[:2]}, at most {MAX_SIDE_PX} a side")
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8:
@@ -53,6 +57,11 @@ def as_rgb(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
         raise ImageError(f"{name} has type {array.dtype}, expected uint8 in [0, 255]; {hint}")
     channels = array[..., :3]
     return np.ascontiguousarray(np.broadcast_to(channels, (*channels.shape[:2], 3)))
+
+
+def allow_large_pictures() -> None:
+    """Lets Pillow open pictures up to a gigapixel; by default it takes large ones for attacks."""
+    Image.MAX_IMAGE_PIXELS = 2**30
 
 
 def open_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -69,7 +78,11 @@ def open_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
             return as_rgb(upright if is_deep else upright.convert("RGB"), str(path))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large: {error}") from None
+    except ImageError:
+        raise
+    except DECODE_ERRORS as error:
         raise ImageError(f"{path} is damaged or no picture: {error}") from None
 
 

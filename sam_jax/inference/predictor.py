@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ def use_compilation_cache(folder: str | Path) -> None:
 
 # Cells of a chunk of points that a CPU decodes at once: one point at the published size.
 _CACHED_CELL_NUMBERS = 2**20
-# Passing points that are fetched from the device at once.
-_ROWS_PER_FETCH = 8
+# Candidates that are fetched from the device at once, at least.
+_LEAST_FETCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Buckets:
 
     At most ``len(images) + 4 * len(rows) * len(prompts) * len(points)`` programs exist (with masks
     among the prompts or not, one candidate or three), and one more per power of two for prompts
-    with more points than the last of ``points``.
+    with more points than the last of ``points``. Automatic masks add ``len(images)`` for each
+    number of points per batch.
 
     Attributes:
       images: images per call of the encoder, rising; more are split.
@@ -112,19 +115,19 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PointBatch:
-    """Those of a batch of points that have a candidate which is good enough.
+    """Those candidates of a batch of points that are good enough.
 
     Attributes:
       images: the image's number of each.
       points: the point's number among those of its image.
-      iou_predictions: of all three candidates.
-      low_res_logits: of all three candidates.
+      iou_predictions: what the model believes.
+      low_res_logits: as ``Prediction``'s.
     """
 
     images: Int[np.ndarray, "k"]
     points: Int[np.ndarray, "k"]
-    iou_predictions: Float[np.ndarray, "k m"]
-    low_res_logits: Float[np.ndarray, "k m lh lw"]
+    iou_predictions: Float[np.ndarray, "k"]
+    low_res_logits: Float[np.ndarray, "k lh lw"]
 
 
 class Predictor:
@@ -295,19 +298,24 @@ class Predictor:
         points_per_batch: int,
         iou_threshold: float,
     ) -> Iterator[PointBatch]:
-        """The three candidates of each of many lone points, some points of all images at a time.
+        """Candidates of many lone points, three of each, some points of all images at a time.
 
         Masks are drawn only where a candidate is good enough. While the caller looks at one batch,
-        the next is already being computed; no more than two are in memory.
+        the next two are on their way; no more are in memory.
 
         Args:
           embeddings: of the images.
           points: of each image, ``(x, y)`` in its pixels, a pixel's index meaning its centre.
           points_per_batch: of each image.
           iou_threshold: candidates need a higher predicted IoU.
+
+        Raises:
+          PromptError: if embeddings are another model's.
         """
+        self._check_features(embeddings)
         scale = embeddings.resized_hw[:, ::-1] / embeddings.original_hw[:, ::-1]
-        num_images = _round_up(len(embeddings), self.num_devices)
+        sizes = [size * self.num_devices for size in self._buckets.images]
+        num_images = _bucket(len(embeddings), sizes) or _round_up(len(embeddings), sizes[-1])
         num_points = _round_up(max(map(len, points), default=0), points_per_batch)
         coords = np.zeros((num_images, num_points, 2), np.float32)
         valid = np.zeros((num_images, num_points), bool)
@@ -329,33 +337,37 @@ class Predictor:
                 )
 
         batches = dispatched()
-        current = next(batches, None)
-        while current is not None:
-            following = next(batches, None)
-            yield self._passing(*current, valid, iou_threshold)
-            current = following
+        waiting = deque(itertools.islice(batches, 2))
+        while waiting:
+            start, answer = waiting.popleft()
+            passing = self._passing(start, answer, valid, iou_threshold)
+            # Behind the fetching of this batch, and before anybody waits for that.
+            waiting.extend(itertools.islice(batches, 1))
+            yield passing()
 
     def _passing(
         self, start: int, answer: MaskPrediction, valid: np.ndarray, iou_threshold: float
-    ) -> PointBatch:
-        """What is worth fetching of a batch."""
+    ) -> Callable[[], PointBatch]:
+        """What is worth fetching of a batch; the device is asked now, waited for when called."""
         ious = np.asarray(answer.iou_predictions)
-        part = valid[:, start : start + ious.shape[1]]
-        images, places = np.nonzero(part & (ious > iou_threshold).any(axis=-1))
-        lh, lw = self._model.low_res_size
-        rows = answer.low_res_logits.reshape(-1, ious.shape[-1], lh, lw)
-        flat = images * ious.shape[1] + places
-        fetched = [np.zeros((0, ious.shape[-1], lh, lw), np.float32)]
-        for begin in range(0, len(flat), _ROWS_PER_FETCH):
-            wanted = flat[begin : begin + _ROWS_PER_FETCH]
-            indices = np.pad(wanted, (0, _ROWS_PER_FETCH - len(wanted)))
-            fetched.append(np.asarray(self._take(rows, indices))[: len(wanted)])
-        return PointBatch(
-            images=images,
-            points=start + places,
-            iou_predictions=ious[images, places],
-            low_res_logits=np.concatenate(fetched),
-        )
+        part = valid[:, start : start + ious.shape[1], None]
+        images, places, candidates = np.nonzero(part & (ious > iou_threshold))
+        flat = np.ravel_multi_index((images, places, candidates), ious.shape)
+        # A power of two, so that there are few programs.
+        length = max(_LEAST_FETCH, 1 << max(len(flat) - 1, 0).bit_length())
+        rows = answer.low_res_logits.reshape(-1, *self._model.low_res_size)
+        fetched = self._take(rows, np.pad(flat, (0, length - len(flat))))
+        fetched.copy_to_host_async()
+
+        def wait() -> PointBatch:
+            return PointBatch(
+                images=images,
+                points=start + places,
+                iou_predictions=ious[images, places, candidates],
+                low_res_logits=np.asarray(fetched)[: len(flat)],
+            )
+
+        return wait
 
     def warm_up(
         self,
@@ -389,15 +401,7 @@ class Predictor:
                 f"there are {len(embeddings)} images and prompts for {len(prompts)}; an image "
                 "without prompts needs an empty list"
             )
-        expected = (
-            *self._model.config.image_encoder.grid,
-            self._model.config.image_encoder.output_dim,
-        )
-        if embeddings.features.shape[1:] != expected:
-            raise PromptError(
-                f"embeddings of shape {embeddings.features.shape[1:]} are another model's; this "
-                f"one's are {expected}"
-            )
+        self._check_features(embeddings)
         return [
             [
                 check_prompt(
@@ -412,6 +416,23 @@ class Predictor:
             ]
             for image, objects in enumerate(prompts)
         ]
+
+    def _check_features(self, embeddings: ImageEmbeddings) -> None:
+        encoder = self._model.config.image_encoder
+        expected = (*encoder.grid, encoder.output_dim)
+        found = embeddings.features.shape[1:]
+        if found != expected or embeddings.model_hw != self._model.image_size:
+            raise PromptError(
+                f"embeddings of shape {found} for inputs of {embeddings.model_hw} are another "
+                f"model's; this one's are {expected} for {self._model.image_size}"
+            )
+
+    def fingerprint(self) -> str:
+        """A short name of the weights, the same wherever they are kept."""
+        checksum = 0
+        for leaf in jax.tree.leaves(self._variables):
+            checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+        return f"{checksum:08x}"
 
     def _encode_on_device(
         self, variables: Any, images: UInt8[Array, "b h w 3"], image_hw: Int[Array, "b 2"]

@@ -162,6 +162,7 @@ def test_masks(sam_jax, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("box_nms_tresh=1", "did you mean box_nms_thresh?"),
         ("box_nms_thresh=high", "expected float"),
         ("tile_px=64.5", "expected int"),
+        ("points-per-side=3", "points_per_side: given as an option of its own and by --option"),
     ):
         wrong = sam_jax(*arguments, "--option", option)
         assert (wrong.code, wrong.out) == (1, "")

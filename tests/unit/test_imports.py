@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "convert": BASE | {"checkpoint", "models"},
     "visualize": BASE,
     "training": LOWER,
-    "inference": BASE | {"convert", "data", "models"},
+    "inference": BASE | {"convert", "data", "models", "visualize"},
     "evaluation": LOWER | {"inference"},
     "plan": LOWER | {"training"},
     "cli": LOWER | {"evaluation", "inference", "plan", "training"},

@@ -13,6 +13,7 @@ from sam_jax.inference import automatic
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks, generate_masks_of_many
 from sam_jax.inference.images import ImageError
 from sam_jax.inference.predictor import Buckets, Predictor
+from sam_jax.inference.prompts import PromptError
 from sam_jax.models.sam import Sam
 from tests.golden.tiny import TINY, random_variables
 
@@ -28,6 +29,8 @@ RNG = np.random.default_rng(0)
         ({"filter_at": "middle"}, "filter_at must be 'original' or 'low_resolution'"),
         ({"tile_px": 64, "crop_n_layers": 1}, "exclude each other"),
         ({"tile_px": 64, "tile_halo_px": 64}, "less than tile_px, 64; got 64"),
+        ({"tile_px": 64, "tile_halo_px": 40}, "tile_halo_px must be above 40"),
+        ({"tile_join_iou": 0.0}, "tile_join_iou must be in"),
         ({"host_memory_mib": 0}, "host_memory_mib must be at least 1"),
         (
             {"points_per_side": 3, "crop_n_layers": 2, "crop_n_points_downscale_factor": 2},
@@ -147,19 +150,19 @@ def test_points_without_a_good_candidate_are_not_drawn(predictor: Predictor) -> 
     (everything,) = predictor.predict_points(
         embeddings, points, points_per_batch=32, iou_threshold=-np.inf
     )
-    assert everything.points.tolist() == list(range(21))
-    best = everything.iou_predictions.max(axis=-1)
+    assert everything.points.tolist() == np.repeat(np.arange(21), 3).tolist()
+    ious = everything.iou_predictions
     # Between two of them: chunks of another size round otherwise.
-    threshold = float(np.sort(best)[9:11].mean())
+    threshold = float(np.sort(ious)[40:42].mean())
     batches = list(
         predictor.predict_points(embeddings, points, points_per_batch=8, iou_threshold=threshold)
     )
     assert len(batches) == 3
     numbers = np.concatenate([batch.points for batch in batches])
-    assert numbers.tolist() == np.flatnonzero(best > threshold).tolist()
+    assert numbers.tolist() == everything.points[ious > threshold].tolist()
     np.testing.assert_allclose(
         np.concatenate([batch.low_res_logits for batch in batches]),
-        everything.low_res_logits[numbers],
+        everything.low_res_logits[ious > threshold],
         rtol=0,
         atol=2e-5,
     )
@@ -183,17 +186,17 @@ def test_tiles_search_a_large_image_besides_the_whole(
 ) -> None:
     # Masks of random weights are all over their tile.
     monkeypatch.setattr(automatic, "is_cut", lambda *args: False)
-    image = RNG.integers(0, 256, (60, 100, 3), np.uint8)
+    image = RNG.integers(0, 256, (80, 100, 3), np.uint8)
     tiled = dataclasses.replace(
-        EVERYTHING, points_per_side=2, tile_px=48, tile_halo_px=16, crop_nms_thresh=1.0
+        EVERYTHING, points_per_side=2, tile_px=64, tile_halo_px=41, crop_nms_thresh=1.0
     )
     found = generate_masks(predictor, image, tiled, output_mode="coco_rle")
     boxes = {tuple(record["crop_box"]) for record in found}
-    assert (0, 0, 100, 60) in boxes
-    assert {box[2:] for box in boxes} == {(100, 60), (48, 48)}
+    assert (0, 0, 100, 80) in boxes
+    assert {box[2:] for box in boxes} == {(100, 80), (64, 64)}
     assert len(boxes) == 1 + 2 * 3
     for record in found:
-        mask = rle.decode(rle.run_lengths(record["segmentation"]), (60, 100))
+        mask = rle.decode(rle.run_lengths(record["segmentation"]), (80, 100))
         assert record["area"] == mask.sum()
         rows, columns = np.nonzero(mask)
         x, y, width, height = record["bbox"]
@@ -203,3 +206,47 @@ def test_tiles_search_a_large_image_besides_the_whole(
     # An image no larger than a tile has none.
     small = generate_masks(predictor, image[:40, :40], tiled)
     assert {tuple(record["crop_box"]) for record in small} == {(0, 0, 40, 40)}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 2), (5, 5), (3, 200)])
+def test_tiny_images_have_masks(predictor: Predictor, size: tuple[int, int]) -> None:
+    """Some of their crops would be empty."""
+    options = dataclasses.replace(EVERYTHING, crop_n_layers=2)
+    image = RNG.integers(0, 256, (*size, 3), np.uint8)
+    for record in generate_masks(predictor, image, options):
+        assert record["segmentation"].shape == size
+
+
+def test_what_came_before_a_bad_image_is_answered(predictor: Predictor) -> None:
+    images = [np.zeros((9, 9, 3), np.uint8)] * 2 + [np.zeros((9, 9), np.float32)]
+    answered: list[Any] = []
+    together = dataclasses.replace(EVERYTHING, regions_per_batch=4)
+    with pytest.raises(ImageError, match="image 2 has type float32"):
+        answered.extend(generate_masks_of_many(predictor, images, together))
+    assert len(answered) == 2
+
+
+def test_embeddings_of_another_model_are_refused(predictor: Predictor) -> None:
+    image = np.zeros((9, 9, 3), np.uint8)
+    embeddings = predictor.embed([image])
+    other = dataclasses.replace(embeddings, features=embeddings.features[:, :2])
+    with pytest.raises(PromptError, match="another model's"):
+        generate_masks(predictor, image, EVERYTHING, embeddings=other)
+    other = dataclasses.replace(embeddings, model_hw=(64, 64))
+    with pytest.raises(PromptError, match="another model's"):
+        generate_masks(predictor, image, EVERYTHING, embeddings=other)
+
+
+def test_an_error_waits_for_nothing(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that wait to be measured are dropped, and few of them ever wait."""
+    measured = []
+
+    def fail(self: Any, *args: Any) -> None:
+        measured.append(args)
+        raise RuntimeError("measuring")
+
+    monkeypatch.setattr(automatic._Measure, "measured", fail)
+    many = dataclasses.replace(EVERYTHING, points_per_side=16)
+    with pytest.raises(RuntimeError, match="measuring"):
+        generate_masks(predictor, np.zeros((9, 9, 3), np.uint8), many)
+    assert len(measured) < 16 * 16 * 3 / 4

@@ -150,6 +150,23 @@ def test_what_tiles_cut_is_joined() -> None:
     assert largest.predicted_iou == pytest.approx(0.9)
 
 
+def test_a_corner_that_no_tile_saw_is_missed() -> None:
+    """Three of four tiles around a disc: their hull covers all of it, they do not."""
+    size = (300, 300)
+    ys, xs = np.mgrid[:300, :300]
+    disc = (ys - 150) ** 2 + (xs - 150) ** 2 < 120**2
+    tiles = tile_boxes(size, 200, 100)
+    assert len(tiles) == 4
+    fragments = []
+    for tile in tiles:
+        window = np.zeros(size, bool)
+        window[tile[1] : tile[3], tile[0] : tile[2]] = True
+        fragments.append(candidate(disc & window, tile))
+    (whole,) = join(fragments, size, 0.7)
+    np.testing.assert_array_equal(decoded(whole), disc)
+    assert join(fragments[:3], size, 0.7) == []
+
+
 def test_what_stays_cut_is_left_out() -> None:
     bar = np.zeros(SIZE, bool)
     bar[20:40, 30:370] = True

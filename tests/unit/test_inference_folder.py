@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools.coco import COCO
 
 from sam_jax.convert.files import WeightsError
@@ -62,13 +62,10 @@ def test_files_are_sa1bs_and_cocos(predictor: Predictor, pictures: Path, tmp_pat
     assert (summary.num_annotated, summary.num_before, summary.num_masks) == (3, 0, 36)
     assert [(report.done, report.total) for report in reports] == [(1, 3), (2, 3), (3, 3)]
     content = json.loads((out / "annotations" / "more" / "c.json").read_text())
-    assert content["image"] == {
-        "image_id": 3,
-        "width": 50,
-        "height": 9,
-        "file_name": "more/c.JPEG",
-    }
-    assert [a["id"] for a in content["annotations"]] == list(range(300_000, 300_012))
+    image = content["image"]
+    assert (image["width"], image["height"], image["file_name"]) == (50, 9, "more/c.JPEG")
+    assert 0 < image["image_id"] < 2**53
+    assert [a["id"] for a in content["annotations"]] == list(range(12))
 
     # SA-1B's own reader takes the linked pairs.
     source = Sa1bSource(out / "annotations")
@@ -79,6 +76,7 @@ def test_files_are_sa1bs_and_cocos(predictor: Predictor, pictures: Path, tmp_pat
     coco = COCO(out / "coco.json")
     assert len(coco.imgs) == 3
     assert len(coco.anns) == 36
+    assert sorted(coco.anns) == list(range(1, 37))
     for annotation in coco.anns.values():
         mask = coco.annToMask(annotation)
         assert mask.sum() == annotation["area"]
@@ -119,19 +117,24 @@ def test_damaged_pictures_are_skipped_and_named(
 ) -> None:
     (pictures / "0.jpg").write_bytes(b"nothing")
     (pictures / "z.png").write_bytes((pictures / "a.png").read_bytes()[:200])
+    # What Pillow answers with a ValueError.
+    note = PngImagePlugin.PngInfo()
+    note.add_text("note", "x" * 3 * 2**20, zip=True)
+    Image.new("RGB", (8, 8)).save(pictures / "y.png", pnginfo=note)
     out = tmp_path / "out"
     summary = folder.annotate_folder(predictor, pictures, out, OPTIONS, overlays=False)
     assert summary.num_annotated == 3
-    assert len(summary.skipped) == 2
+    assert len(summary.skipped) == 3
     listed = (out / "skipped.txt").read_text().splitlines()
     assert "0.jpg is damaged or no picture" in listed[0]
-    assert "z.png is damaged or no picture" in listed[1]
+    assert "y.png is damaged or no picture" in listed[1]
+    assert "z.png is damaged or no picture" in listed[2]
     assert not (out / "overlays").exists()
     # Mended, they are done the next time.
-    for name in ("0.jpg", "z.png"):
+    for name in ("0.jpg", "y.png", "z.png"):
         Image.new("RGB", (8, 8)).save(pictures / name)
     summary = folder.annotate_folder(predictor, pictures, out, OPTIONS, overlays=False)
-    assert (summary.num_annotated, summary.num_before, summary.skipped) == (2, 3, [])
+    assert (summary.num_annotated, summary.num_before, summary.skipped) == (3, 3, [])
     assert not (out / "skipped.txt").exists()
 
 
@@ -141,18 +144,22 @@ def test_masks_made_otherwise_are_not_mixed(
     import dataclasses
 
     out = tmp_path / "out"
-    folder.annotate_folder(predictor, pictures, out, OPTIONS, checkpoint="one")
+    folder.annotate_folder(predictor, pictures, out, OPTIONS)
     # How much is done at once changes no mask.
     larger = dataclasses.replace(OPTIONS, points_per_batch=2)
-    folder.annotate_folder(predictor, pictures, out, larger, checkpoint="one")
+    folder.annotate_folder(predictor, pictures, out, larger)
     other = dataclasses.replace(OPTIONS, box_nms_thresh=0.5)
     with pytest.raises(ConfigError, match=r"box_nms_thresh was 1\.0, is 0\.5"):
-        folder.annotate_folder(predictor, pictures, out, other, checkpoint="one")
-    with pytest.raises(ConfigError, match="checkpoint was 'one', is 'two'"):
-        folder.annotate_folder(predictor, pictures, out, OPTIONS, checkpoint="two")
-    (out / "settings.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"settings\.json is damaged"):
-        folder.annotate_folder(predictor, pictures, out, OPTIONS, checkpoint="one")
+        folder.annotate_folder(predictor, pictures, out, other)
+    weights = Predictor(Sam(TINY), random_variables(TINY, seed=1), Buckets((1,), (1,), (4,), (1,)))
+    with pytest.raises(ConfigError, match="weights was"):
+        folder.annotate_folder(weights, pictures, out, OPTIONS)
+    with pytest.raises(ConfigError, match="source was"):
+        folder.annotate_folder(predictor, pictures / "more", out, OPTIONS)
+    for damaged in ("{", "[]"):
+        (out / "settings.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"settings\.json is damaged"):
+            folder.annotate_folder(predictor, pictures, out, OPTIONS)
 
 
 def test_folders_that_cannot_be(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
@@ -163,6 +170,13 @@ def test_folders_that_cannot_be(predictor: Predictor, pictures: Path, tmp_path: 
         folder.list_pictures(tmp_path / "empty")
     with pytest.raises(ConfigError, match="whose pictures are read"):
         folder.annotate_folder(predictor, pictures, pictures / "out", OPTIONS)
+    inside = tmp_path / "out" / "overlays"
+    (tmp_path / "out").mkdir()
+    pictures.rename(inside)
+    for source in (inside, inside / "a.png"):
+        with pytest.raises(ConfigError, match="which is written to"):
+            folder.annotate_folder(predictor, source, tmp_path / "out", OPTIONS)
+    inside.rename(pictures)
     Image.new("RGB", (8, 8)).save(pictures / "a.jpg")
     with pytest.raises(ConfigError, match="would share one annotation file"):
         folder.list_pictures(pictures)
@@ -170,7 +184,7 @@ def test_folders_that_cannot_be(predictor: Predictor, pictures: Path, tmp_path: 
 
 def test_overlays_of_large_pictures_are_reduced() -> None:
     pixels = np.zeros((100, 3200, 3), np.uint8)
-    record = {"segmentation": {"size": [100, 3200], "counts": [0, 160_000, 160_000]}}
+    record = {"segmentation": {"size": [100, 3200], "counts": [0, 160_000, 160_000]}, "area": 1}
     drawn = folder.overlay_of(pixels, [record])
     assert drawn.shape == (50, 1600, 3)
     assert drawn[:, :780].any()
@@ -194,3 +208,48 @@ def test_nothing_half_written_is_left(
     with pytest.raises(WeightsError, match="No space left on device"):
         folder.annotate_folder(predictor, pictures / "b.jpg", out, OPTIONS, overlays=False)
     assert set(files_below(out)) == before
+
+
+def test_pictures_that_are_stored_turned_are_put_beside_their_masks_upright(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(source / "turned.jpg", exif=exif)
+    folder.annotate_folder(predictor, source, out, OPTIONS, link_pictures=True)
+    content = json.loads((out / "annotations" / "turned.json").read_text())
+    assert (content["image"]["height"], content["image"]["width"]) == (40, 20)
+    assert content["annotations"][0]["segmentation"]["size"] == [40, 20]
+    with Image.open(out / "annotations" / "turned.jpg") as beside:
+        assert beside.size == (20, 40)
+        assert beside.getexif().get(0x0112, 1) == 1
+
+
+def test_only_whole_files_of_the_same_picture_are_done(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    folder.annotate_folder(predictor, pictures, out, OPTIONS)
+    (out / "annotations" / "b.json").write_text("")
+    with Image.open(pictures / "a.png") as picture:
+        picture.save(pictures / "a.jpg")
+    (pictures / "a.png").unlink()
+    summary = folder.annotate_folder(predictor, pictures, out, OPTIONS)
+    assert (summary.num_annotated, summary.num_before) == (2, 1)
+    content = json.loads((out / "annotations" / "a.json").read_text())
+    assert content["image"]["file_name"] == "a.jpg"
+
+
+def test_linked_folders_are_followed_once(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (8, 8)).save(elsewhere / "d.png")
+    (pictures / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(pictures)
+    names = [str(path.relative_to(pictures)) for path in folder.list_pictures(pictures)]
+    assert names == ["a.png", "b.jpg", "link/d.png", "more/c.JPEG"]
