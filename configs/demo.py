@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.sharding.cpu_devices = 2
-    # Seeds differ by some points of IoU in a run this short: 75 to 80 at one click.
+    # Seeds differ by some points of IoU in a run this short: 75 to 82 at one click.
     config.train = {"num_steps": 3600, "remat_rounds": False, "log_every": 100, "seed": 1}
     config.checkpoint = {"every_steps": 500}
     config.evals = {

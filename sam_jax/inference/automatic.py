@@ -18,11 +18,11 @@ from sam_jax.inference.candidates import (
     EDGE_TOLERANCE,
     Candidate,
     OutputMode,
-    box_nms,
     clean,
-    is_cut,
+    cut_sides,
     join,
     mask_box,
+    nms,
     nms_by_region,
     record_of,
 )
@@ -396,7 +396,9 @@ class _Measure:
             )
             # A copy, since a view would keep its whole batch in memory.
             kept = low_res_logits.copy()
-        return _Measured(candidate, kept, is_cut(candidate.box_xyxy, self.region, self.size))
+        return _Measured(
+            candidate, kept, bool(cut_sides(candidate.box_xyxy, self.region, self.size))
+        )
 
     def enlarged(self, measured: _Measured) -> Candidate:
         """A mask that stays, as run lengths of the whole image."""
@@ -440,9 +442,9 @@ def _num_workers(measures: Sequence[_Measure], options: AutomaticOptions) -> int
 
 
 def _suppressed(measured: Sequence[_Measured], options: AutomaticOptions) -> list[_Measured]:
-    boxes = np.array([m.candidate.box_xyxy for m in measured], np.float64).reshape(-1, 4)
-    scores = np.array([m.candidate.predicted_iou for m in measured], np.float64)
-    return [measured[index] for index in box_nms(boxes, scores, options.box_nms_thresh)]
+    candidates = [m.candidate for m in measured]
+    scores = [candidate.predicted_iou for candidate in candidates]
+    return [measured[index] for index in nms(candidates, scores, options.box_nms_thresh)]
 
 
 def _finished(

@@ -48,13 +48,16 @@ def mask_box(mask: Bool[np.ndarray, "h w"]) -> tuple[float, float, float, float]
     return float(x), float(y), float(x + width - 1), float(y + height - 1)
 
 
-def is_cut(box_xyxy: Sequence[float], region: Box, size: tuple[int, int]) -> bool:
-    """Whether a mask ends where its region does, and the image does not."""
+def cut_sides(box_xyxy: Sequence[float], region: Box, size: tuple[int, int]) -> list[int]:
+    """At which of its four edges a mask ends where its region does, and the image does not."""
     image_box = (0, 0, size[1], size[0])
-    return any(
-        abs(edge - region_edge) <= EDGE_TOLERANCE and abs(edge - image_edge) > EDGE_TOLERANCE
-        for edge, region_edge, image_edge in zip(box_xyxy, region, image_box, strict=True)
-    )
+    return [
+        side
+        for side, (edge, region_edge, image_edge) in enumerate(
+            zip(box_xyxy, region, image_box, strict=True)
+        )
+        if abs(edge - region_edge) <= EDGE_TOLERANCE and abs(edge - image_edge) > EDGE_TOLERANCE
+    ]
 
 
 def box_nms(
@@ -79,9 +82,16 @@ def box_nms(
     return kept
 
 
+def nms(candidates: Sequence[Candidate], scores: Sequence[float], threshold: float) -> list[int]:
+    """``box_nms`` of candidates."""
+    boxes = np.array([candidate.box_xyxy for candidate in candidates], np.float64).reshape(-1, 4)
+    return box_nms(boxes, np.asarray(scores, np.float64), threshold)
+
+
 def nms_by_region(candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
     """Of candidates whose boxes overlap, the one found in the smallest region."""
-    return _suppress(candidates, [1 / _area(c.region) for c in candidates], threshold)
+    kept = nms(candidates, [1 / _area(c.region) for c in candidates], threshold)
+    return [candidates[index] for index in kept]
 
 
 def remove_small_regions(
@@ -137,7 +147,7 @@ def clean(candidates: Sequence[Candidate], min_area: int, threshold: float) -> l
             )
         cleaned.append(candidate)
         scores.append(0.0 if filled or removed else 1.0)
-    return _suppress(cleaned, scores, threshold)
+    return [cleaned[index] for index in nms(cleaned, scores, threshold)]
 
 
 def join(fragments: Sequence[Candidate], size: tuple[int, int], min_iou: float) -> list[Candidate]:
@@ -212,14 +222,6 @@ def label_map(
     return labels
 
 
-def _suppress(
-    candidates: Sequence[Candidate], scores: Sequence[float], threshold: float
-) -> list[Candidate]:
-    boxes = np.array([candidate.box_xyxy for candidate in candidates], np.float64).reshape(-1, 4)
-    kept = box_nms(boxes, np.asarray(scores, np.float64), threshold)
-    return [candidates[index] for index in kept]
-
-
 def _mutual_matches(
     fragments: Sequence[Candidate], size: tuple[int, int], min_iou: float
 ) -> list[tuple[int, int]]:
@@ -252,16 +254,11 @@ def _mutual_matches(
 
 def _goes_on(part: Candidate, parts: Sequence[Candidate], size: tuple[int, int]) -> bool:
     """Whether a part is cut where no tile of the other parts sees how it goes on."""
-    image_box = (0, 0, size[1], size[0])
-    for side, (edge, border, image_edge) in enumerate(
-        zip(part.box_xyxy, part.region, image_box, strict=True)
-    ):
-        if abs(edge - border) > EDGE_TOLERANCE or abs(edge - image_edge) <= EDGE_TOLERANCE:
-            continue
+    for side in cut_sides(part.box_xyxy, part.region, size):
+        border, outward = part.region[side], -1 if side < 2 else 1
         strip = list(part.region)
-        strip[(side + 2) % 4] = int(border + (1 if side < 2 else -1) * (EDGE_TOLERANCE + 1))
+        strip[(side + 2) % 4] = int(border - outward * (EDGE_TOLERANCE + 1))
         at_border = coco_mask.merge([part.mask_rle, _window(strip, size)], intersect=True)
-        outward = -1 if side < 2 else 1
         beyond = [
             _window(other.region, size)
             for other in parts

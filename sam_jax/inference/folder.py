@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from sam_jax.arrays import UInt8
 from sam_jax.convert.files import written_whole
@@ -25,7 +25,6 @@ from sam_jax.inference.images import ImageError, open_image
 from sam_jax.inference.predictor import Predictor
 from sam_jax.visualize import overlay_masks, palette, save_picture
 
-_ORIENTATION = 0x0112  # the EXIF tag
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ANNOTATIONS_FOLDER = "annotations"
 OVERLAYS_FOLDER = "overlays"
@@ -225,7 +224,7 @@ def sa1b_annotation(
 
 
 def write_coco(annotation_files: Sequence[Path], target: Path) -> None:
-    """Puts SA-1B's annotation files together in one of COCO, never more than one in memory.
+    """Puts SA-1B's annotation files together in one of COCO, the masks of one at a time in memory.
 
     Images and masks are numbered anew, from 1. All masks are of one category, "object". Boxes are
     COCO's: a mask one pixel wide has width 1, where SA-1B says 0.
@@ -236,19 +235,15 @@ def write_coco(annotation_files: Sequence[Path], target: Path) -> None:
     with written_whole(target) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write('{"info": {"description": "automatic masks"}, "licenses": [],\n')
         file.write('"categories": [{"id": 1, "name": "object", "supercategory": "object"}],\n')
-        annotation_ids = itertools.count(1)
-        for key, end in (("images", ",\n"), ("annotations", "}\n")):
-            file.write(f'"{key}": [')
-            separator = "\n"
-            for image_id, source in enumerate(annotation_files, start=1):
-                content = _read_json(source)
-                entries = [_coco_image(content, image_id)]
-                if key == "annotations":
-                    entries = _coco_annotations(content, image_id, annotation_ids)
-                for entry in entries:
-                    file.write(separator + json.dumps(entry, allow_nan=False))
-                    separator = ",\n"
-            file.write("\n]" + end)
+        annotation_ids, images, separator = itertools.count(1), [], "\n"
+        file.write('"annotations": [')
+        for image_id, source in enumerate(annotation_files, start=1):
+            content = _read_json(source)
+            images.append(json.dumps(_coco_image(content, image_id), allow_nan=False))
+            for entry in _coco_annotations(content, image_id, annotation_ids):
+                file.write(separator + json.dumps(entry, allow_nan=False))
+                separator = ",\n"
+        file.write('\n],\n"images": [\n' + ",\n".join(images) + "\n]}\n")
 
 
 def overlay_of(
@@ -330,7 +325,7 @@ def _put_beside(path: Path, beside: Path) -> None:
     if beside.exists() and not beside.is_symlink():
         return
     with Image.open(path) as stored:
-        is_turned = stored.getexif().get(_ORIENTATION, 1) != 1
+        is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) != 1
         if is_turned:
             with written_whole(beside) as unfinished:
                 ImageOps.exif_transpose(stored).save(unfinished, format=stored.format)

@@ -185,7 +185,7 @@ def test_tiles_search_a_large_image_besides_the_whole(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Masks of random weights are all over their tile.
-    monkeypatch.setattr(automatic, "is_cut", lambda *args: False)
+    monkeypatch.setattr(automatic, "cut_sides", lambda *args: [])
     image = RNG.integers(0, 256, (80, 100, 3), np.uint8)
     tiled = dataclasses.replace(
         EVERYTHING, points_per_side=2, tile_px=64, tile_halo_px=41, crop_nms_thresh=1.0

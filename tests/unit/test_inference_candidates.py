@@ -8,7 +8,7 @@ from sam_jax.inference.candidates import (
     Candidate,
     box_nms,
     clean,
-    is_cut,
+    cut_sides,
     join,
     label_map,
     mask_box,
@@ -128,7 +128,7 @@ def fragments_of(objects: list[np.ndarray]) -> list[Candidate]:
         window[y0:y1, x0:x1] = True
         for mask in objects:
             part = mask & window
-            if part.any() and is_cut(mask_box(part), tile, SIZE):
+            if part.any() and cut_sides(mask_box(part), tile, SIZE):
                 found.append(candidate(part, tile))
     return found
 
