@@ -14,6 +14,7 @@ from sam_jax.configuration import from_mapping
 from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.variants import ModelConfig, build_model
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -32,8 +33,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    start_devices(HostsConfig(DISTRIBUTED.value))
     config = CONFIG.value.to_dict()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import limits, peer, report, work
+from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like, random_prompts
 from benchmarks.timing import Timing, compile_for, time_compiled
+from sam_jax import work
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
 

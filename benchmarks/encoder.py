@@ -10,10 +10,11 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from benchmarks import limits, peer, report, work
+from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like
 from benchmarks.timing import Timing, compile_for, time_compiled
-from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
+from sam_jax import work
+from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
 from sam_jax.models.variants import VARIANTS, ModelConfig
 from sam_jax.ops.attention import Implementation
 
@@ -52,13 +53,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=get_args(Implementation), default="auto")
     parser.add_argument("--backward", action="store_true", help="gradients of the parameters too")
-    parser.add_argument("--remat", action="store_true", help="compute blocks again for them")
+    parser.add_argument("--remat", choices=get_args(Remat), default="none")
+    parser.add_argument("--scan", action="store_true", help="loops over equal blocks")
     parser.add_argument("--peer", choices=("torch",), help="time the published code as well")
     return parser.parse_args(argv)
 
 
 def _time(args: argparse.Namespace, config: ImageEncoderConfig) -> Timing:
-    model = ImageEncoderViT(config, args.remat, args.attention, jnp.dtype(args.dtype))
+    model = ImageEncoderViT(config, args.remat, args.scan, args.attention, jnp.dtype(args.dtype))
     image_shapes = jax.ShapeDtypeStruct((args.batch, *config.image_size, 3), jnp.float32)
     images = random_like(image_shapes)
     variables = random_like(jax.eval_shape(model.init, jax.random.key(0), image_shapes))

@@ -35,7 +35,7 @@ def paper_config(
         "variant": variant,
         "drop_path_rate": drop_path_rate,
         "dtype": "bfloat16",
-        "remat": True,
+        "remat": "blocks",
     }
     config.data = {
         "sources": ({"kind": "sa1b", "path": tars},),

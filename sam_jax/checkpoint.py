@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class Checkpointer:
         """The newest checkpoint's state; the iterator is moved to its position.
 
         Args:
-          state: shapes, types and shardings of the state to restore.
+          state: shapes, types and shardings of the state to restore; any devices and any number
+            of processes will do.
           data_iterator: of the same data.
 
         Raises:
@@ -112,10 +114,10 @@ class Checkpointer:
                     **{
                         _MODEL: ocp.args.StandardRestore(state.variables),
                         _OPTIMIZER: ocp.args.StandardRestore({"opt_state": state.opt_state}),
-                        _DATA: grain.checkpoint.CheckpointRestore(data_iterator),
                     }
                 ),
             )
+            data_iterator.set_states(self._data_states(step))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._manager.directory} does not fit this "
@@ -127,6 +129,23 @@ class Checkpointer:
             opt_state=restored[_OPTIMIZER]["opt_state"],
             **restored[_MODEL],
         )
+
+    def _data_states(self, step: int) -> list[dict]:
+        """Where the data of all processes were, however many there are now."""
+        folder = epath.Path(self._manager.directory) / str(step) / _DATA
+        files = {}
+        for path in folder.glob("process_*-of-*.json"):
+            if match := re.fullmatch(r"process_(\d+)-of-(\d+)\.json", path.name):
+                files[int(match[1])] = (path, int(match[2]))
+        complete = bool(files) and all(
+            count == len(files) and index < count for index, (_, count) in files.items()
+        )
+        if not complete:
+            raise CheckpointError(
+                f"{folder} does not hold the position of the data of every process: found "
+                f"{sorted(path.name for path, _ in files.values())}"
+            )
+        return [json.loads(files[index][0].read_text()) for index in sorted(files)]
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Segment Anything in JAX: weights in and out, and masks from prompts.",
+    help="Segment Anything in JAX: weights, masks from prompts, and what training will cost.",
 )
 
 Source = Annotated[
@@ -389,6 +389,59 @@ def masks(
         )
         if not summary.num_annotated and not summary.num_before:
             raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Option(help="As for train.py: FILE.py or FILE.py:ARGUMENT.")],
+    topology: Annotated[
+        str,
+        typer.Option(
+            help="Devices, as in v5e:16x16 or v5p:4x4x4; 'local' for those of this machine."
+        ),
+    ] = "local",
+    batch: Annotated[
+        int | None, typer.Option(help="Images of a step on all devices; by default the config's.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Changes the config."),
+    ] = None,
+    remat: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compares: none, products, blocks; each takes a compilation. By default the "
+            "config's alone."
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for all numbers.")] = None,
+) -> None:
+    """Says what a training step needs on given devices, by compiling it for them.
+
+    Nothing of the devices need be there: for TPUs it takes the compiler alone, pip install
+    'sam-jax[tpu]'. A step of ViT-H compiles for some minutes.
+    """
+    import jax
+
+    from sam_jax import plan as planning
+    from sam_jax.training.recipe import Recipe, read_config
+
+    if topology != planning.LOCAL:
+        jax.config.update("jax_platforms", "cpu")
+    plans: list[planning.Plan] = []
+    for change in [[f"model.remat={kind}"] for kind in remat or ()] or [[]]:
+        recipe = Recipe.of(read_config(config, [*(settings or []), *change]))
+        if topology == planning.LOCAL and not plans and recipe.sharding.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", recipe.sharding.cpu_devices)
+        with _progress() as say:
+            say(f"compiling the step for {topology}, remat {recipe.model.remat}")
+            plans.append(planning.plan(recipe, topology, batch_size=batch))
+    planning.print_plans(plans)
+    if json is not None:
+        planning.write_json(plans, json)
+        typer.echo(f"{json}: {len(plans)} plans")
+    if any(made.memory.fits is False for made in plans):
+        raise typer.Exit(1)
 
 
 def _options(known: Any, given: list[str]) -> dict[str, Any]:

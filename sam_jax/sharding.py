@@ -11,11 +11,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from sam_jax.errors import ConfigError
 
-# A regular expression searched in a leaf's path, and the mesh axis of each of its dimensions (or
-# None), aligned at the last one, so that a leading axis of layers needs no second rule.
-Rule: TypeAlias = tuple[str, Sequence[str | None]]
+# What a dimension is spread over: a mesh axis, several (the first one's devices hold the larger
+# pieces), or none.
+Axes: TypeAlias = str | Sequence[str] | None
+# A regular expression searched in a leaf's path, and the axes of each of its dimensions, aligned at
+# the last one, so that a leading axis of layers needs no second rule.
+Rule: TypeAlias = tuple[str, Sequence[Axes]]
 
 BATCH_AXES = ("data", "fsdp")
+WEIGHTS_AXIS = "fsdp"
+TENSOR_AXIS = "tensor"
+MESH_AXES = (*BATCH_AXES, TENSOR_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,51 +32,51 @@ class ShardingConfig:
       data: devices that hold copies of the state and see different images; -1 takes all that
         ``fsdp`` leaves.
       fsdp: devices that share one copy of the state, and see different images too.
-      rules: what is split over ``fsdp``; the first rule that matches a path counts.
+      tensor: devices that share the work on each image: attention's heads, the channels of MLPs,
+        the prompted objects. For more devices than images.
+      rules: what is split over ``fsdp`` and ``tensor``; the first rule that matches a path counts.
       cpu_devices: devices that a CPU without accelerators poses as; much of a small model's step
         runs on one core, so one for each core is faster than one for all. None for one.
+      reduce_dtype: type in which gradients of weights that are split over ``fsdp`` are summed over
+        those devices; "bfloat16" halves what travels, at 8 bits for each sum. Between their groups
+        sums are float32.
       max_replicated_size: elements that an array may have and still be copied to every device
         without a rule that says so.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
     rules: Sequence[Rule] = ()
     cpu_devices: int | None = None
+    reduce_dtype: str = "float32"
     max_replicated_size: int = 2**18
 
 
 def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh with axes ``data`` and ``fsdp`` over all devices.
+    """The mesh with axes ``data``, ``fsdp`` and ``tensor`` over all devices.
 
     Raises:
       ConfigError: if the devices do not divide as the config says.
     """
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != len(devices) or data < 1:
+    shared = config.fsdp * config.tensor
+    data = len(devices) // shared if config.data == -1 else config.data
+    if data * shared != len(devices) or data < 1:
         raise ConfigError(
-            f"sharding.data = {config.data} and sharding.fsdp = {config.fsdp} do not multiply to "
-            f"the {len(devices)} devices there are"
+            f"sharding.data = {config.data}, sharding.fsdp = {config.fsdp} and sharding.tensor = "
+            f"{config.tensor} do not multiply to the {len(devices)} devices there are"
         )
     return jax.make_mesh(
-        (data, config.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+        (data, config.fsdp, config.tensor),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
     )
 
 
-def start_devices(config: ShardingConfig, *, is_distributed: bool = False) -> None:
-    """Splits the CPU as the config says and joins the other hosts of a cluster.
-
-    Must come before JAX's first use of a device.
-    """
-    if config.cpu_devices is not None:
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-    if is_distributed:
-        jax.distributed.initialize()
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Images spread over all devices."""
+    """Images spread over all devices but those that share them."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -114,24 +120,39 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(name: str, shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh | AbstractMesh):
+def _spec(name: str, shape: tuple[int, ...], axes: Sequence[Axes], mesh: Mesh | AbstractMesh):
     if len(axes) > len(shape):
         raise ConfigError(f"the sharding rule for {name} {shape} has {len(axes)} dimensions")
     aligned = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    for size, axis in zip(shape, aligned, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
+    for size, of_dimension in zip(shape, aligned, strict=True):
+        names = _names(of_dimension)
+        if unknown := set(names) - set(mesh.shape):
             raise ConfigError(
-                f"{name} {shape}: {size} does not divide by the {mesh.shape[axis]} devices of "
-                f"axis {axis!r}"
+                f"the sharding rule for {name} names the mesh axes {sorted(unknown)}; there are "
+                f"{', '.join(mesh.shape)}"
             )
-    return PartitionSpec(*aligned)
+        count = math.prod(mesh.shape[axis] for axis in names)
+        if size % count:
+            raise ConfigError(
+                f"{name} {shape}: {size} does not divide by the {count} devices of "
+                f"{' x '.join(names)}"
+            )
+    return PartitionSpec(
+        *(axes if isinstance(axes, str) else _names(axes) or None for axes in aligned)
+    )
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def describe(tree: Any, shardings: Any) -> list[str]:
     """A line for each leaf: path, shape, axes of its dimensions, elements per device."""
 
     def line(path, leaf, sharding):
-        axes = ", ".join(str(axis) for axis in sharding.spec) or "replicated"
+        axes = ", ".join("+".join(_names(axis)) or "-" for axis in sharding.spec) or "replicated"
         per_device = math.prod(sharding.shard_shape(leaf.shape))
         return f"{path_name(path)}  {tuple(leaf.shape)}  [{axes}]  {per_device}"
 

@@ -103,6 +103,16 @@ class CorruptionLog:
         self._examples = collections.deque(state["examples"], maxlen=_NUM_EXAMPLES)
 
 
+def sum_of_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of one log that counted what several have."""
+    total = CorruptionLog(max_corrupt_rate=1.0, grace=0)
+    for state in states:
+        total.num_seen += state["num_seen"]
+        total.corrupt_counts.update(state["corrupt_counts"])
+        total.dropped_mask_counts.update(state["dropped_mask_counts"])
+    return total.get_state()
+
+
 def _warn(what: str, reason: str, count: int, text: str) -> None:
     if count <= _LOG_EVERY_UP_TO or count & (count - 1) == 0:
         _log.warning("skipped %s (%s, no. %d): %s", what, reason, count, text)

@@ -7,7 +7,7 @@ comes. So the state of the iterator is a position, plus what was counted, and
 a run may be resumed with other numbers of threads and workers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,11 @@ import numpy as np
 
 from sam_jax.data import rle
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
-from sam_jax.data.corruption import CorruptionLog, TooManyCorruptSamplesError
+from sam_jax.data.corruption import (
+    CorruptionLog,
+    TooManyCorruptSamplesError,
+    sum_of_states,
+)
 from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, mask_runs
 from sam_jax.data.sources import Source
 from sam_jax.data.transforms import DroppedMask, TrainTransform, no_valid_mask
@@ -94,25 +98,41 @@ def train_iterator(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}")
     transform = config.transform()
-    shares = []
+    streams = []
     for number, source_config in enumerate(config.sources):
         source = build_source(source_config)
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
-        # A reader of the whole stream, of which each process takes every
-        # process_count-th: disjoint, and complete over the processes. Sliced
-        # before mixing, so that each process meets every source.
         stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        stream = stream.random_map(_Load(source, transform))
-        shares.append(stream.slice(slice(process_index, None, process_count)))
-    examples = shares[0]
-    if len(shares) > 1:
-        weights = [source.weight for source in config.sources]
-        examples = grain.MapDataset.mix(shares, weights)
-    batches = _Batches(examples, config, config.batch_size // process_count)
+        streams.append(stream.random_map(_Load(source, transform)))
+    examples = streams[0]
+    if len(streams) > 1:
+        examples = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
+    local_batch_size = config.batch_size // process_count
+    if process_count > 1:
+        examples = _Share(examples, local_batch_size, process_index, process_count)
+    batches = _Batches(examples, config, local_batch_size)
     prefetched = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=config.prefetch_batches
     )
-    return TrainIterator(iter(prefetched))
+    return TrainIterator(iter(prefetched), process_index, process_count)
+
+
+class _Share(grain.MapDataset):
+    """A process's part of every batch: together the parts are the batch that one process reads."""
+
+    def __init__(self, parent: grain.MapDataset, size: int, process_index: int, process_count: int):
+        super().__init__(parent)
+        self._size, self._process_index, self._process_count = size, process_index, process_count
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._process_count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, self._size)
+        first = (batch * self._process_count + self._process_index) * self._size
+        return self._parent[first + place]
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -122,8 +142,11 @@ class TrainIterator(grain.DatasetIterator):
     and restores it through `grain.checkpoint.CheckpointSave` and `...Restore`.
     """
 
-    def __init__(self, batches: grain.DatasetIterator):
+    def __init__(
+        self, batches: grain.DatasetIterator, process_index: int = 0, process_count: int = 1
+    ):
         super().__init__(batches)
+        self._process_index, self._process_count = process_index, process_count
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next local batch.
@@ -141,6 +164,25 @@ class TrainIterator(grain.DatasetIterator):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues after the batch at which `get_state` was called."""
         self._parent.set_state(state)
+
+    def set_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continues after the batch at which all processes of a run called `get_state`.
+
+        There may have been more processes then, or fewer: the run goes on with
+        the first example that none of them has read. If they skipped different
+        numbers of corrupt samples, their shares end at different places, and
+        some examples around there are read twice or not at all.
+
+        Args:
+            states: of all processes, in their order.
+        """
+        if len(states) == self._process_count:
+            self.set_state(states[self._process_index])
+            return
+        position = sum(state["position"] for state in states) // self._process_count
+        # The first process carries on what all have counted.
+        counted = [state["skipped"] for state in states] if self._process_index == 0 else []
+        self.set_state({"position": position, "skipped": sum_of_states(counted)})
 
     @property
     def num_seen(self) -> int:

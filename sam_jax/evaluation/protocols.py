@@ -25,6 +25,7 @@ from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
+from sam_jax.ops.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,6 +164,7 @@ class CompiledModel:
     ):
         devices = devices or jax.local_devices()
         mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+        model = model.clone(placement=Placement(mesh, ("rows",)))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_row = NamedSharding(mesh, PartitionSpec("rows"))
         self.image_size = model.image_size

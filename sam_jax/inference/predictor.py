@@ -24,6 +24,7 @@ from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
 from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
+from sam_jax.ops.placement import Placement
 
 
 def use_compilation_cache(folder: str | Path) -> None:
@@ -161,7 +162,7 @@ class Predictor:
         mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("image",))
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._model = model
+        self._model = model.clone(placement=Placement(mesh, ("image",)))
         self._variables = jax.device_put(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
@@ -35,4 +36,5 @@ class Mlp(nn.Module):
             if index:
                 x = self.activation(x)
             x = nn.Dense(width, dtype=self.dtype, name=f"dense_{index}")(x)
+            x = checkpoint_name(x, "product")
         return x

@@ -5,14 +5,17 @@ from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float
-from sam_jax.models.layers import Mlp, gelu, layer_norm
+from sam_jax.models.layers import Mlp, gelu
 from sam_jax.models.prompt_encoder import PromptEmbeddings
 from sam_jax.models.two_way_transformer import TwoWayTransformer
+from sam_jax.ops.placement import Placement
 
 NUM_MULTIMASK = 3
 
@@ -79,6 +82,7 @@ class MaskDecoder(nn.Module):
     config: MaskDecoderConfig
     embed_dim: int
     dtype: DTypeLike = jnp.float32
+    placement: Placement = Placement()
 
     def setup(self) -> None:
         cfg, dim = self.config, self.embed_dim
@@ -94,7 +98,7 @@ class MaskDecoder(nn.Module):
         widths = (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK)
         self.iou_head = Mlp(widths, nn.relu, self.dtype)
         self.hyper_networks = HyperNetworks(dim // 8, self.dtype)
-        self.upscaling = Upscaling(dim, self.dtype)
+        self.upscaling = Upscaling(dim, self.dtype, self.placement.platform == "tpu")
 
     def __call__(
         self,
@@ -146,13 +150,7 @@ class MaskDecoder(nn.Module):
     def draw(self, attended: Attended, *, multimask_output: bool) -> Float[Array, "b p m lh lw"]:
         """Low-resolution logits of the candidates."""
         filters = self.hyper_networks(attended.mask_tokens, _wanted(multimask_output))
-        pixels = self.upscaling(attended.cells)
-        # Sub-pixels stay apart from the grid until only one number per candidate is left of them:
-        # putting 32 channels in order would move far more memory than putting one.
-        logits = jnp.einsum(
-            "bphwijklc,bpmc->bphwijklm", pixels, filters, preferred_element_type=jnp.float32
-        )
-        return rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)")
+        return self.upscaling(attended.cells, filters)
 
 
 def _wanted(multimask_output: bool) -> slice:
@@ -190,35 +188,133 @@ class HyperNetworks(nn.Module):
 
 
 class SplitCells(nn.Module):
-    """Each cell split into 2 x 2: a transposed convolution with kernel and stride 2.
+    """Kernel and bias of a transposed convolution with kernel and stride 2.
 
-    Its kernels do not overlap, so it is a dense layer per cell.
+    Its kernels do not overlap, so it is a dense layer that makes 2 x 2 parts of each cell; the bias
+    is the same for the four.
     """
 
     channels: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, cells: Float[Array, "*batch d"]) -> Float[Array, "*batch 2 2 c"]:
-        split = nn.DenseGeneral(
-            (2, 2, self.channels), use_bias=False, dtype=self.dtype, name="conv"
-        )
-        # Unlike a dense layer's, the bias is the same for the four parts.
+    def __call__(self, input_dim: int) -> tuple[Float[Array, "d 2 2 c"], Float[Array, " c"]]:
+        conv = _SplitKernel(self.channels, name="conv")(input_dim)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        return split(cells) + bias.astype(self.dtype)
+        return conv.astype(self.dtype), bias.astype(self.dtype)
+
+
+class _SplitKernel(nn.Module):
+    channels: int
+
+    @nn.compact
+    def __call__(self, input_dim: int) -> Float[Array, "d 2 2 c"]:
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
+        return self.param("kernel", init, (input_dim, 2, 2, self.channels))
+
+
+class _NormWeights(nn.Module):
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (channels,))
 
 
 class Upscaling(nn.Module):
-    """Cells split into 4 x 4 sub-pixels of an eighth of the channels.
+    """Logits of candidates: cells are split into 4 x 4 sub-pixels of few channels, and filtered.
 
-    ``i j`` are the sub-pixels of the first split and ``k l`` those of the second.
+    ``i j`` are the sub-pixels of the first split and ``k l`` those of the second. They stay apart
+    from the grid until only one number per candidate is left of them: putting 32 channels in order
+    would move far more memory than putting one.
+
+    Attributes:
+      in_lanes: whether sub-pixels lie side by side in the last axis. A TPU pads the last axis to
+        128 numbers and the one before to 8, so axes of 2 and 32 would take 16 times their memory.
+        It costs zeros in the products, with which a TPU, and only that, would pad anyway.
     """
 
     embed_dim: int
     dtype: DTypeLike = jnp.float32
+    in_lanes: bool = False
 
     @nn.compact
-    def __call__(self, cells: Float[Array, "b p gh gw d"]) -> Float[Array, "b p gh gw 2 2 2 2 c"]:
-        x = SplitCells(self.embed_dim // 4, self.dtype, name="split1")(cells)
-        x = gelu(layer_norm(1e-6, self.dtype, "norm")(x))
-        return gelu(SplitCells(self.embed_dim // 8, self.dtype, name="split2")(x))
+    def __call__(
+        self, cells: Float[Array, "b p gh gw d"], filters: Float[Array, "b p m c"]
+    ) -> Float[Array, "b p m lh lw"]:
+        middle = self.embed_dim // 4
+        first = SplitCells(middle, self.dtype, name="split1")(self.embed_dim)
+        norm = _NormWeights(name="norm")(middle)
+        second = SplitCells(self.embed_dim // 8, self.dtype, name="split2")(middle)
+        draw = _draw_in_lanes if self.in_lanes else _draw_by_axes
+        return draw(cells.astype(self.dtype), filters, first, norm, second)
+
+
+_NORM_EPSILON = 1e-6
+
+
+def _draw_by_axes(cells, filters, first, norm, second):
+    """Sub-pixels as axes of their own."""
+    kernel, bias = first
+    x = jnp.einsum("bphwd,dijc->bphwijc", cells, kernel) + bias
+    # Statistics in float32, and exact: E[x^2] - E[x]^2 loses digits where the mean is large.
+    centred = x.astype(jnp.float32)
+    centred -= jnp.mean(centred, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    scale, shift = norm
+    x = centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
+    kernel, bias = second
+    x = jnp.einsum("bphwijd,dklc->bphwijklc", gelu(x.astype(cells.dtype)), kernel) + bias
+    logits = jnp.einsum(
+        "bphwijklc,bpmc->bphwijklm", gelu(x), filters, preferred_element_type=jnp.float32
+    )
+    return rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)")
+
+
+def _draw_in_lanes(cells, filters, first, norm, second):
+    """Sub-pixels side by side: a product with zeros between them, for what each does by itself."""
+    gh, gw = cells.shape[2:4]
+    cells = rearrange(cells, "b p h w d -> b p (h w) d")
+    # The mean over channels is linear in the cells, so centred kernels make centred results.
+    kernel, bias = (
+        (x - jnp.mean(x, axis=-1, keepdims=True)) for x in (y.astype(jnp.float32) for y in first)
+    )
+    kernel = rearrange(kernel, "d i j c -> d (i j c)").astype(cells.dtype)
+    centred = jnp.einsum("bpnd,de->bpne", cells, kernel, preferred_element_type=jnp.float32)
+    centred += jnp.tile(bias, 4)
+    # Means over the channels of each sub-pixel, for each of its channels.
+    middle = bias.size
+    means = np.kron(np.eye(4), np.full((middle, middle), 1 / middle)).astype(cells.dtype)
+    variance = jnp.einsum(
+        "bpnd,de->bpne",
+        jnp.square(centred).astype(cells.dtype),
+        means,
+        preferred_element_type=jnp.float32,
+    )
+    scale, shift = (jnp.tile(x, 4) for x in norm)
+    x = centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
+    x = gelu(x.astype(cells.dtype))
+
+    # Two sub-pixels fill 128 lanes.
+    kernel, bias = second
+    half = 2 * middle
+    kernel = jnp.einsum("dklc,jJ->jdJklc", kernel, jnp.eye(2, dtype=kernel.dtype))
+    kernel = rearrange(kernel, "j d J k l c -> (j d) (J k l c)")
+    places = jnp.eye(8, dtype=filters.dtype)
+    filters = rearrange(
+        jnp.einsum("bpmc,sS->bpscSm", filters, places), "b p s c S m -> b p (s c) (S m)"
+    )
+    logits = []
+    for part in (x[..., :half], x[..., half:]):
+        pixels = jnp.einsum("bpnd,de->bpne", part, kernel) + jnp.tile(bias, 8)
+        logits.append(
+            jnp.einsum("bpne,bpef->bpfn", gelu(pixels), filters, preferred_element_type=jnp.float32)
+        )
+    return rearrange(
+        jnp.stack(logits, axis=2),
+        "b p i (j k l m) (h w) -> b p m (h i k) (w j l)",
+        h=gh,
+        w=gw,
+        j=2,
+        k=2,
+        l=2,
+    )

@@ -133,6 +133,7 @@ class PromptEncoder(nn.Module):
 
     def _embed_sparse(self, prompts: Prompts, image_size):
         tokens, valid = [], []
+        pad_valid = None
         if prompts.point_coords is not None:
             coords = _zero_invalid(prompts.point_coords, prompts.point_valid)
             tokens.append(self._embed_points(coords, prompts.point_labels, image_size))
@@ -140,17 +141,21 @@ class PromptEncoder(nn.Module):
             # The published model closes a list of points that comes without a box with one token
             # that says "not a point", and one that comes with a box with none.
             pad_valid = jnp.any(prompts.point_valid, axis=-1, keepdims=True)
-            if prompts.boxes_xyxy is not None:
-                pad_valid &= ~prompts.box_valid[..., None]
-            tokens.append(jnp.broadcast_to(self.not_a_point, (*pad_valid.shape, self.embed_dim)))
-            valid.append(pad_valid)
         if prompts.boxes_xyxy is not None:
             boxes = _zero_invalid(prompts.boxes_xyxy, prompts.box_valid)
             corners = rearrange(boxes, "b p (corner xy) -> b p corner xy", xy=2)
             labels = jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])
             labels = jnp.broadcast_to(labels, corners.shape[:-1])
+            if pad_valid is not None:
+                # What has no box leaves the place of a corner to it: a token less for everybody.
+                labels = jnp.where(prompts.box_valid[..., None], labels, NOT_A_POINT)
+                pad_valid |= prompts.box_valid[..., None]
             tokens.append(self._embed_points(corners, labels, image_size))
-            valid.append(jnp.broadcast_to(prompts.box_valid[..., None], labels.shape))
+            of_box = prompts.box_valid[..., None]
+            valid += [of_box if pad_valid is None else pad_valid, of_box]
+        elif pad_valid is not None:
+            tokens.append(jnp.broadcast_to(self.not_a_point, (*pad_valid.shape, self.embed_dim)))
+            valid.append(pad_valid)
         if prompts.text_tokens is not None:
             tokens.append(_zero_invalid(prompts.text_tokens, prompts.text_valid))
             valid.append(prompts.text_valid)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
-from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
+from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
 from sam_jax.models.mask_decoder import (
     Attended,
     MaskDecoder,
@@ -17,6 +17,7 @@ from sam_jax.models.mask_decoder import (
 )
 from sam_jax.models.prompt_encoder import PromptEmbeddings, PromptEncoder, Prompts
 from sam_jax.ops.attention import Implementation
+from sam_jax.ops.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,27 +64,37 @@ class Sam(nn.Module):
 
     Attributes:
       config: the shape.
-      remat: whether the encoder's blocks are computed again in the backward pass.
+      remat, scan: see ``ImageEncoderViT``.
       attention: which form of the encoder's attention to use.
       dtype: type of the computation; parameters, logits and predicted IoU are float32.
+      placement: the devices.
 
     Source: Kirillov et al. 2023, "Segment Anything", arXiv 2304.02643.
     """
 
     config: SamConfig
-    remat: bool = False
+    remat: Remat = "none"
+    scan: bool = False
     attention: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
+    placement: Placement = Placement()
 
     def setup(self) -> None:
         cfg = self.config
         self.image_encoder = ImageEncoderViT(
-            cfg.image_encoder, self.remat, self.attention, self.dtype
+            cfg.image_encoder,
+            self.remat,
+            self.scan,
+            self.attention,
+            self.dtype,
+            self.placement,
         )
         self.prompt_encoder = PromptEncoder(
             cfg.image_encoder.output_dim, cfg.mask_channels, self.dtype
         )
-        self.mask_decoder = MaskDecoder(cfg.mask_decoder, cfg.image_encoder.output_dim, self.dtype)
+        self.mask_decoder = MaskDecoder(
+            cfg.mask_decoder, cfg.image_encoder.output_dim, self.dtype, self.placement
+        )
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -137,75 +137,96 @@ def folding_pays(
     """
     projected = num_many * inner * (dim / num_sharing + num_few)
     folded = num_few * dim * (inner + num_many * num_heads)
-    return folded < projected
+    # What is projected must be written and read again besides.
+    return folded < 1.1 * projected
 
 
 def _tokens_ask(w, queries, keys, values, keys_valid):
     """Few queries; keys may be many."""
-    q = _project(queries, w.q_kernel, w.q_bias)
-    num_heads, head_dim = q.shape[-2:]
+    num_heads, head_dim = w.q_bias.shape
+    rows = _project(queries, w.q_kernel, w.q_bias)
     fold = w.folding_pays(queries, keys)
     if fold:
         # The keys' bias adds the same to all logits of a query, which softmax does not see.
-        folded = jnp.einsum("bpsac,dac->bpasd", q, w.k_kernel)
-        logits = _split_heads(_meet("bpfd,bptd->bpft", _join_heads(folded), keys), num_heads)
+        rows = jnp.einsum("bpsac,dac->bpsad", rows, w.k_kernel)
     else:
-        logits = _meet("bpsac,bptac->bpast", q, _project(keys, w.k_kernel, w.k_bias))
+        rows, keys = _alone(rows), _project_packed(keys, w.k_kernel, w.k_bias)
+    logits = _split_heads(_meet("bpfd,bptd->bpft", _join_heads(rows), keys), num_heads)
     logits = logits * head_dim**-0.5
     if keys_valid is not None:
         logits = jnp.where(keys_valid[:, :, None, None, :], logits, -jnp.inf)
-    probs = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    probs = _join_heads(jax.nn.softmax(logits, axis=-1).astype(values.dtype))
+    if not fold:
+        values = _project_packed(values, w.v_kernel, w.v_bias)
+    means = _split_heads(_meet("bpft,bptd->bpfd", probs, values, values.dtype), num_heads)
     if fold:
-        means = _meet("bpft,bptd->bpfd", _join_heads(probs), values, values.dtype)
-        heads = (
-            jnp.einsum("bpasd,dac->bpsac", _split_heads(means, num_heads), w.v_kernel) + w.v_bias
-        )
+        heads = jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel) + w.v_bias
     else:
-        v = _project(values, w.v_kernel, w.v_bias)
-        heads = _meet("bpast,bptac->bpsac", probs, v, values.dtype)
+        heads = _own(means)
     return jnp.einsum("bpsac,acd->bpsd", heads, w.out_kernel) + w.out_bias
 
 
 def _cells_ask_tokens(w, queries, keys, values, keys_valid):
     """Many queries and few keys; the many stay the last axis of logits, which is fast to sum."""
+    num_heads, head_dim = w.q_bias.shape
     k = _project(keys, w.k_kernel, w.k_bias)
-    num_heads, head_dim = k.shape[-2:]
     if w.folding_pays(keys, queries):
-        folded = jnp.einsum("bptac,dac->bpatd", k, w.q_kernel)
-        logits = _split_heads(_meet("bpfd,bpsd->bpfs", _join_heads(folded), queries), num_heads)
-        logits += _meet("ac,bptac->bpat", w.q_bias, k)[..., None]
+        rows = jnp.einsum("bptac,dac->bptad", k, w.q_kernel)
+        logits = _split_heads(_meet("bpfd,bpsd->bpfs", _join_heads(rows), queries), num_heads)
+        logits += jnp.einsum("ac,bptac->bpta", w.q_bias, k)[..., None]
     else:
-        logits = _meet("bptac,bpsac->bpats", k, _project(queries, w.q_kernel, w.q_bias))
+        queries = _project_packed(queries, w.q_kernel, w.q_bias)
+        logits = _meet("bpfd,bpsd->bpfs", _join_heads(_alone(k)), queries)
+        logits = _split_heads(logits, num_heads)
     logits = logits * head_dim**-0.5
     if keys_valid is not None:
-        logits = jnp.where(keys_valid[:, :, None, :, None], logits, -jnp.inf)
-    probs = jax.nn.softmax(logits, axis=3).astype(values.dtype)
+        logits = jnp.where(keys_valid[:, :, :, None, None], logits, -jnp.inf)
+    probs = _join_heads(jax.nn.softmax(logits, axis=2).astype(values.dtype))
     v = _project(values, w.v_kernel, w.v_bias)
     # Unlike queries, what comes back is every object's own.
-    brought_out = jnp.einsum("bptac,acd->bpatd", v, w.out_kernel)
-    out = _meet("bpfs,bpfd->bpsd", _join_heads(probs), _join_heads(brought_out), values.dtype)
-    return out + w.out_bias
+    brought_out = _join_heads(jnp.einsum("bptac,acd->bptad", v, w.out_kernel))
+    return _meet("bpfs,bpfd->bpsd", probs, brought_out, values.dtype) + w.out_bias
 
 
-# XLA's CPU compiler copies the cells if few and many meet over more axes than one each.
+# Few and many meet over one axis each: XLA's CPU compiler would copy the cells otherwise. Heads
+# come last in it: they are eight, as are the rows of a TPU's tiles, so tokens can be summed over
+# without moving anything.
 def _join_heads(x):
-    return rearrange(x, "b p a s d -> b p (a s) d")
+    return rearrange(x, "b p s a d -> b p (s a) d")
 
 
 def _split_heads(x, num_heads):
-    return rearrange(x, "b p (a s) d -> b p a s d", a=num_heads)
+    return rearrange(x, "b p (s a) d -> b p s a d", a=num_heads)
 
 
 def _project(x, kernel, bias):
     return jnp.einsum("bptd,dac->bptac", x, kernel) + bias
 
 
+def _project_packed(x, kernel, bias):
+    """Heads of many cells side by side: alone, few channels would leave a TPU's lanes empty."""
+    kernel, bias = rearrange(kernel, "d a c -> d (a c)"), rearrange(bias, "a c -> (a c)")
+    return jnp.einsum("bptd,de->bpte", x, kernel) + bias
+
+
+def _alone(rows):
+    """Each head of few tokens in its own place among zeros, to meet heads that are side by side."""
+    places = jnp.eye(rows.shape[3], dtype=rows.dtype)[:, :, None]
+    return rearrange(rows[:, :, :, :, None] * places, "b p s a e c -> b p s a (e c)")
+
+
+def _own(means):
+    """The part of each row that belongs to its head, ``_alone``'s other way."""
+    num_heads = means.shape[3]
+    by_head = rearrange(means, "b p s a (e c) -> b p s a e c", e=num_heads)
+    return jnp.einsum("bpsaac->bpsac", by_head)
+
+
 def _meet(equation, few, many, dtype=jnp.float32):
     """A product of what objects have with what they have or share: ``p`` is dropped if shared."""
     (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
-    if "p" in right and "p" in left:
-        if many.shape[1] == 1 and few.shape[1] > 1:
-            many, right = many[:, 0], right.replace("p", "")
-        elif few.shape[1] == 1 and many.shape[1] > 1:
-            few, left = few[:, 0], left.replace("p", "")
+    if many.shape[1] == 1 and few.shape[1] > 1:
+        many, right = many[:, 0], right.replace("p", "")
+    elif few.shape[1] == 1 and many.shape[1] > 1:
+        few, left = few[:, 0], left.replace("p", "")
     return jnp.einsum(f"{left},{right}->{out}", few, many, preferred_element_type=dtype)

@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
-from sam_jax.models.image_encoder import ImageEncoderConfig
+from sam_jax.models.image_encoder import ImageEncoderConfig, Remat
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.ops.attention import Implementation
+from sam_jax.ops.placement import Placement
 
 # The small ones keep the published design: patches of 16 pixels, one block in three global. Their
 # windows divide the grid, so none of their work goes into padding, and their decoder is half as
@@ -57,7 +58,7 @@ class ModelConfig:
       encoder: other fields of ``ImageEncoderConfig`` that differ from the variant's.
       decoder: fields of ``MaskDecoderConfig`` that differ from the variant's.
       mask_channels: see ``SamConfig``.
-      remat: whether the encoder's blocks are computed again in the backward pass.
+      remat, scan: see ``ImageEncoderViT``.
       attention: see ``ops.attention.grid_attention``.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
     """
@@ -68,7 +69,8 @@ class ModelConfig:
     encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mask_channels: int = SamConfig.mask_channels
-    remat: bool = False
+    remat: Remat = "none"
+    scan: bool = False
     attention: Implementation = "auto"
     dtype: str = "float32"
 
@@ -111,12 +113,24 @@ def _changed(base: Any, changes: Mapping[str, Any], section: str) -> Any:
     return from_mapping(type(base), dataclasses.asdict(base) | dict(changes), section)
 
 
-def build_model(config: ModelConfig) -> Sam:
-    """The model that a config describes.
+def build_model(config: ModelConfig, placement: Placement = Placement()) -> Sam:  # noqa: B008
+    """The model that a config describes, for these devices.
 
     Raises:
       ConfigError: see ``ModelConfig.sam``; or the type of computation is not known.
     """
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype = {config.dtype!r} must be 'float32' or 'bfloat16'")
-    return Sam(config.sam, config.remat, config.attention, jnp.dtype(config.dtype))
+    for name, kinds in (("remat", Remat), ("attention", Implementation)):
+        if (value := getattr(config, name)) not in get_args(kinds):
+            raise ConfigError(
+                f"model.{name} = {value!r} must be one of {', '.join(get_args(kinds))}"
+            )
+    return Sam(
+        config.sam,
+        config.remat,
+        config.scan,
+        config.attention,
+        jnp.dtype(config.dtype),
+        placement,
+    )

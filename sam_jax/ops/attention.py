@@ -1,68 +1,123 @@
-"""Attention over a grid with decomposed relative positions: one reference, two lean forms."""
+"""Attention over a grid with decomposed relative positions: one reference, and what is faster."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Float
-from sam_jax.ops.positional import relative_positions
+from sam_jax.arrays import Array, Float, GridShape
+from sam_jax.ops import flash_kernel, window_kernel
+from sam_jax.ops.placement import Placement
+from sam_jax.ops.positional import relative_positions, resize_table
 
-Implementation: TypeAlias = Literal["auto", "reference", "extended", "chunked"]
+Implementation: TypeAlias = Literal[
+    "auto", "reference", "extended", "chunked", "window_kernel", "flash_kernel", "cudnn"
+]
 
 # Rows of queries that "chunked" handles at once: 8 rows of a 64 x 64 grid make logits of
 # 512 x 4096 float32 (8 MB), which stay in the cache of one CPU core.
 QUERY_ROWS_PER_CHUNK = 8
 # Up to this many tokens the whole matrix of logits is small enough to be made at once.
 MAX_TOKENS_AT_ONCE = 1024
+# Channels of a head that cuDNN's fused attention takes.
+CUDNN_MAX_CHANNELS = 128
+CUDNN_MAX_CHANNELS_HOPPER = 256
+_CUDNN_MULTIPLE = 8
 
 
 def grid_attention(
-    q: Float[Array, "b gh gw a c"],
-    k: Float[Array, "b gh gw a c"],
-    v: Float[Array, "b gh gw a c"],
+    qkv: Float[Array, "b gh gw e"],
     rel_pos_h: Float[Array, "entries_h c"] | None,
     rel_pos_w: Float[Array, "entries_w c"] | None,
+    num_heads: int,
     *,
     implementation: Implementation = "auto",
-) -> Float[Array, "b gh gw a c"]:
+    placement: Placement = Placement(),  # noqa: B008 - frozen
+) -> Float[Array, "b gh gw d"]:
     """Softmax attention of all cells with all cells of the same grid.
 
-    Logits are ``q . k / sqrt(c) + q . R_h[row offset] + q . R_w[column offset]`` and are kept in
-    float32. All forms give the same values:
+    Logits are ``q . k / sqrt(c) + q . R_h[row offset] + q . R_w[column offset]`` in float32. All
+    forms give the same values and gradients:
 
-    - ``reference``: the formula as it stands; what accelerators run.
+    - ``reference``: the formula as it stands; holds all logits of all heads.
     - ``extended``: every query carries its relative terms as further channels, and every key says
-      with ones which row and column it is in, so that one product makes the whole logits. Half the
-      time of the reference in windows on a CPU.
-    - ``chunked``: a few rows of queries of one head at a time, for large grids on a CPU.
+      with ones which row and column it is in, so that one product makes the whole logits.
+    - ``chunked``: a few rows of queries of one head at a time, for large grids.
+    - ``window_kernel``, ``flash_kernel``: TPU kernels for small and for large grids; elsewhere they
+      are interpreted, which is for tests.
+    - ``cudnn``: the extended form by cuDNN's fused attention, on NVIDIA GPUs. Relative terms are
+      rounded like queries, twice as finely where the channels suffice. Elsewhere the same product
+      is computed without it, which is for tests.
 
-    ``auto`` takes the fastest for the size and the default device.
+    ``auto`` is ``choose``'s answer.
 
     Args:
-      q, k, v: projections per head; the scale is applied here.
+      qkv: projections of every cell as one dense layer makes them, e = 3 d: queries of all heads,
+        then keys, then values. The scale is applied here.
       rel_pos_h, rel_pos_w: tables of relative positions per axis (of any length; interpolated),
         or None for attention without them.
+      num_heads: heads, of c = d / num_heads channels.
       implementation: which of the forms computes it.
+      placement: what kind of device it is; all of ``qkv`` is on one.
+
+    Raises:
+      ValueError: if a kernel is asked for that cannot do this shape.
 
     Source: Li et al. 2022 (MViTv2), section 3.1, as used in ViTDet and SAM.
     """
-    gh, gw = q.shape[1:3]
+    _, gh, gw, width = qkv.shape
+    head_dim = width // 3 // num_heads
     if implementation == "auto":
-        if jax.default_backend() != "cpu":
-            implementation = "reference"
-        else:
-            implementation = "extended" if gh * gw <= MAX_TOKENS_AT_ONCE else "chunked"
-    tables = None
+        implementation = choose((gh, gw), num_heads, head_dim, qkv.dtype, placement)
+    tables = [
+        resize_table(jnp.zeros((1, head_dim)) if table is None else table, size).astype(qkv.dtype)
+        for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
+    ]
+    if implementation in _KERNELS:
+        kernel, supports = _KERNELS[implementation]
+        if not supports((gh, gw), num_heads, head_dim):
+            raise ValueError(
+                f"attention {implementation!r} cannot do a grid of {gh} x {gw} cells with "
+                f"{num_heads} heads of {head_dim} channels; 'auto' takes what can"
+            )
+        return kernel(qkv, *tables, num_heads, interpret=placement.platform != "tpu")
+    q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
+    of_offsets = None
     if rel_pos_h is not None and rel_pos_w is not None:
-        tables = (
-            relative_positions(rel_pos_h, gh).astype(q.dtype),
-            relative_positions(rel_pos_w, gw).astype(q.dtype),
-        )
-    forms = {"reference": _reference, "extended": _extended, "chunked": _chunked}
-    return forms[implementation](q, k, v, tables)
+        of_offsets = (relative_positions(tables[0], gh), relative_positions(tables[1], gw))
+    if implementation == "cudnn":
+        out = _by_cudnn(q, k, v, of_offsets, placement)
+    else:
+        forms = {"reference": _reference, "extended": _extended, "chunked": _chunked}
+        out = forms[implementation](q, k, v, of_offsets)
+    return rearrange(out, "b h w a c -> b h w (a c)")
+
+
+_KERNELS: dict[str, tuple[Any, Any]] = {
+    "window_kernel": (window_kernel.window_attention, window_kernel.supports),
+    "flash_kernel": (flash_kernel.flash_attention, flash_kernel.supports),
+}
+
+
+def choose(
+    grid: GridShape, num_heads: int, head_dim: int, dtype: DTypeLike, placement: Placement
+) -> Implementation:
+    """The fastest form for the shape and the devices, of those that do not hold all logits."""
+    num_tokens = grid[0] * grid[1]
+    if placement.platform == "tpu":
+        if window_kernel.supports(grid, num_heads, head_dim):
+            return "window_kernel"
+        if num_tokens > MAX_TOKENS_AT_ONCE and flash_kernel.supports(grid, num_heads, head_dim):
+            return "flash_kernel"
+    if placement.platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+        needed = -(-(head_dim + sum(grid)) // _CUDNN_MULTIPLE) * _CUDNN_MULTIPLE
+        # Its backward pass wants an even number of tokens.
+        if needed <= _cudnn_max_channels(placement) and num_tokens % 2 == 0:
+            return "cudnn"
+    return "extended" if num_tokens <= MAX_TOKENS_AT_ONCE else "chunked"
 
 
 def _reference(q, k, v, tables):
@@ -83,26 +138,77 @@ def _reference(q, k, v, tables):
 
 
 def _extended(q, k, v, tables):
-    _, gh, gw, a, c = q.shape
-    q, k, v = (rearrange(x, "b h w a c -> (b a) h w c") for x in (q, k, v))
+    a, gh, c = q.shape[3], q.shape[1], q.shape[-1]
     # In float32, as relative terms may be large: half precision would round them among the logits.
     queries, keys = [q.astype(jnp.float32) * c**-0.5], [k.astype(jnp.float32)]
     if tables is not None:
-        by_row, by_column = tables
-        queries += [
-            jnp.einsum("xhwc,hic->xhwi", q, by_row, preferred_element_type=jnp.float32),
-            jnp.einsum("xhwc,wjc->xhwj", q, by_column, preferred_element_type=jnp.float32),
-        ]
-        rows, columns = np.indices((gh, gw))
-        is_in = np.concatenate([np.eye(gh)[rows], np.eye(gw)[columns]], axis=-1)
-        keys.append(jnp.broadcast_to(is_in.astype(np.float32), (*k.shape[:3], gh + gw)))
+        queries += _relative_terms(q, tables)
+        keys += _ones_at_keys(k, jnp.float32)
     queries, keys = (
-        rearrange(jnp.concatenate(parts, axis=-1), "x h w e -> x (h w) e")
+        rearrange(jnp.concatenate(parts, axis=-1), "b h w a e -> (b a) (h w) e")
         for parts in (queries, keys)
     )
     logits = jnp.einsum("xqe,xke->xqk", queries, keys)
-    out = _mean_by_softmax(logits, rearrange(v, "x h w c -> x (h w) c"))
+    out = _mean_by_softmax(logits, rearrange(v, "b h w a c -> (b a) (h w) c"))
     return rearrange(out, "(b a) (h w) c -> b h w a c", a=a, h=gh)
+
+
+def _relative_terms(q, tables):
+    """A query's terms for all rows, and for all columns, ``[b, h, w, a, size]`` in float32."""
+    by_row, by_column = tables
+    return [
+        jnp.einsum("bhwac,hic->bhwai", q, by_row, preferred_element_type=jnp.float32),
+        jnp.einsum("bhwac,wjc->bhwaj", q, by_column, preferred_element_type=jnp.float32),
+    ]
+
+
+def _ones_at_keys(k, dtype):
+    """A one at each key's row, and at its column, ``[b, h, w, a, size]``."""
+    return [
+        jnp.broadcast_to(
+            np.eye(k.shape[axis], dtype=dtype)[np.indices(k.shape[1:3])[axis - 1]][:, :, None],
+            (*k.shape[:-1], k.shape[axis]),
+        )
+        for axis in (1, 2)
+    ]
+
+
+def _by_cudnn(q, k, v, tables, placement):
+    gh, gw, _, c = q.shape[1:]
+    queries, keys = [(q.astype(jnp.float32) * c**-0.5).astype(q.dtype)], [k]
+    if tables is not None:
+        terms, ones = _relative_terms(q, tables), _ones_at_keys(k, k.dtype)
+        leading = [term.astype(q.dtype) for term in terms]
+        queries, keys = queries + leading, keys + ones
+        if c + 2 * (gh + gw) <= _cudnn_max_channels(placement):
+            queries += [
+                (term - lead.astype(jnp.float32)).astype(q.dtype)
+                for term, lead in zip(terms, leading, strict=True)
+            ]
+            keys += ones
+    queries, keys = (jnp.concatenate(parts, axis=-1) for parts in (queries, keys))
+    width = -(-queries.shape[-1] // _CUDNN_MULTIPLE) * _CUDNN_MULTIPLE
+    # Queries, keys and values must be equally wide.
+    queries, keys, values = (
+        rearrange(
+            jnp.pad(x, (*((0, 0),) * 4, (0, width - x.shape[-1]))), "b h w a e -> b (h w) a e"
+        )
+        for x in (queries, keys, v)
+    )
+    out = jax.nn.dot_product_attention(
+        queries,
+        keys,
+        values,
+        scale=1.0,
+        implementation="cudnn" if placement.platform == "gpu" else "xla",
+    )
+    return rearrange(out[..., :c], "b (h w) a c -> b h w a c", h=gh)
+
+
+def _cudnn_max_channels(placement: Placement) -> int:
+    capability = placement.compute_capability
+    is_older = capability is not None and capability < 9.0
+    return CUDNN_MAX_CHANNELS if is_older else CUDNN_MAX_CHANNELS_HOPPER
 
 
 def _chunked(q, k, v, tables):

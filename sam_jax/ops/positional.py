@@ -53,6 +53,14 @@ def grid_fourier_features(
     return by_sin_x * cos_y[:, None] + by_cos_x * sin_y[:, None]
 
 
+def resize_table(table: Float[Array, "entries c"], size: int) -> Float[Array, "e c"]:
+    """A table of relative positions for ``size`` places, ``2 size - 1`` entries, interpolated."""
+    entries = 2 * size - 1
+    if table.shape[0] == entries:
+        return table
+    return jax.image.resize(table, (entries, table.shape[1]), method="linear", antialias=False)
+
+
 def relative_positions(
     table: Float[Array, "entries c"], size: int
 ) -> Float[Array, "{size} {size} c"]:
@@ -61,8 +69,5 @@ def relative_positions(
     Entry ``size - 1`` of the table is offset zero, larger entries mean that the query lies further
     along the axis than the key. A table of another length is interpolated linearly.
     """
-    entries = 2 * size - 1
-    if table.shape[0] != entries:
-        table = jax.image.resize(table, (entries, table.shape[1]), method="linear", antialias=False)
     offsets = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
-    return table[offsets]
+    return resize_table(table, size)[offsets]

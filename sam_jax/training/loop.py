@@ -10,48 +10,21 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sam_jax.checkpoint import CheckpointConfig, Checkpointer
 from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import UserError
-from sam_jax.losses import LossConfig
-from sam_jax.models.sam import Sam, init_variables
-from sam_jax.prompts import PromptConfig
-from sam_jax.sharding import (
-    ShardingConfig,
-    batch_sharding,
-    make_mesh,
-    replicated,
-    tree_shardings,
-)
-from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
+from sam_jax.hosts import end_now
+from sam_jax.sharding import describe
+from sam_jax.training.program import TrainProgram
+from sam_jax.training.recipe import Recipe, TrainConfig
 from sam_jax.training.report import Reporter, Stopwatch
-from sam_jax.training.state import TrainState, init_state
-from sam_jax.training.step import Batch, build_train_step
+from sam_jax.training.state import TrainState
+from sam_jax.training.step import Batch
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How long to train and what to tell.
-
-    Attributes:
-      num_steps: optimizer steps of the whole run.
-      init_from: weights that a new run starts from, of any form that ``convert.checkpoints.load``
-        takes: another run, a published or Hugging Face checkpoint, a masked autoencoder; None for
-        random ones.
-      seed: of the parameters, prompts, dropout; the data have a seed of their own.
-      remat_rounds: whether rounds of prompting are computed again in the backward pass, see
-        ``rounds.run_rounds``.
-      log_every: steps between reports.
-      eval_every: steps between evaluations; None evaluates at the end only, 0 never.
-    """
-
-    num_steps: int
-    init_from: str | None = None
-    seed: int = 0
-    remat_rounds: bool = True
-    log_every: int = 50
-    eval_every: int | None = None
+# Processes tell each other of signals so often: it makes them wait for the step before.
+_STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class EvalReport(Protocol):
@@ -83,28 +56,20 @@ class DivergedError(UserError):
 def train(
     *,
     workdir: str | Path,
-    model: Sam,
+    recipe: Recipe,
     data_iterator: Any,
-    config: TrainConfig,
-    optimizer_config: OptimizerConfig,
-    prompt_config: PromptConfig,
-    loss_config: LossConfig,
-    sharding_config: ShardingConfig,
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
 ) -> TrainState:
-    """Trains until ``config.num_steps``, from the newest checkpoint in ``workdir`` if there is one.
+    """Trains all steps of the recipe, from the newest checkpoint in ``workdir`` if there is one.
 
     A run that was killed and is started again goes through the same states as one that was not.
 
     Args:
       workdir: for checkpoints and TensorBoard files.
-      model: the model.
+      recipe: the model, its training and its devices.
       data_iterator: yields mappings of the fields of ``Batch``, this process's share, and can
         save and restore its position.
-      config: how long.
-      optimizer_config, prompt_config, loss_config: the recipe.
-      sharding_config: devices and rules.
       checkpoint_config: when to save.
       evaluators: called with the variables at evaluations, by name.
 
@@ -112,70 +77,60 @@ def train(
       TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
       CheckpointError: if there is a checkpoint that does not fit.
-      WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
+      WeightsError, NamesError: if ``recipe.train.init_from`` cannot be read or does not fit.
     """
-    mesh = make_mesh(sharding_config)
-    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-    optimizer = build_optimizer(shapes["params"], optimizer_config, config.num_steps)
-
-    def new_state(key):
-        return init_state(init_variables(model, key), optimizer)
-
-    state_shapes = jax.eval_shape(new_state, jax.random.key(0))
-    shardings = tree_shardings(state_shapes, mesh, sharding_config)
-    train_step = jax.jit(
-        build_train_step(
-            model,
-            optimizer,
-            prompt_config,
-            loss_config,
-            seed=config.seed,
-            accumulate_steps=optimizer_config.accumulate_steps,
-            remat_rounds=config.remat_rounds,
-        ),
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-    )
-
+    config, program = recipe.train, recipe.program()
     checkpointer = Checkpointer(workdir, checkpoint_config)
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
     try:
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-        reporter.say(
-            f"{num_params / 1e6:.1f} M parameters on {mesh.size} {jax.devices()[0].device_kind} "
-            f"device(s), data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
-        )
+        _introduce(program, reporter)
         if first_step:
-            state = checkpointer.restore(_with_shardings(state_shapes, shardings), data_iterator)
+            state = checkpointer.restore(program.placed_state, data_iterator)
             reporter.say(f"continuing from the checkpoint of step {first_step} in {workdir}")
         else:
             key = jax.random.key(config.seed)
             if config.init_from is None:
-                state = jax.jit(new_state, out_shardings=shardings)(key)
+                state = program.new_state(key)
             else:
-                weights = variables_for(model, config.init_from, key=key)
-                started = jax.jit(lambda v: init_state(v, optimizer), out_shardings=shardings)
-                state = started(weights)
+                state = program.state_from(variables_for(recipe.model, config.init_from, key=key))
                 reporter.say(f"starting from the weights in {config.init_from}")
             reporter.say("the first step is compiled now, which can take minutes")
-        return _run(
-            state, train_step, data_iterator, mesh, config, checkpointer, reporter, evaluators
+        return _run(state, program, data_iterator, config, checkpointer, reporter, evaluators)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        end_now(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely as "
+            f"another one ended: {str(error).strip().splitlines()[0][:300]}\nThe same command, for "
+            f"any number of processes, continues from the newest checkpoint in {workdir}."
         )
+        raise
     finally:
         reporter.close()
         checkpointer.close()
 
 
-def _run(state, train_step, data_iterator, mesh, config, checkpointer, reporter, evaluators):
+def _introduce(program: TrainProgram, reporter: Reporter) -> None:
+    """Says what runs where."""
+    mesh, params = program.mesh, program.state_shapes.params
+    reporter.say(
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f} M parameters on "
+        f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s) of {jax.process_count()} "
+        f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+    )
+    if mesh.size > 1:
+        reporter.note("sharding.txt", "\n".join(describe(params, program.state_shardings.params)))
+
+
+def _run(state, program, data_iterator, config, checkpointer, reporter, evaluators):
     stopwatch, interval = Stopwatch(), []
     first_step = int(state.step)
     with _stop_signals() as stop_requested:
         for step in range(first_step + 1, config.num_steps + 1):
             with stopwatch.during("input"):
-                batch = _global_batch(next(data_iterator), mesh)
-            state, metrics = train_step(state, batch)
+                batch = _global_batch(next(data_iterator), program.batch_sharding)
+            state, metrics = program.step(state, batch)
             interval.append(metrics)
             if len(interval) > 1:
                 # One step is computed while the next one's data are fetched, and no more are
@@ -184,7 +139,7 @@ def _run(state, train_step, data_iterator, mesh, config, checkpointer, reporter,
             reporter.advance(step)
 
             is_last = step == config.num_steps
-            is_stopping = bool(stop_requested)
+            is_stopping = _all_are_stopping(stop_requested, step)
             is_saved = is_last or is_stopping or checkpointer.is_due(step)
             is_evaluated = _is_evaluated(step, config)
             if step % config.log_every == 0 or is_saved:
@@ -198,7 +153,7 @@ def _run(state, train_step, data_iterator, mesh, config, checkpointer, reporter,
                 if step % config.log_every == 0 or is_last:
                     seconds, spent = stopwatch.read()
                     seconds -= spent["evaluation"] + spent["checkpoint"]
-                    means |= _rates(interval, batch, seconds, spent["input"])
+                    means |= _rates(interval, len(batch["image"]), seconds, spent["input"])
                     reporter.train_metrics(step, means)
                     interval = []
             if is_saved:
@@ -215,6 +170,15 @@ def _run(state, train_step, data_iterator, mesh, config, checkpointer, reporter,
     return state
 
 
+def _all_are_stopping(stop_requested: list[int], step: int) -> bool:
+    """Whether a signal came, to this process or to another: all must stop after the same step."""
+    if jax.process_count() == 1:
+        return bool(stop_requested)
+    if step % _STEPS_BETWEEN_AGREEMENTS:
+        return False
+    return bool(np.any(multihost_utils.process_allgather(np.array(bool(stop_requested)))))
+
+
 def _is_evaluated(step: int, config: TrainConfig) -> bool:
     if config.eval_every == 0:
         return False
@@ -222,16 +186,12 @@ def _is_evaluated(step: int, config: TrainConfig) -> bool:
     return is_due or step == config.num_steps
 
 
-def _global_batch(local: Mapping[str, np.ndarray], mesh) -> Batch:
+def _global_batch(local: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:
     """This process's share of the images as part of the arrays over all devices."""
-    sharding = batch_sharding(mesh)
-    fields = {field.name: local[field.name] for field in dataclasses.fields(Batch)}
-    return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in fields.items()
-        }
-    )
+    return {
+        field.name: jax.make_array_from_process_local_data(sharding, local[field.name])
+        for field in dataclasses.fields(Batch)
+    }
 
 
 def _means(interval: list[dict]) -> dict[str, float]:
@@ -239,22 +199,14 @@ def _means(interval: list[dict]) -> dict[str, float]:
     return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
-def _rates(interval, batch: Batch, seconds: float, input_seconds: float) -> dict[str, float]:
+def _rates(interval, batch_size: int, seconds: float, input_seconds: float) -> dict[str, float]:
     num_masks = sum(float(m["num_masks"]) for m in interval)
     return {
-        "images_per_second": len(interval) * batch.image.shape[0] / seconds,
+        "images_per_second": len(interval) * batch_size / seconds,
         "masks_per_second": num_masks / seconds,
         "seconds_per_step": seconds / len(interval),
         "input_wait_rate": input_seconds / seconds,
     }
-
-
-def _with_shardings(shapes, shardings):
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from sam_jax.hosts import is_first
 
 
 class Reporter:
@@ -20,17 +21,19 @@ class Reporter:
 
     Args:
       workdir: where the TensorBoard files go, in a folder of their own.
-      first_step: of this run; what an interrupted run wrote from there on is superseded.
+      first_step: done before; what an interrupted run wrote of later ones is superseded.
       num_steps: the run's last step.
     """
 
     def __init__(self, workdir: str | Path, first_step: int, num_steps: int):
-        self._speaks = jax.process_index() == 0
+        self._speaks = is_first()
+        self._workdir = Path(workdir)
         self._num_steps = num_steps
         self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
         self._writer = None
         if self._speaks:
-            self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step)
+            folder = str(self._workdir / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -49,6 +52,12 @@ class Reporter:
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         self._console.print(text, markup=False)
+
+    def note(self, name: str, text: str) -> None:
+        """Leaves a text file in the working directory."""
+        if self._speaks:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            (self._workdir / name).write_text(text + "\n", encoding="utf-8")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""

@@ -12,6 +12,7 @@ from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.ops.images import valid_area
 from sam_jax.ops.masks import sample_pixel
+from sam_jax.ops.placement import BATCH, TENSOR, Placement
 from sam_jax.ops.resize import resize_bilinear
 from sam_jax.prompts import (
     PromptConfig,
@@ -49,6 +50,7 @@ def run_rounds(
     loss_config: LossConfig,
     *,
     remat: bool = True,
+    placement: Placement = Placement(),  # noqa: B008 - frozen
 ) -> RoundResult:
     """Every object prompted, predicted and corrected for all rounds.
 
@@ -70,13 +72,21 @@ def run_rounds(
       loss_config: what the losses weigh.
       remat: whether each round is computed again in the backward pass: without, the memory of
         all rounds is needed at once, and the step is about a fifth faster.
+      placement: the devices; each works on its own images and objects.
 
     Source: Kirillov et al. 2023, appendix A, "Training algorithm".
     """
+    masks = placement.constrain(masks, BATCH, TENSOR)
     area = valid_area(image_hw, masks.shape[-2:])
+    objects = placement.spec(BATCH, TENSOR)
+    losses_of = placement.on_each_device(
+        lambda logits, masks, area: mask_losses(logits, masks, area, loss_config),
+        [objects, objects, placement.spec(BATCH)],
+        objects,
+    )
 
     def judge(prediction: MaskPrediction) -> tuple[RoundResult, Float[Array, "b p lh lw"]]:
-        losses = mask_losses(prediction.low_res_logits, masks, area, loss_config)
+        losses = losses_of(prediction.low_res_logits, masks, area)
         chosen = jnp.argmax(prediction.iou_predictions, axis=-1)[..., None]
         logits = jnp.take_along_axis(prediction.low_res_logits, chosen[..., None, None], axis=2)[
             :, :, 0
@@ -88,26 +98,35 @@ def run_rounds(
         )
         return result, jax.lax.stop_gradient(logits)
 
-    def correct(key, logits):
-        """A click for each object where its enlarged prediction is wrong."""
-        keys = jax.random.split(key, masks.shape[1])
+    def correct(keys, logits, masks, area):
+        """A click for each object where its enlarged prediction is wrong; its own key for each."""
 
         def of_objects(objects):
             keys, logits, masks = objects
             predicted = resize_bilinear(logits, masks.shape[-2:]) > 0
-            one_object = jax.vmap(
-                lambda key, predicted, mask: error_clicks(
-                    key, predicted[:, None], mask[:, None], area
+            one_image = jax.vmap(
+                lambda key, predicted, mask, area: error_clicks(
+                    key, predicted[None, None], mask[None, None], area[None]
                 )
             )
-            return one_object(keys, predicted, masks)
+            coords, labels = jax.vmap(one_image, in_axes=(0, 0, 0, None))(
+                keys, predicted, masks, area
+            )
+            return coords[:, :, 0, 0], labels[:, :, 0, 0]
 
-        objects = (keys, jnp.swapaxes(logits, 0, 1), jnp.swapaxes(masks, 0, 1))
-        coords, labels = map_objects(of_objects, objects, loss_config.prompts_per_chunk)
-        return jnp.swapaxes(coords[:, :, 0], 0, 1), jnp.swapaxes(labels[:, :, 0], 0, 1)
+        first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (keys, logits, masks))
+        found = map_objects(of_objects, first, loss_config.prompts_per_chunk)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
+
+    clicks_of = placement.on_each_device(
+        correct,
+        [objects, objects, objects, placement.spec(BATCH)],
+        objects,
+    )
 
     start_key, mask_round_key, dropout_key, rounds_key = jax.random.split(key, 4)
     prompts = first_prompts(start_key, masks, image_hw, prompt_config)
+    prompts = jax.tree.map(lambda x: placement.constrain(x, BATCH, TENSOR), prompts)
     mask_round = mask_round_of(mask_round_key, masks.shape[:2], prompt_config)
 
     rematted = jax.checkpoint if remat else lambda function: function
@@ -120,7 +139,9 @@ def run_rounds(
         adds_click = mask_round != round_index
         if prompt_config.final_mask_round:
             adds_click &= round_index < prompt_config.num_rounds - 1
-        coords, labels = correct(click_key, logits)
+        coords, labels = clicks_of(
+            jax.random.split(click_key, masks.shape[:2]), logits, masks, area
+        )
         # Slot 0 belongs to the first prompt even where that is a box.
         slot = jnp.arange(prompt_config.num_points) == 1 + clicks[..., None]
         slot &= adds_click[..., None]

@@ -93,6 +93,7 @@ def build_train_step(
             prompt_config,
             loss_config,
             remat=remat_rounds,
+            placement=model.placement,
         )
         return _report(results, batch.mask_valid)
 

@@ -1,10 +1,8 @@
 """Whole runs of train.py and eval.py: killed and resumed, sharded, evaluated."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,48 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sam_jax.checkpoint import restore_variables
-
-ROOT = Path(__file__).parents[2]
-CONFIG = Path(__file__).with_name("tiny_run.py")
-
-
-def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run(program: str, *flags: str, devices: int = 1) -> str:
-    with start(program, *flags, devices=devices) as process:
-        output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+from tests.e2e.programs import logged, run, start
 
 
 def assert_same_parameters(first: Path, second: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, restore_variables(first), restore_variables(second))
-
-
-def logged(workdir: Path) -> dict[str, dict[int, float]]:
-    """What a run wrote to TensorBoard: values by tag and step."""
-    events = EventAccumulator(str(workdir / "tensorboard"))
-    events.Reload()
-    return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
 
 
 @pytest.fixture(scope="module")

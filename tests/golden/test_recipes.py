@@ -22,14 +22,14 @@ from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.prompts import PromptConfig
-from sam_jax.sharding import BATCH_AXES, ShardingConfig, tree_shardings
-from sam_jax.training.loop import TrainConfig
+from sam_jax.sharding import MESH_AXES, ShardingConfig, tree_shardings
 from sam_jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_schedule,
     parameter_groups,
 )
+from sam_jax.training.recipe import TrainConfig
 from sam_jax.training.state import init_state
 from sam_jax.training.step import Batch, build_train_step
 
@@ -61,6 +61,10 @@ def abstract_state(sections: dict[str, Any]) -> tuple[Sam, Any, Any]:
         from_mapping(TrainConfig, sections["train"], "train").num_steps,
     )
     return model, optimizer, jax.eval_shape(lambda v: init_state(v, optimizer), variables)
+
+
+def axes_text(axes: Any) -> str:
+    return "+".join(axes) if isinstance(axes, tuple) else str(axes)
 
 
 @pytest.mark.parametrize("config", RECIPES, indirect=True)
@@ -102,7 +106,7 @@ def test_sharding_and_optimizer_group_of_every_parameter(
     sections = config.to_dict()
     sharding = from_mapping(ShardingConfig, sections["sharding"], "sharding")
     _, _, state = abstract_state(sections)
-    mesh = AbstractMesh((16, sharding.fsdp), BATCH_AXES)
+    mesh = AbstractMesh((16, sharding.fsdp, sharding.tensor), MESH_AXES)
     shardings = tree_shardings(state, mesh, sharding)
     groups = parameter_groups(
         state.params, from_mapping(OptimizerConfig, sections["optimizer"], "optimizer")
@@ -110,7 +114,7 @@ def test_sharding_and_optimizer_group_of_every_parameter(
     leaves, specs = flatten_dict(state.params, sep="/"), flatten_dict(shardings.params, sep="/")
     lines = []
     for path, group in sorted(groups.items()):
-        axes = ",".join(str(axis) for axis in specs[path].spec) or "-"
+        axes = ",".join(axes_text(axis) for axis in specs[path].spec) or "-"
         shape = "x".join(map(str, leaves[path].shape))
         decay = "decayed" if group.decayed else "not decayed"
         lines.append(f"{path} {shape} {axes} {group.layer} {group.rate_scale:.4g} {decay}\n")

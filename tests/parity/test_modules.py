@@ -76,7 +76,7 @@ def test_encoder_block(tiny: Pair, block: int, grid: tuple[int, int]) -> None:
     tokens = normal(2, *grid, ENCODER.embed_dim)
     variables = tiny.part("image_encoder", f"block_{block:02d}")
     theirs = tiny.official.image_encoder.blocks[block](torch.from_numpy(tokens))
-    official.assert_equal(run(ours, variables, tokens, train=False), theirs)
+    official.assert_equal(run(ours, variables, tokens), theirs)
 
 
 def test_image_encoder(tiny: Pair, tiny_embeddings: np.ndarray) -> None:
@@ -170,14 +170,16 @@ def test_two_way_transformer(tiny: Pair, shared_cells: bool) -> None:
         official.assert_equal(part[0], reference)
 
 
-def test_upscaling(tiny: Pair) -> None:
+@pytest.mark.parametrize("in_lanes", [False, True])
+def test_upscaling(tiny: Pair, in_lanes: bool) -> None:
     cells = normal(2, *GRID, DIM)
     theirs = tiny.official.mask_decoder.output_upscaling(
         torch.from_numpy(np.moveaxis(cells, -1, 1).copy())
     )
-    ours = run(Upscaling(DIM), tiny.part("mask_decoder", "upscaling"), cells[None])[0]
-    # [p, gh, gw, i, j, k, l, c], where i k and j l are rows and columns within the cell
-    ours = np.transpose(ours, (0, 7, 1, 3, 5, 2, 4, 6)).reshape(theirs.shape)
+    # Candidate c asks for channel c alone.
+    each = jnp.eye(DIM // 8)[None, None].repeat(len(cells), 1)
+    weights = tiny.part("mask_decoder", "upscaling")
+    ours = run(Upscaling(DIM, in_lanes=in_lanes), weights, cells[None], each)[0]
     official.assert_equal(ours, theirs)
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decoder, encoder, input, limits, step, work
+from benchmarks import decoder, encoder, input, limits, step
 from benchmarks.random_inputs import random_prompts
+from sam_jax import work
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
@@ -81,8 +82,8 @@ def test_decoder_is_the_products_in_the_program(config: SamConfig, with_mask: bo
 
 def test_a_step_is_three_forward_passes() -> None:
     prompts = PromptConfig(num_corrections=2, random_mask_round=False, final_mask_round=True)
-    first = work.decoder_flops(TINY, 5, 3 + 3, multimask_output=True)
-    later = work.decoder_flops(TINY, 5, 3 + 3, multimask_output=False, with_mask=True)
+    first = work.decoder_flops(TINY, 5, 3 + 2, multimask_output=True)
+    later = work.decoder_flops(TINY, 5, 3 + 2, multimask_output=False, with_mask=True)
     image = work.encoder_flops(TINY.image_encoder) + first + 3 * later
     assert work.step_flops(TINY, prompts, batch_size=4, num_objects=5) == 3 * 4 * image
 
@@ -92,7 +93,8 @@ def test_objects_share_the_first_layers_view_of_the_image() -> None:
         return work.decoder_flops(VARIANTS["vit_b"], num_prompts, 2, multimask_output=True)
 
     shared = 1 - flops(1000) / (1000 * flops(1))
-    assert shared == pytest.approx(0.16, abs=0.01)
+    # Less than the projections that are spared, as heads that share cells meet them among zeros.
+    assert shared == pytest.approx(0.087, abs=0.01)
 
 
 def _encode(config: ImageEncoderConfig) -> tuple[Any, ...]:
@@ -166,7 +168,11 @@ DECODER = ["--variant", "tiny", "--prompts", "3"]
     ("benchmark_main", "arguments", "unit"),
     [
         (limits.main, [], "float32 FLOP/s"),
-        (encoder.main, [*ENCODER, "--backward", "--remat", "--dtype", "bfloat16"], "FLOP/s"),
+        (
+            encoder.main,
+            [*ENCODER, "--backward", "--remat", "blocks", "--dtype", "bfloat16"],
+            "FLOP/s",
+        ),
         (decoder.main, [*DECODER, "--with-mask"], "FLOP/s"),
         (step.main, ["--config", str(CONFIG), "--fresh-batches"], "FLOP/s"),
         (

@@ -137,11 +137,32 @@ def test_processes_share_the_data_between_them(opened: Any, coco_json: Path) -> 
     # 11 steps of 6 images are 6 epochs of 11.
     counts = collections.Counter(itertools.chain(*seen))
     assert counts == dict.fromkeys(range(NUM_IMAGES), 6)
-    # Within an epoch no image is read twice: the first 11 of the interleaved shares.
-    interleaved = list(itertools.chain(*zip(*seen, strict=True)))
-    assert sorted(interleaved[:NUM_IMAGES]) == list(range(NUM_IMAGES))
-    # And they are what one process would have read.
-    assert interleaved == numbers(take(opened(config), NUM_IMAGES))
+    # Batch by batch, they are what one process would have read, in its order.
+    together = [n for step in zip(*batches, strict=True) for n in numbers(step)]
+    assert together == numbers(take(opened(config), NUM_IMAGES))
+    # And within an epoch no image is read twice.
+    assert sorted(together[:NUM_IMAGES]) == list(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3), (3, 2)])
+def test_other_numbers_of_processes_continue(
+    opened: Any, coco_json: Path, before: int, after: int
+) -> None:
+    config = make_config(coco(coco_json), batch_size=6)
+
+    def together(shares: list[Any], count: int) -> list[int]:
+        batches = [take(share, count) for share in shares]
+        return [n for step in zip(*batches, strict=True) for n in numbers(step)]
+
+    straight = numbers(take(opened(config), 7))
+    shares = [opened(config, process_index=i, process_count=before) for i in range(before)]
+    assert together(shares, 3) == straight[:18]
+    states = json.loads(json.dumps([share.get_state() for share in shares]))
+    shares = [opened(config, process_index=i, process_count=after) for i in range(after)]
+    for share in shares:
+        share.set_states(states)
+    assert sum(share.num_seen for share in shares) == 18
+    assert together(shares, 4) == straight[18:]
 
 
 def test_sources_are_drawn_by_weight_not_by_size(opened: Any, config: DataConfig) -> None:

@@ -80,8 +80,13 @@ def test_points_are_closed_by_a_token_unless_there_is_a_box() -> None:
         boxes_xyxy=jnp.ones((2, 4, 4)),
         box_valid=jnp.tile(boxes, (2, 1)),
     )
-    expected = [[1, 1, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(embed(prompts).sparse_valid[1], np.array(expected, bool))
+    ours = embed(prompts)
+    # The third place is "not a point" or the box's first corner: one leaves it to the other.
+    expected = [[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(ours.sparse_valid[1], np.array(expected, bool))
+    np.testing.assert_array_equal(ours.sparse[1, 0, 2], PARAMS["not_a_point"])
+    corner = features(1, 1) + PARAMS["point_kinds"][2]
+    np.testing.assert_allclose(ours.sparse[1, 1:3, 2], jnp.stack([corner] * 2), atol=2e-5)
 
 
 def test_text_tokens_are_appended_as_they_are() -> None:

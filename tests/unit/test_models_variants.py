@@ -38,9 +38,9 @@ def test_windows_of_the_small_variants_divide_their_grid(variant: str) -> None:
 
 def test_the_default_is_the_variant_itself() -> None:
     assert ModelConfig().sam == VARIANTS["vit_b"]
-    model = build_model(ModelConfig("vit_l", dtype="bfloat16", remat=True, attention="chunked"))
+    model = build_model(ModelConfig("vit_l", dtype="bfloat16", remat="blocks", attention="chunked"))
     assert model.config == VARIANTS["vit_l"]
-    assert (model.dtype, model.remat, model.attention) == (jnp.bfloat16, True, "chunked")
+    assert (model.dtype, model.remat, model.attention) == (jnp.bfloat16, "blocks", "chunked")
 
 
 def test_changes_reach_their_part_and_leave_the_rest() -> None:

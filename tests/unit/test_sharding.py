@@ -26,7 +26,7 @@ def test_a_rule_is_aligned_at_the_last_dimension():
     assert shardings["encoder"]["bias"].spec == PartitionSpec()
     assert describe(TREE, shardings) == [
         "encoder/bias  (8,)  [replicated]  8",
-        "encoder/kernel  (3, 16, 8)  [None, fsdp, None]  96",
+        "encoder/kernel  (3, 16, 8)  [-, fsdp, -]  96",
         "step  ()  [replicated]  1",
     ]
 
@@ -63,4 +63,4 @@ def test_a_large_copy_is_fine_if_a_rule_says_so():
 def test_devices_must_add_up():
     with pytest.raises(ConfigError, match="do not multiply to the 8 devices"):
         make_mesh(ShardingConfig(data=3, fsdp=2))
-    assert make_mesh(ShardingConfig(fsdp=2)).shape == {"data": 4, "fsdp": 2}
+    assert make_mesh(ShardingConfig(fsdp=2)).shape == {"data": 4, "fsdp": 2, "tensor": 1}

@@ -77,7 +77,7 @@ def decoder_flops(
     Args:
       config: the model's shape.
       num_prompts: prompted objects; a fraction if it is a mean over images.
-      num_sparse: sparse tokens of each, valid or not: points, "not a point", box corners.
+      num_sparse: sparse tokens of each, valid or not: points, box corners or "not a point".
       multimask_output: three candidates each, or one.
       with_mask: whether they bring a mask.
       image_size: height and width in pixels, by default the config's.
@@ -92,7 +92,7 @@ def decoder_flops(
     sharing = 1 if with_mask else num_prompts
 
     cross = _CrossAttention(tokens, cells, dim, inner, decoder.num_heads)
-    of_tokens = _self_attention(tokens, dim) + 2 * tokens * dim * decoder.mlp_dim
+    of_tokens = _self_attention(tokens, dim, decoder.num_heads) + 2 * tokens * dim * decoder.mlp_dim
     first = cross.to_image(sharing) + cross.to_tokens(sharing)
     others = (decoder.depth - 1) * (cross.to_image() + cross.to_tokens())
     transformer = decoder.depth * of_tokens + first + others + cross.to_image()
@@ -107,9 +107,12 @@ def decoder_flops(
     return 2 * num_prompts * per_prompt
 
 
-def _self_attention(tokens: int, dim: int) -> int:
-    """Multiply-adds of full attention among a few tokens."""
-    return 4 * tokens * dim * dim + 2 * tokens * tokens * dim
+def _self_attention(tokens: int, dim: int, num_heads: int) -> int:
+    """Multiply-adds of full attention among a few tokens.
+
+    Each head's queries meet all heads' keys, and are zero but for their own.
+    """
+    return 4 * tokens * dim * dim + 2 * tokens * num_heads * tokens * dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,8 @@ class _CrossAttention:
     def _meet(self, sharing: float) -> float:
         if self._folds(sharing):
             return self._folded()
-        return self.cells * self.inner * (self.dim / sharing + self.tokens)
+        # As in self-attention, zeros for the other heads.
+        return self.cells * self.inner * (self.dim / sharing + self.tokens * self.num_heads)
 
     def _folded(self) -> int:
         return self.tokens * self.dim * (self.inner + self.cells * self.num_heads)
@@ -158,11 +162,11 @@ def round_flops(
     Every round has room for all points and a box, and every round but the first brings a mask and
     wants one candidate.
     """
-    not_a_point, corners = 1, 2
+    corners = 2  # in whose place "not a point" stands where there is no box
     return decoder_flops(
         config,
         num_objects,
-        prompts.num_points + not_a_point + corners,
+        prompts.num_points + corners,
         multimask_output=is_first,
         with_mask=not is_first,
     )

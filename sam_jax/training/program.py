@@ -1,0 +1,146 @@
+"""The compiled program of a training run: what is on which device, and the step."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from sam_jax.losses import LossConfig
+from sam_jax.models.sam import Sam, init_variables
+from sam_jax.ops.placement import Placement
+from sam_jax.prompts import PromptConfig
+from sam_jax.sharding import (
+    BATCH_AXES,
+    TENSOR_AXIS,
+    WEIGHTS_AXIS,
+    ShardingConfig,
+    batch_sharding,
+    make_mesh,
+    replicated,
+    tree_shardings,
+)
+from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
+from sam_jax.training.state import TrainState, init_state
+from sam_jax.training.step import Batch, build_train_step
+
+# Weights are gathered before a product. XLA would rather send pieces of them around, each with a
+# piece of the product: a hundred times as many transfers, and half as many cycles again.
+_COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """A run's functions, and where their arguments lie.
+
+    Attributes:
+      model: placed on the mesh.
+      mesh: of all devices.
+      optimizer: of its parameters.
+      state_shapes: shapes and types of the training state.
+      state_shardings: where it lies.
+      step: jitted; state and the fields of ``Batch`` by name in, state and metrics out. The state
+        that goes in is gone afterwards.
+    """
+
+    model: Sam
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    state_shapes: TrainState
+    state_shardings: TrainState
+    step: Any
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Of every field of a batch."""
+        return batch_sharding(self.mesh)
+
+    @property
+    def placed_state(self) -> TrainState:
+        """Shapes, types and shardings of the state in one tree."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.state_shapes,
+            self.state_shardings,
+        )
+
+    def placed_batch(self, batch_size: int, max_masks: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of a batch."""
+        height, width = self.model.image_size
+        shapes = {
+            "image": ((height, width, 3), np.uint8),
+            "image_hw": ((2,), np.int32),
+            "masks_packed": ((max_masks, height, -(-width // 8)), np.uint8),
+            "mask_valid": ((max_masks,), np.bool_),
+        }
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=self.batch_sharding)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def new_state(self, key: jax.Array) -> TrainState:
+        """The state before the first step, from random parameters, made where it lies."""
+        return jax.jit(
+            lambda key: init_state(init_variables(self.model, key), self.optimizer),
+            out_shardings=self.state_shardings,
+        )(key)
+
+    def state_from(self, variables: Any) -> TrainState:
+        """The state before the first step, from the variables of the model."""
+        return jax.jit(
+            lambda variables: init_state(variables, self.optimizer),
+            out_shardings=self.state_shardings,
+        )(variables)
+
+
+def build_program(
+    model: Sam,
+    *,
+    num_steps: int,
+    seed: int,
+    remat_rounds: bool,
+    optimizer_config: OptimizerConfig,
+    prompt_config: PromptConfig,
+    loss_config: LossConfig,
+    sharding_config: ShardingConfig,
+    devices: Sequence[Any] | None = None,
+) -> TrainProgram:
+    """The program of a run on these devices, which may be ones that are only described.
+
+    Args:
+      model: the model.
+      num_steps, seed, remat_rounds: see ``loop.TrainConfig``.
+      optimizer_config, prompt_config, loss_config, sharding_config: the recipe.
+      devices: by default all there are.
+
+    Raises:
+      ConfigError: if the config does not fit the devices or the parameters.
+    """
+    mesh = make_mesh(sharding_config, devices)
+    placement = Placement(mesh, BATCH_AXES, TENSOR_AXIS, WEIGHTS_AXIS, sharding_config.reduce_dtype)
+    model = model.clone(placement=placement)
+    variable_shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    optimizer = build_optimizer(variable_shapes["params"], optimizer_config, num_steps)
+    state_shapes = jax.eval_shape(lambda v: init_state(v, optimizer), variable_shapes)
+    shardings = tree_shardings(state_shapes, mesh, sharding_config)
+    train_step = build_train_step(
+        model,
+        optimizer,
+        prompt_config,
+        loss_config,
+        seed=seed,
+        accumulate_steps=optimizer_config.accumulate_steps,
+        remat_rounds=remat_rounds,
+    )
+    step = jax.jit(
+        # A mapping: compilers rebuild arguments from placeholders, which ``Batch`` refuses.
+        lambda state, fields: train_step(state, Batch(**fields)),
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=_COMPILER_OPTIONS.get(model.placement.platform),
+    )
+    return TrainProgram(model, mesh, optimizer, state_shapes, shardings, step)

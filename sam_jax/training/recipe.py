@@ -1,0 +1,131 @@
+"""A config file and what it describes, for programs that take it without flags of their own."""
+
+import ast
+import dataclasses
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam_jax.configuration import from_mapping
+from sam_jax.data.config import DataConfig
+from sam_jax.errors import ConfigError
+from sam_jax.losses import LossConfig
+from sam_jax.models.sam import Sam
+from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.prompts import PromptConfig
+from sam_jax.sharding import ShardingConfig
+from sam_jax.training.optimizer import OptimizerConfig
+from sam_jax.training.program import TrainProgram, build_program
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and what to tell.
+
+    Attributes:
+      num_steps: optimizer steps of the whole run.
+      init_from: weights that a new run starts from, of any form that ``convert.checkpoints.load``
+        takes: another run, a published or Hugging Face checkpoint, a masked autoencoder; None for
+        random ones.
+      seed: of the parameters, prompts, dropout; the data have a seed of their own.
+      remat_rounds: whether rounds of prompting are computed again in the backward pass, see
+        ``rounds.run_rounds``.
+      log_every: steps between reports.
+      eval_every: steps between evaluations; None evaluates at the end only, 0 never.
+    """
+
+    num_steps: int
+    init_from: str | None = None
+    seed: int = 0
+    remat_rounds: bool = True
+    log_every: int = 50
+    eval_every: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The sections of a config that say what a training step is, built."""
+
+    model: Sam
+    data: DataConfig
+    prompts: PromptConfig
+    losses: LossConfig
+    optimizer: OptimizerConfig
+    sharding: ShardingConfig
+    train: TrainConfig
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Any]) -> "Recipe":
+        """The recipe of a config's sections.
+
+        Raises:
+          ConfigError: if a section does not fit what it describes.
+        """
+        model = build_model(from_mapping(ModelConfig, sections["model"], "model"))
+        data = {**sections["data"], "image_size": model.image_size}
+        return cls(
+            model=model,
+            data=from_mapping(DataConfig, data, "data"),
+            prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
+            losses=from_mapping(LossConfig, sections["losses"], "losses"),
+            optimizer=from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
+            sharding=from_mapping(ShardingConfig, sections["sharding"], "sharding"),
+            train=from_mapping(TrainConfig, sections["train"], "train"),
+        )
+
+    def program(self, devices: Sequence[Any] | None = None) -> TrainProgram:
+        """The training step on these devices; see ``build_program``."""
+        return build_program(
+            self.model,
+            num_steps=self.train.num_steps,
+            seed=self.train.seed,
+            remat_rounds=self.train.remat_rounds,
+            optimizer_config=self.optimizer,
+            prompt_config=self.prompts,
+            loss_config=self.losses,
+            sharding_config=self.sharding,
+            devices=devices,
+        )
+
+
+def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a config file.
+
+    Args:
+      file: as for train.py: FILE.py, or FILE.py:ARGUMENT for its ``get_config``.
+      settings: changes, each SECTION.KEY=VALUE.
+
+    Raises:
+      ConfigError: if there is no such file or key, or the file is no config.
+    """
+    path, _, argument = file.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path}: there is no such file")
+    # A config may import its neighbours, as in `from configs import common`.
+    root = str(Path(path).resolve().parents[1])
+    if root not in sys.path:
+        sys.path.append(root)
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"--config {path}: the file has no function get_config")
+    config = get_config(argument) if argument else get_config()
+    for text in settings:
+        key, value = _setting(text)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"--set {text}: {error}") from error
+    sections: dict[str, Any] = config.to_dict()
+    return sections
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: expected SECTION.KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value

@@ -1,0 +1,49 @@
+"""Programs as users start them, and what they leave behind."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Path(__file__).with_name("tiny_run.py")
+# A step is compiled once for each number of devices and processes, not once for each run.
+CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+
+
+def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+    """A program of the repository with the tiny config, on a CPU that poses as so many devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(program: str, *flags: str, devices: int = 1) -> str:
+    """What it prints, once it has ended well."""
+    with start(program, *flags, devices=devices) as process:
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+def logged(workdir: Path) -> dict[str, dict[int, float]]:
+    """What a run wrote to TensorBoard: values by tag and step."""
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }

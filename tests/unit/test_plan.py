@@ -1,0 +1,154 @@
+"""Plans: exact where they can be, and honest about the rest."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sam_jax import plan as planning
+from sam_jax.cli import app
+from sam_jax.errors import ConfigError
+from sam_jax.training.recipe import Recipe, read_config
+
+CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
+SMALL = ("prompts.random_mask_round=False", "prompts.final_mask_round=False")
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+
+
+def example(**changes: Any) -> planning.Plan:
+    memory = planning.Memory(
+        params=100, optimizer=200, constants=0, batch=10, working=490, program=0, available=1000.0
+    )
+    made = planning.Plan(
+        topology="v5e:4x4",
+        num_devices=16,
+        mesh={"data": 4, "fsdp": 4, "tensor": 1},
+        batch_size=16,
+        remat="none",
+        memory=memory,
+        work_flops=2e12,
+        moved_bytes=1e9,
+        collectives=(),
+        compute_seconds=0.4,
+        roofline_seconds=0.2,
+        transfer_seconds=0.1,
+        num_steps=9000,
+        compile_seconds=1.0,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_what_follows_from_the_numbers() -> None:
+    made = example()
+    assert made.memory.total == 800
+    assert made.memory.fits
+    assert made.step_seconds == pytest.approx((0.4, 0.5))
+    assert made.run_hours == pytest.approx((1.0, 1.25))
+    assert made.mfu == pytest.approx((0.4, 0.5))
+    # 300 bytes of state and 500 for an image; a second image has 200 left, and wants 500.
+    assert planning.largest_batch(made) == 16
+    # All 1,200 bytes of the state beside 500 need 1,700; in three quarters less it is 1,000.
+    assert planning.fewest_devices(made) == 4
+
+
+def test_more_memory_takes_more_images_and_fewer_devices() -> None:
+    roomy = example(memory=dataclasses.replace(example().memory, available=2000.0))
+    assert planning.largest_batch(roomy) == 16 * 3
+    assert planning.fewest_devices(roomy) == 1
+
+
+def test_what_is_not_known_is_not_made_up() -> None:
+    memory = dataclasses.replace(example().memory, available=None)
+    made = example(memory=memory, compute_seconds=None, transfer_seconds=None)
+    assert made.memory.fits is None
+    assert planning.largest_batch(made) is None
+    assert planning.fewest_devices(made) is None
+    assert made.as_dict()["run_hours"] is None
+
+
+def test_a_plan_for_this_machine(tmp_path: Path) -> None:
+    """Parameters, moments and batch to the byte, through the command line."""
+    out = tmp_path / "plan.json"
+    settings = [part for text in SMALL for part in ("--set", text)]
+    result = CliRunner().invoke(app, ["plan", "--config", CONFIG, *settings, "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    (made,) = json.loads(out.read_text())
+    program = Recipe.of(read_config(CONFIG, SMALL)).program()
+    num_params = sum(leaf.size for leaf in _leaves(program.state_shapes.params))
+    memory = made["memory"]
+    # Devices that split nothing hold everything.
+    assert memory["params"] == 4 * num_params
+    # Two moments and two counters of steps.
+    assert memory["optimizer"] == 8 * num_params + 8
+    image, masks = 32 * 48 * 3, 2 * 32 * 48 // 8
+    assert memory["batch"] == 8 // made["mesh"]["data"] * (image + masks + 8 + 2)
+    assert memory["working"] > 0
+    assert made["num_steps"] == 10
+    assert "parameters, per device" in result.output
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    recipe = Recipe.of(read_config(CONFIG, ["sharding.data=8"]))
+    with pytest.raises(ConfigError, match="a batch of 12 images does not divide by 8 devices"):
+        planning.plan(recipe, batch_size=12)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "gpu:8"])
+def test_a_topology_that_does_not_exist_is_named(topology: str) -> None:
+    with pytest.raises(planning.TopologyError, match=rf"{topology}: expected 'local'"):
+        planning.devices_of(topology)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed"
+)
+def test_without_the_compiler_it_says_what_to_install() -> None:
+    with pytest.raises(planning.TopologyError, match=r"pip install 'sam-jax\[tpu\]'"):
+        planning.devices_of("v5e:4x4")
+
+
+@needs_compiler
+def test_a_plan_for_a_tpu() -> None:
+    """A tiny model, but the real compiler, kernels and slices."""
+    settings = [
+        *SMALL,
+        "model.dtype=bfloat16",
+        "model.image_size=(128, 128)",
+        "model.encoder.embed_dim=128",
+        "sharding.fsdp=4",
+        "data.batch_size=16",
+    ]
+    made = planning.plan(Recipe.of(read_config(CONFIG, settings)), "v5e:4x4")
+    assert made.mesh == {"data": 4, "fsdp": 4, "tensor": 1}
+    assert made.memory.fits
+    assert made.compute_seconds is not None
+    assert made.compute_seconds > made.roofline_seconds > 0
+    assert {c.kind for c in made.collectives} >= {"all-gather", "all-reduce"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.py"], "nowhere.py: there is no such file"),
+        (["--config", CONFIG, "--set", "model.varian=vit_b"], "varian"),
+        (["--config", CONFIG, "--set", "model.remat"], "expected SECTION.KEY=VALUE"),
+        (["--config", CONFIG, "--remat", "some"], "remat"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code != 0
+    assert message in str(result.exception) + result.output
