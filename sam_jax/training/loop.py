@@ -19,7 +19,7 @@ from sam_jax.hosts import end_now
 from sam_jax.sharding import describe
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe, TrainConfig
-from sam_jax.training.report import Reporter, Stopwatch
+from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.state import TrainState
 from sam_jax.training.step import Batch
 
@@ -125,9 +125,11 @@ def _introduce(program: TrainProgram, reporter: Reporter) -> None:
 
 def _run(state, program, data_iterator, config, checkpointer, reporter, evaluators):
     stopwatch, interval = Stopwatch(), []
+    profile = Profile(config.profile_steps, reporter)
     first_step = int(state.step)
     with _stop_signals() as stop_requested:
         for step in range(first_step + 1, config.num_steps + 1):
+            profile.before(step)
             with stopwatch.during("input"):
                 batch = _global_batch(next(data_iterator), program.batch_sharding)
             state, metrics = program.step(state, batch)
@@ -137,6 +139,7 @@ def _run(state, program, data_iterator, config, checkpointer, reporter, evaluato
                 # queued: the clock, the bar and the reaction to a signal stay honest.
                 jax.block_until_ready(interval[-2])
             reporter.advance(step)
+            profile.after(step, metrics)
 
             is_last = step == config.num_steps
             is_stopping = _all_are_stopping(stop_requested, step)

@@ -32,6 +32,8 @@ class TrainConfig:
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
       remat_rounds: whether rounds of prompting are computed again in the backward pass, see
         ``rounds.run_rounds``.
+      profile_steps: first and last step that a profile is written of, to ``workdir/profile``, for
+        xprof or TensorBoard; None for no profile.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
     """
@@ -40,6 +42,7 @@ class TrainConfig:
     init_from: str | None = None
     seed: int = 0
     remat_rounds: bool = True
+    profile_steps: tuple[int, int] | None = None
     log_every: int = 50
     eval_every: int | None = None
 

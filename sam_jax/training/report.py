@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,6 +49,11 @@ class Reporter:
             "training", total=num_steps, completed=first_step, news=""
         )
         self._progress.start()
+
+    @property
+    def workdir(self) -> Path:
+        """Where the run keeps what it leaves."""
+        return self._workdir
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -97,6 +103,34 @@ class Reporter:
         self._progress.stop()
         if self._writer is not None:
             self._writer.close()
+
+
+class Profile:
+    """A trace of some steps, for xprof.
+
+    Args:
+      steps: the first and the last of them; None for none.
+      reporter: says where the trace is, and where it may be.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, reporter: Reporter):
+        self._steps = steps
+        self._reporter = reporter
+        self._is_running = False
+
+    def before(self, step: int) -> None:
+        """Starts at the first step."""
+        if self._steps is not None and step == self._steps[0]:
+            jax.profiler.start_trace(self._reporter.workdir / "profile")
+            self._is_running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Ends after the last step, once its results are there."""
+        if self._is_running and self._steps is not None and step >= self._steps[1]:
+            jax.block_until_ready(results)
+            jax.profiler.stop_trace()
+            self._is_running = False
+            self._reporter.say(f"a profile is in {self._reporter.workdir / 'profile'}")
 
 
 class Stopwatch:

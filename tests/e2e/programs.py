@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_run.py")
-# A step is compiled once for each number of devices and processes, not once for each run.
+# A step is compiled once for each number of devices, not once for each run. Of several processes
+# only the first would find it there, and not wait for the others.
 CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
 
 
@@ -19,8 +20,9 @@ def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
     }
+    if not any(flag.startswith("--process=") for flag in flags):
+        environment["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     return subprocess.Popen(
         [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags],
         env=environment,

@@ -1,0 +1,34 @@
+"""Profiles of some steps."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sam_jax.training.report import Profile, Reporter
+
+
+@pytest.mark.parametrize(
+    ("steps", "first_step", "is_written"),
+    [((2, 3), 1, True), ((2, 3), 3, False), (None, 1, False)],
+    ids=["some", "before-it-continued", "none"],
+)
+def test_a_profile_is_of_the_steps_asked_for(
+    steps: tuple[int, int] | None,
+    first_step: int,
+    is_written: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reporter = Reporter(tmp_path, 0, 5)
+    profile = Profile(steps, reporter)
+    double = jax.jit(lambda x: 2 * x)
+    try:
+        for step in range(first_step, 5):
+            profile.before(step)
+            profile.after(step, double(jnp.ones(3)))
+    finally:
+        reporter.close()
+    assert bool(list(tmp_path.glob("profile/**/*.pb"))) == is_written
+    assert ("a profile is in" in capsys.readouterr().err) == is_written
