@@ -51,7 +51,6 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * 2**30, 275e12, 1228e9, 300e9, 1.05e9),
         Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
         Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
         # The clock follows from the peak.
@@ -197,8 +196,14 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
             f"as in v5e:16x16 or v5p:4x4x4; the TPUs are {', '.join(CHIPS)}"
         )
     # Nothing of a TPU is here: do not look for one, and share the compiler with other programs.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What the host is said to be does not matter; that something is keeps the compiler quiet.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    }.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}

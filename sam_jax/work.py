@@ -12,6 +12,7 @@ how it is written.
 
 import dataclasses
 
+from sam_jax.arrays import GridShape
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
@@ -53,6 +54,12 @@ def encoder_flops(
             total += _grid_attention(cells if useful else padded, (side, side), dim) + mlp
     total += cells * config.output_dim * (dim + 9 * config.output_dim)
     return 2 * total
+
+
+def attention_flops(grid: GridShape, dim: int) -> int:
+    """Operations of attention over one grid, without the projections before and after it."""
+    cells = grid[0] * grid[1]
+    return 2 * cells * (2 * cells + grid[0] + grid[1]) * dim
 
 
 def _grid_attention(queries: int, grid: tuple[int, int], dim: int) -> int:

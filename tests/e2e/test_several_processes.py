@@ -74,12 +74,18 @@ def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_close_parameters(first: Path, second: Path, step: int) -> None:
+    """All but biases of keys: softmax does not see them, so Adam makes steps of their rounding."""
     for (path, ours), theirs in zip(
         jax.tree.leaves_with_path(restore_variables(first, step)),
         jax.tree.leaves(restore_variables(second, step)),
         strict=True,
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=str(path))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("k_proj/bias"):
+            continue
+        if name.endswith("qkv/bias"):
+            ours, theirs = (np.delete(np.reshape(x, (3, -1)), 1, axis=0) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_two_processes_do_what_one_does_and_another_number_continues(

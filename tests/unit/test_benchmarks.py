@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decoder, encoder, input, limits, step
+from benchmarks import attention, checkpoint, decoder, encoder, input, limits, step
 from benchmarks.random_inputs import random_prompts
 from sam_jax import work
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
@@ -174,6 +174,12 @@ DECODER = ["--variant", "tiny", "--prompts", "3"]
             "FLOP/s",
         ),
         (decoder.main, [*DECODER, "--with-mask"], "FLOP/s"),
+        (
+            attention.main,
+            ["--grid", "4", "8", "--heads", "2", "--backward", "--dtype", "bfloat16"],
+            "chunked FLOP/s",
+        ),
+        (checkpoint.main, ["--config", str(CONFIG)], "restored bytes/s"),
         (step.main, ["--config", str(CONFIG), "--fresh-batches"], "FLOP/s"),
         (
             input.main,
