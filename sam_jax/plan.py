@@ -81,12 +81,8 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it, at its peak."""
-        return sum(
-            (
-                *(self.params, self.optimizer, self.constants),
-                *(self.batch, self.working, self.program),
-            )
-        )
+        state = self.params + self.optimizer + self.constants
+        return state + self.batch + self.working + self.program
 
     @property
     def fits(self) -> bool | None:

@@ -18,12 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.positional import relative_positions
+from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, product
 
-_LANES = 128
-_SUBLANES = 8
 # A block of logits of 512 x 512 takes 1 MB, and a handful of its size are alive at once.
 _TOKENS_PER_BLOCK = 512
-_VMEM_LIMIT_BYTES = 100 * 2**20
 _LOWEST = -1e30
 
 
@@ -66,16 +64,16 @@ def _cut(grid: GridShape, interpret: bool) -> _Blocks | None:
     rows = [
         rows
         for rows in range(1, gh + 1)
-        if rows == gh or (gh % rows == 0 and rows % _SUBLANES == 0 and rows * gw % _LANES == 0)
+        if rows == gh or (gh % rows == 0 and rows % SUBLANES == 0 and rows * gw % LANES == 0)
     ]
     queries = [
         size
         for size in range(1, tokens + 1)
-        if size == tokens or (tokens % size == 0 and size % _LANES == 0)
+        if size == tokens or (tokens % size == 0 and size % LANES == 0)
     ]
     best_rows = min(rows, key=lambda rows: abs(rows * gw - _TOKENS_PER_BLOCK))
     best_queries = min(queries, key=lambda size: abs(size - _TOKENS_PER_BLOCK))
-    if gw % _SUBLANES or max(best_rows * gw, best_queries) > 2 * _TOKENS_PER_BLOCK:
+    if gw % SUBLANES or max(best_rows * gw, best_queries) > 2 * _TOKENS_PER_BLOCK:
         return None
     return _Blocks(grid, best_rows, best_queries, interpret)
 
@@ -243,7 +241,7 @@ def _call(blocks, kernel, name, q, *, grid, inputs, in_specs, outputs, scratch, 
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_LIMIT_BYTES,
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * logits * channels,
@@ -255,20 +253,9 @@ def _call(blocks, kernel, name, q, *, grid, inputs, in_specs, outputs, scratch, 
     )(*inputs)
 
 
-def _product(a, b, contracted: tuple[int, int]):
-    """A product in float32; ``contracted`` are the axes that are summed over."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _logits(blocks: _Blocks, q, k, terms_h, terms_w):
     """``[keys, queries]`` of a block."""
-    products = _product(k[0], q[0], (1, 1))
+    products = product(k[0], q[0], (1, 1))
     by_place = products.reshape(blocks.rows, blocks.grid[1], blocks.queries)
     by_place = by_place + terms_h[0][:, None, :] + terms_w[0][None]
     return by_place.reshape(blocks.keys, blocks.queries)
@@ -294,7 +281,7 @@ def _forward_kernel(blocks, q, k, v_aside, terms_h, terms_w, out, log_sums, peak
     peak = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
     weights, kept = jnp.exp(logits - peak), jnp.exp(before - peak)
     sums[...] = kept * sums[...] + jnp.sum(weights, axis=0, keepdims=True)
-    means[...] = kept * means[...] + _product(v_aside[0], weights.astype(v_aside.dtype), (1, 0))
+    means[...] = kept * means[...] + product(v_aside[0], weights.astype(v_aside.dtype), (1, 0))
     peaks[...] = peak
 
     @functools.partial(_at_last_step, blocks.num_key_blocks)
@@ -304,7 +291,7 @@ def _forward_kernel(blocks, q, k, v_aside, terms_h, terms_w, out, log_sums, peak
 
 
 def _d_logits(weights, v, d_out_aside, means):
-    return weights * (_product(v[0], d_out_aside[0], (1, 0)) - means[0])
+    return weights * (product(v[0], d_out_aside[0], (1, 0)) - means[0])
 
 
 def _queries_backward_kernel(blocks, *refs):
@@ -321,7 +308,7 @@ def _queries_backward_kernel(blocks, *refs):
     by_place = d_logits.reshape(blocks.rows, blocks.grid[1], blocks.queries)
     d_terms_h[0] = jnp.sum(by_place, axis=1)
     sum_w[...] += jnp.sum(by_place, axis=0)
-    sum_q[...] += _product(k_aside[0], d_logits.astype(k_aside.dtype), (1, 0))
+    sum_q[...] += product(k_aside[0], d_logits.astype(k_aside.dtype), (1, 0))
 
     @functools.partial(_at_last_step, blocks.num_key_blocks)
     def _():
@@ -339,9 +326,9 @@ def _keys_backward_kernel(blocks, *refs):
         sum_v[...] = jnp.zeros_like(sum_v)
 
     weights = jnp.exp(_logits(blocks, q, k, terms_h, terms_w) - log_sums[0])
-    sum_v[...] += _product(weights.astype(d_out.dtype), d_out[0], (1, 0))
+    sum_v[...] += product(weights.astype(d_out.dtype), d_out[0], (1, 0))
     d_logits = _d_logits(weights, v, d_out_aside, means)
-    sum_k[...] += _product(d_logits.astype(q.dtype), q[0], (1, 0))
+    sum_k[...] += product(d_logits.astype(q.dtype), q[0], (1, 0))
 
     @functools.partial(_at_last_step, blocks.num_query_blocks)
     def _():

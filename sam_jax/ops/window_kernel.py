@@ -22,13 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
+from sam_jax.ops.tpu_kernel import LANES, VMEM_LIMIT_BYTES, product
 
-LANES = 128
 # Rows of a window have the first half of a tile, columns the second; in each, the terms' leading
 # digits have the first half and the rest the second.
 _MAX_SIDE = LANES // 4
-# Scores and what follows from them take 0.2 MB each at 196 tokens.
-_VMEM_LIMIT_BYTES = 100 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +167,7 @@ def _whole(rows: int, width: int) -> pl.BlockSpec:
 
 
 def _compiler_params(semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=(semantics,), vmem_limit_bytes=_VMEM_LIMIT_BYTES
-    )
+    return pltpu.CompilerParams(dimension_semantics=(semantics,), vmem_limit_bytes=VMEM_LIMIT_BYTES)
 
 
 def _cost(shape: _Shape, n: int, tokens: int, itemsize: int, products: int) -> pl.CostEstimate:
@@ -180,17 +176,6 @@ def _cost(shape: _Shape, n: int, tokens: int, itemsize: int, products: int) -> p
         flops=2 * products * logits * shape.head_dim,
         transcendentals=logits,
         bytes_accessed=n * tokens * shape.dim * itemsize * (4 if products == 2 else 7),
-    )
-
-
-def _product(a, b, contracted: tuple[int, int]):
-    """A product in float32; ``contracted`` are the axes that are summed over."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
     )
 
 
@@ -212,7 +197,7 @@ def _shift(shape: _Shape, x, *, undo: bool = False):
 
 def _relative_terms(shape: _Shape, queries, tables):
     """Terms of queries ``[tokens, 128]``: rows' in the first half, columns' in the second."""
-    terms = _shift(shape, _product(queries, tables.astype(queries.dtype), (1, 1)))
+    terms = _shift(shape, product(queries, tables.astype(queries.dtype), (1, 1)))
     if queries.dtype == jnp.float32:
         return terms
     leading = terms.astype(queries.dtype)
@@ -223,8 +208,8 @@ def _relative_terms(shape: _Shape, queries, tables):
 
 def _weights(shape: _Shape, queries, keys, tables, ones):
     """Softmax of one head's logits, ``[tokens, tokens]`` in float32."""
-    logits = _product(queries, keys, (1, 1)) * shape.scale
-    logits += _product(_relative_terms(shape, queries, tables), ones, (1, 1))
+    logits = product(queries, keys, (1, 1)) * shape.scale
+    logits += product(_relative_terms(shape, queries, tables), ones, (1, 1))
     weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
@@ -264,7 +249,7 @@ def _forward_kernel(shape, qkv, tables, ones, out):
             shape, q, _of_head(shape, head, qkv, 1), tables[:, shape.span(head)], ones[...]
         )
         values = _of_head(shape, head, qkv, 2)
-        written.add(head, _product(weights.astype(values.dtype), values, (1, 0)))
+        written.add(head, product(weights.astype(values.dtype), values, (1, 0)))
 
 
 def _backward_kernel(shape, qkv, tables, ones, d_out, d_qkv, d_tables):
@@ -283,16 +268,16 @@ def _backward_kernel(shape, qkv, tables, ones, d_out, d_qkv, d_tables):
         q, d_head = (jnp.where(owned, x, jnp.zeros_like(x)) for x in (q, d_head))
         table = tables[:, span]
         weights = _weights(shape, q, k, table, ones[...])
-        d_values.add(head, _product(weights.astype(q.dtype), d_head, (0, 0)))
-        d_weights = _product(d_head, v, (1, 1))
+        d_values.add(head, product(weights.astype(q.dtype), d_head, (0, 0)))
+        d_weights = product(d_head, v, (1, 1))
         mean = jnp.sum(weights * d_weights, axis=1, keepdims=True)
         d_logits = (weights * (d_weights - mean)).astype(q.dtype)
-        d_keys.add(head, _product(d_logits, q, (0, 0)) * shape.scale)
-        d_terms = jnp.where(leads, _product(d_logits, ones[...], (1, 0)), 0.0)
+        d_keys.add(head, product(d_logits, q, (0, 0)) * shape.scale)
+        d_terms = jnp.where(leads, product(d_logits, ones[...], (1, 0)), 0.0)
         d_terms = _shift(shape, d_terms, undo=True).astype(q.dtype)
         d_queries.add(
             head,
-            _product(d_logits, k, (1, 0)) * shape.scale
-            + _product(d_terms, table.astype(q.dtype), (1, 0)),
+            product(d_logits, k, (1, 0)) * shape.scale
+            + product(d_terms, table.astype(q.dtype), (1, 0)),
         )
-        d_tables[:, span] += _product(d_terms, q, (0, 0))
+        d_tables[:, span] += product(d_terms, q, (0, 0))

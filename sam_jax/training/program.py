@@ -112,7 +112,7 @@ def build_program(
 
     Args:
       model: the model.
-      num_steps, seed, remat_rounds: see ``loop.TrainConfig``.
+      num_steps, seed, remat_rounds: see ``recipe.TrainConfig``.
       optimizer_config, prompt_config, loss_config, sharding_config: the recipe.
       devices: by default all there are.
 
