@@ -12,7 +12,8 @@ m      mask candidate that the decoder returns (3, or 1)
 t      token of the decoder's sequence
 h w    pixels of the model input (resized and padded)
 lh lw  pixels of the low-resolution logits, four per grid cell and side
-gh gw  cells of the patch grid, ``h / patch_size`` by ``w / patch_size``
+gh gw  cells of the patch grid, ``h / patch_size`` by ``w / patch_size``; ``cells`` are all of
+       them, row by row
 a      attention head
 d c    channels
 ====== ==================================================================
@@ -24,9 +25,20 @@ sizes are ``(height, width)``.
 from typing import Any, TypeAlias
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt8, UInt16
+from jaxtyping import Bool, Float, Int, Shaped, UInt8, UInt16, UInt32
 
-__all__ = ["Array", "Bool", "DimSize", "Float", "GridShape", "Int", "UInt8", "UInt16"]
+__all__ = [
+    "Array",
+    "Bool",
+    "DimSize",
+    "Float",
+    "GridShape",
+    "Int",
+    "Shaped",
+    "UInt8",
+    "UInt16",
+    "UInt32",
+]
 
 GridShape: TypeAlias = tuple[int, int]
 # A length that ``jax.export`` may leave open: an int, or one of its symbols.

@@ -7,11 +7,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from sam_jax.arrays import Array, Bool, Float
+from sam_jax.arrays import Array, Float, Int
 from sam_jax.errors import ConfigError
-from sam_jax.ops.masks import mask_iou
-from sam_jax.ops.resize import resize_bilinear
+from sam_jax.ops import mask_sums_kernel
+from sam_jax.ops.cells import MaskGrid, num_pixels
+from sam_jax.ops.mask_sums import MaskSums, mask_sums
+from sam_jax.ops.tpu_kernel import WORTH_KEEPING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,98 +49,70 @@ class MaskLosses:
       focal: mean focal loss over the image's pixels.
       dice: dice loss, in [0, 1].
       iou: true intersection over union of the thresholded mask, in [0, 1]; no gradient.
+      errors: words of the pixels where the thresholded mask is wrong.
     """
 
     focal: Float[Array, "b p m"]
     dice: Float[Array, "b p m"]
     iou: Float[Array, "b p m"]
-
-
-def focal_loss(
-    logits: Float[Array, "*#batch h w"],
-    masks: Bool[Array, "*#batch h w"],
-    area: Bool[Array, "*#batch h w"],
-    *,
-    alpha: float,
-    gamma: float,
-) -> Float[Array, "*#batch"]:
-    """Mean over the pixels of ``area`` of the sigmoid focal loss.
-
-    Equal to optax's, which is an order of magnitude slower here: this is the one place where a
-    training step touches every pixel of every mask, and one exponential and one logarithm serve
-    both the cross-entropy and the probability.
-
-    Source: Lin et al. 2017.
-    """
-    # Against a positive target the logit is negated, so one formula covers both.
-    against = jnp.where(masks, -logits, logits)
-    decay = jnp.exp(-jnp.abs(against))
-    cross_entropy = jnp.maximum(against, 0.0) + jnp.log1p(decay)
-    missed = jnp.where(against >= 0, 1.0, decay) / (1.0 + decay)
-    per_pixel = jnp.where(masks, alpha, 1.0 - alpha) * missed**gamma * cross_entropy
-    return sum_over_area(per_pixel, area) / jnp.maximum(_pixels(area), 1.0)
-
-
-def dice_loss(
-    logits: Float[Array, "*#batch h w"],
-    masks: Bool[Array, "*#batch h w"],
-    area: Bool[Array, "*#batch h w"],
-) -> Float[Array, "*#batch"]:
-    """``1 - (2 sum(p t) + 1) / (sum p + sum t + 1)`` over the pixels of ``area``.
-
-    Source: Milletari et al. 2016, with the smoothing of MaskFormer and SAM 2.
-    """
-    probs = jax.nn.sigmoid(logits)
-    inside = masks & area
-    total = sum_over_area(probs, area) + _pixels(inside)
-    return 1.0 - (2.0 * sum_over_area(probs, inside) + 1.0) / (total + 1.0)
-
-
-def sum_over_area(
-    values: Float[Array, "*#batch h w"], area: Bool[Array, "*#batch h w"]
-) -> Float[Array, "*#batch"]:
-    """Sums over the pixels of ``area``, as a product, whose operands XLA computes vectorised.
-
-    It would fuse the arithmetic into a sum and run it one pixel at a time on a CPU.
-    """
-    return jnp.einsum(
-        "...hw,...hw->...", values, area.astype(values.dtype), precision=jax.lax.Precision.HIGHEST
-    )
-
-
-def _pixels(area: Bool[Array, "*#batch h w"]) -> Float[Array, "*#batch"]:
-    return jnp.sum(area, axis=(-2, -1), dtype=jnp.int32).astype(jnp.float32)
+    errors: Int[Array, "b p m 16 cells"]
 
 
 def mask_losses(
-    low_res_logits: Float[Array, "b p m lh lw"],
-    masks: Bool[Array, "b p h w"],
-    area: Bool[Array, "b h w"],
+    logits: Float[Array, "b p m 16 cells"],
+    masks: Int[Array, "b p 16 cells"],
+    area: Int[Array, "b 16 cells"],
+    mask_grid: MaskGrid,
     config: LossConfig,
+    platform: str = "cpu",
 ) -> MaskLosses:
     """Focal loss, dice loss and IoU of every candidate at the resolution of the masks.
 
-    The logits are enlarged first: SA-1B has masks of 100 pixels at 1500, which are one or two
-    pixels of the low-resolution logits.
+    The focal loss is a mean over the pixels of ``area``. Dice is
+    ``1 - (2 sum(p t) + 1) / (sum p + sum t + 1)`` over them, with the smoothing of MaskFormer and
+    SAM 2.
+
+    Args:
+      logits: of candidates, by cells (``ops.cells``).
+      masks: words of the true masks.
+      area: words of what is image and not padding.
+      mask_grid: what the words mean.
+      config: see there.
+      platform: what it will be compiled for.
+
+    Source: Lin et al. 2017; Milletari et al. 2016.
     """
+    options = {"alpha": config.focal_alpha, "gamma": config.focal_gamma}
 
-    def of_objects(objects):
-        """Objects on the first axis: logits [q, b, m, lh, lw], masks [q, b, h, w]."""
-        logits, masks = objects
-        logits = resize_bilinear(logits, masks.shape[-2:])
-        masks, inside = masks[:, :, None], area[None, :, None]
-        return (
-            focal_loss(logits, masks, inside, alpha=config.focal_alpha, gamma=config.focal_gamma),
-            dice_loss(logits, masks, inside),
-            mask_iou((logits > 0) & inside, masks & inside),
+    def some_objects(objects):
+        """Objects on the first axis, images on the second."""
+        logits, masks = (jnp.swapaxes(x, 0, 1) for x in objects)
+        sums = mask_sums(logits, masks, area, mask_grid, **options)
+        return MaskSums(*(jnp.swapaxes(x, 0, 1) for x in sums))
+
+    if platform == "tpu" and mask_sums_kernel.supports(mask_grid):
+        sums = mask_sums_kernel.mask_sums(
+            logits, masks, area, mask_grid, **options, interpret=False
         )
+    else:
+        objects = (jnp.swapaxes(logits, 0, 1), jnp.swapaxes(masks, 0, 1))
+        found = _map_objects(some_objects, objects, config.prompts_per_chunk)
+        sums = MaskSums(*(jnp.swapaxes(x, 0, 1) for x in found))
+    focal, probability, hit, errors = checkpoint_name(sums, WORTH_KEEPING)
+    masks, area = masks[:, :, None], area[:, None, None]
+    missed, union = num_pixels(masks & area & errors), num_pixels((masks & area) | errors)
+    inside = num_pixels(masks & area)
+    return MaskLosses(
+        focal=focal / jnp.maximum(num_pixels(area), 1.0),
+        dice=1.0 - (2.0 * hit + 1.0) / (probability + inside + 1.0),
+        iou=(inside - missed) / jnp.maximum(union, 1.0),
+        errors=errors,
+    )
 
-    objects = (jnp.swapaxes(low_res_logits, 0, 1), jnp.swapaxes(masks, 0, 1))
-    losses = map_objects(of_objects, objects, config.prompts_per_chunk)
-    return MaskLosses(*(jnp.swapaxes(x, 0, 1) for x in losses))
 
-
-def map_objects(function: Callable[[Any], Any], objects: Any, prompts_per_chunk: int | None) -> Any:
+def _map_objects(
+    function: Callable[[Any], Any], objects: Any, prompts_per_chunk: int | None
+) -> Any:
     """``function`` of objects on the first axis, some at a time where a chunk size is given.
 
     Each chunk is computed again in the backward pass, so only low-resolution inputs are kept.

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sam_jax.arrays import Array, Bool, Float, Int
-from sam_jax.ops.masks import masks_to_boxes, sample_pixel
+from sam_jax.arrays import Array, Float, Int
+from sam_jax.ops.cells import MaskGrid, bit_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class PromptConfig:
         return 1 + self.num_corrections
 
 
-def noisy_boxes(
+def noisy_box(
     key: Array,
-    masks: Bool[Array, "b p h w"],
-    image_hw: Int[Array, "b 2"],
+    box: Float[Array, " 4"],
+    image_hw: Int[Array, " 2"],
     config: PromptConfig,
-) -> Float[Array, "b p 4"]:
-    """Boxes of masks with noise on every coordinate, kept inside the image.
+) -> Float[Array, " 4"]:
+    """A box ``x0, y0, x1, y1`` with noise on every coordinate, kept inside the image.
 
     The noise is normal with a deviation of ``box_noise_rate`` times the side along its axis, and
     is clipped at ``box_noise_max_px``.
@@ -58,46 +58,38 @@ def noisy_boxes(
     Differs: the paper does not say how the maximum acts; SAM 2's code draws uniformly from
     +-min(10 % of the side, 20 px) instead.
     """
-    boxes = masks_to_boxes(masks)
-    side = boxes[..., 2:] - boxes[..., :2] + 1.0
-    noise = config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, boxes.shape)
+    side = box[2:] - box[:2] + 1.0
+    noise = config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, box.shape)
     noise = jnp.clip(noise, -config.box_noise_max_px, config.box_noise_max_px)
-    last = jnp.tile(image_hw[:, None, ::-1] - 1, 2).astype(jnp.float32)
-    return jnp.clip(boxes + noise, 0.0, last)
+    last = jnp.tile(image_hw[::-1] - 1, 2).astype(jnp.float32)
+    return jnp.clip(box + noise, 0.0, last)
 
 
-def error_clicks(
+def error_click(
     key: Array,
-    predicted: Bool[Array, "b p h w"],
-    masks: Bool[Array, "b p h w"],
-    area: Bool[Array, "b h w"],
-) -> tuple[Int[Array, "b p 2"], Int[Array, "b p"]]:
-    """One click per object, uniform over the pixels where prediction and mask differ.
+    errors: Int[Array, "16 cells"],
+    mask: Int[Array, "16 cells"],
+    area: Int[Array, "16 cells"],
+    mask_grid: MaskGrid,
+) -> tuple[Int[Array, " 2"], Int[Array, ""]]:
+    """A click for an object, uniform over the pixels where prediction and mask differ.
 
     Where they agree everywhere, the click is a uniform background pixel, as in SAM 2's training
-    code. Only pixels of ``area`` are clicked.
+    code. Only pixels of ``area`` are clicked. All masks are words (``ops.cells``).
 
     Returns:
       ``(x, y)`` in pixels of the model input, and the label: 1 on the mask, 0 off it.
     """
-    inside = area[:, None]
-    errors = (predicted ^ masks) & inside
-    perfect = ~jnp.any(errors, axis=(-2, -1), keepdims=True)
-    coords = sample_pixel(key, jnp.where(perfect, ~masks & inside, errors))
-    return coords, masks_at(masks, coords)
+    perfect = ~jnp.any(errors & area)
+    pixel, place = mask_grid.sample_pixel(key, jnp.where(perfect, ~mask, errors) & area)
+    return pixel, bit_at(mask, place)
 
 
-def masks_at(masks: Bool[Array, "b p h w"], coords: Int[Array, "b p 2"]) -> Int[Array, "b p"]:
-    """1 where the pixel ``(x, y)`` lies on the object's mask, 0 elsewhere."""
-    rows = jnp.take_along_axis(masks, coords[..., 1, None, None], axis=-2)[..., 0, :]
-    return jnp.take_along_axis(rows, coords[..., 0, None], axis=-1)[..., 0].astype(jnp.int32)
-
-
-def mask_round_of(key: Array, shape: tuple[int, ...], config: PromptConfig) -> Int[Array, "..."]:
-    """For each object, the round (0 is the first) that adds no click, besides the last.
+def mask_round_of(key: Array, config: PromptConfig) -> Int[Array, ""]:
+    """The round (0 is the first) in which an object gets no click, besides the last.
 
     Uniform over the places before, between and after the corrections; -1 if there is none.
     """
     if not config.random_mask_round:
-        return jnp.full(shape, -1)
-    return jax.random.randint(key, shape, 1, config.num_corrections + 2)
+        return jnp.array(-1)
+    return jax.random.randint(key, (), 1, config.num_corrections + 2)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
@@ -21,6 +22,29 @@ def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
 def gelu(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     """The exact GELU; linen's default is the tanh approximation, which checkpoints do not use."""
     return nn.gelu(x, approximate=False)
+
+
+class Projection(nn.Module):
+    """Kernel and bias of a dense layer, for those who do not apply it to its input."""
+
+    features: int
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_dim: int) -> tuple[Float[Array, "d c"], Float[Array, " c"]]:
+        kernel = self.param("kernel", self.kernel_init, (input_dim, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class NormWeights(nn.Module):
+    """Scale and shift of a LayerNorm, for those who do not apply it to the last axis."""
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (channels,))
 
 
 class Mlp(nn.Module):

@@ -1,6 +1,7 @@
 """The mask decoder: masks and their predicted quality from embeddings."""
 
 import dataclasses
+import functools
 from typing import no_type_check
 
 import flax.linen as nn
@@ -9,15 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, Float
-from sam_jax.models.layers import Mlp, gelu
+from sam_jax.arrays import Array, Bool, Float, UInt32
+from sam_jax.models.layers import Mlp, NormWeights, gelu
 from sam_jax.models.prompt_encoder import PromptEmbeddings
 from sam_jax.models.two_way_transformer import TwoWayTransformer
-from sam_jax.ops.placement import Placement
+from sam_jax.ops import cell_kernel
+from sam_jax.ops.cells import SUBPIXELS, to_image
+from sam_jax.ops.placement import Kernels
+from sam_jax.ops.tpu_kernel import WORTH_KEEPING, kernel_gelu, product
 
 NUM_MULTIMASK = 3
+# Of the norm between the two splits of a cell.
+_NORM_EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ class MaskDecoder(nn.Module):
     config: MaskDecoderConfig
     embed_dim: int
     dtype: DTypeLike = jnp.float32
-    placement: Placement = Placement()
+    kernels: Kernels = "none"
 
     def setup(self) -> None:
         cfg, dim = self.config, self.embed_dim
@@ -94,11 +101,12 @@ class MaskDecoder(nn.Module):
             mlp_dim=cfg.mlp_dim,
             dropout_rate=cfg.dropout_rate,
             dtype=self.dtype,
+            kernels=self.kernels,
         )
         widths = (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK)
         self.iou_head = Mlp(widths, nn.relu, self.dtype)
         self.hyper_networks = HyperNetworks(dim // 8, self.dtype)
-        self.upscaling = Upscaling(dim, self.dtype, self.placement.platform == "tpu")
+        self.upscaling = Upscaling(dim, self.dtype, self.kernels)
 
     def __call__(
         self,
@@ -106,11 +114,14 @@ class MaskDecoder(nn.Module):
         prompts: PromptEmbeddings,
         *,
         multimask_output: bool,
-        train: bool = False,
+        dropout_seeds: UInt32[Array, "b p"] | None = None,
     ) -> MaskPrediction:
         """Three candidates per object, or the single one, in float32."""
         attended = self.attend(
-            image_embeddings, prompts, multimask_output=multimask_output, train=train
+            image_embeddings,
+            prompts,
+            multimask_output=multimask_output,
+            dropout_seeds=dropout_seeds,
         )
         return MaskPrediction(
             low_res_logits=self.draw(attended, multimask_output=multimask_output),
@@ -123,7 +134,7 @@ class MaskDecoder(nn.Module):
         prompts: PromptEmbeddings,
         *,
         multimask_output: bool,
-        train: bool = False,
+        dropout_seeds: UInt32[Array, "b p"] | None = None,
     ) -> Attended:
         """All but the masks: about two thirds of the arithmetic, and how good they would be."""
         gh, gw = image_embeddings.shape[1:3]
@@ -138,7 +149,7 @@ class MaskDecoder(nn.Module):
             rearrange(cells, "b p h w d -> b p (h w) d"),
             rearrange(prompts.image_pe, "h w d -> (h w) d"),
             tokens_valid,
-            train=train,
+            dropout_seeds=dropout_seeds,
         )
         iou_predictions = self.iou_head(tokens[:, :, 0])[..., _wanted(multimask_output)]
         return Attended(
@@ -213,29 +224,17 @@ class _SplitKernel(nn.Module):
         return self.param("kernel", init, (input_dim, 2, 2, self.channels))
 
 
-class _NormWeights(nn.Module):
-    @nn.compact
-    def __call__(self, channels: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        return scale, self.param("bias", nn.initializers.zeros, (channels,))
-
-
 class Upscaling(nn.Module):
     """Logits of candidates: cells are split into 4 x 4 sub-pixels of few channels, and filtered.
 
     ``i j`` are the sub-pixels of the first split and ``k l`` those of the second. They stay apart
     from the grid until only one number per candidate is left of them: putting 32 channels in order
     would move far more memory than putting one.
-
-    Attributes:
-      in_lanes: whether sub-pixels lie side by side in the last axis. A TPU pads the last axis to
-        128 numbers and the one before to 8, so axes of 2 and 32 would take 16 times their memory.
-        It costs zeros in the products, with which a TPU, and only that, would pad anyway.
     """
 
     embed_dim: int
     dtype: DTypeLike = jnp.float32
-    in_lanes: bool = False
+    kernels: Kernels = "none"
 
     @nn.compact
     def __call__(
@@ -243,13 +242,14 @@ class Upscaling(nn.Module):
     ) -> Float[Array, "b p m lh lw"]:
         middle = self.embed_dim // 4
         first = SplitCells(middle, self.dtype, name="split1")(self.embed_dim)
-        norm = _NormWeights(name="norm")(middle)
+        norm = NormWeights(name="norm")(middle)
         second = SplitCells(self.embed_dim // 8, self.dtype, name="split2")(middle)
-        draw = _draw_in_lanes if self.in_lanes else _draw_by_axes
-        return draw(cells.astype(self.dtype), filters, first, norm, second)
-
-
-_NORM_EPSILON = 1e-6
+        cells = cells.astype(self.dtype)
+        num_cells = cells.shape[2] * cells.shape[3]
+        if self.kernels != "none" and cell_kernel.supports(num_cells, self.embed_dim // 2):
+            interpret = self.kernels == "interpreted"
+            return _draw_in_kernel(cells, filters, first, norm, second, interpret=interpret)
+        return _draw_by_axes(cells, filters, first, norm, second)
 
 
 def _draw_by_axes(cells, filters, first, norm, second):
@@ -270,51 +270,60 @@ def _draw_by_axes(cells, filters, first, norm, second):
     return rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)")
 
 
-def _draw_in_lanes(cells, filters, first, norm, second):
-    """Sub-pixels side by side: a product with zeros between them, for what each does by itself."""
-    gh, gw = cells.shape[2:4]
-    cells = rearrange(cells, "b p h w d -> b p (h w) d")
+def _draw_in_kernel(cells, filters, first, norm, second, *, interpret):
+    """Sub-pixels side by side: products with zeros in them, for what each does by itself."""
+    b, _, gh, gw, dim = cells.shape
+    num_masks = filters.shape[2]
     # The mean over channels is linear in the cells, so centred kernels make centred results.
     kernel, bias = (
         (x - jnp.mean(x, axis=-1, keepdims=True)) for x in (y.astype(jnp.float32) for y in first)
     )
     kernel = rearrange(kernel, "d i j c -> d (i j c)").astype(cells.dtype)
-    centred = jnp.einsum("bpnd,de->bpne", cells, kernel, preferred_element_type=jnp.float32)
-    centred += jnp.tile(bias, 4)
-    # Means over the channels of each sub-pixel, for each of its channels.
     middle = bias.size
     means = np.kron(np.eye(4), np.full((middle, middle), 1 / middle)).astype(cells.dtype)
-    variance = jnp.einsum(
-        "bpnd,de->bpne",
-        jnp.square(centred).astype(cells.dtype),
-        means,
-        preferred_element_type=jnp.float32,
+    # Two sub-pixels of the first split fill 128 lanes.
+    second_kernel, second_bias = second
+    twice = jnp.eye(2, dtype=second_kernel.dtype)
+    second_kernel = jnp.einsum("dklc,jJ->jdJklc", second_kernel, twice)
+    second_kernel = rearrange(second_kernel, "j d J k l c -> (j d) (J k l c)")
+    weights = (kernel, *(jnp.tile(x, 4)[None] for x in (bias, *norm)))
+    weights += (second_kernel, jnp.tile(second_bias.astype(jnp.float32), 8)[None])
+    # From places j k l of a half of the sub-pixels to rows k and columns j l.
+    places = rearrange(np.eye(8), "(j k l) s -> (k j l) s", j=2, k=2).astype(filters.dtype)
+    filters = jnp.einsum("bpmc,Ss->bpscmS", filters, places)
+    logits = cell_kernel.over_cells(
+        cell_kernel.CellFunction(
+            functools.partial(_draw_cells, num_masks),
+            out_rows=SUBPIXELS * num_masks,
+            name="draw_cells",
+            flops_per_cell=2 * dim * (3 * dim + SUBPIXELS * num_masks),
+        ),
+        weights,
+        (rearrange(filters, "b p s c m S -> (b p) (s c) (m S)"),),
+        rearrange(cells, "b p h w d -> (b p) (h w) d"),
+        constants=(jnp.asarray(means),),
+        out_dtype=jnp.float32,
+        interpret=interpret,
     )
-    scale, shift = (jnp.tile(x, 4) for x in norm)
-    x = centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
-    x = gelu(x.astype(cells.dtype))
+    logits = rearrange(logits, "(b p) (m s) n -> b p m s n", b=b, m=num_masks)
+    return to_image(checkpoint_name(logits, WORTH_KEEPING), (gh, gw))
 
-    # Two sub-pixels fill 128 lanes.
-    kernel, bias = second
-    half = 2 * middle
-    kernel = jnp.einsum("dklc,jJ->jdJklc", kernel, jnp.eye(2, dtype=kernel.dtype))
-    kernel = rearrange(kernel, "j d J k l c -> (j d) (J k l c)")
-    places = jnp.eye(8, dtype=filters.dtype)
-    filters = rearrange(
-        jnp.einsum("bpmc,sS->bpscSm", filters, places), "b p s c S m -> b p (s c) (S m)"
-    )
-    logits = []
-    for part in (x[..., :half], x[..., half:]):
-        pixels = jnp.einsum("bpnd,de->bpne", part, kernel) + jnp.tile(bias, 8)
-        logits.append(
-            jnp.einsum("bpne,bpef->bpfn", gelu(pixels), filters, preferred_element_type=jnp.float32)
-        )
-    return rearrange(
-        jnp.stack(logits, axis=2),
-        "b p i (j k l m) (h w) -> b p m (h i k) (w j l)",
-        h=gh,
-        w=gw,
-        j=2,
-        k=2,
-        l=2,
+
+def _draw_cells(num_masks, weights, own, cells, given):
+    """Logits ``[m 16, cells]`` of some cells of one object."""
+    kernel, bias, scale, shift, second_kernel, second_bias = weights
+    (filters,), (means,) = own, given.constants
+    dtype = cells.dtype
+    centred = product(cells, kernel, (1, 0)) + bias
+    # Means over the channels of each sub-pixel, for each of its channels.
+    variance = product(jnp.square(centred).astype(dtype), means, (1, 0))
+    x = kernel_gelu(centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift)
+    half = x.shape[1] // 2
+    halves = []
+    for part in (x[:, :half], x[:, half:]):
+        pixels = kernel_gelu(product(part.astype(dtype), second_kernel, (1, 0)) + second_bias)
+        halves.append(product(filters, pixels.astype(dtype), (0, 1)))
+    rows = SUBPIXELS // 2
+    return jnp.concatenate(
+        [part[rows * m : rows * m + rows] for m in range(num_masks) for part in halves]
     )

@@ -4,12 +4,14 @@ from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, DimSize, Float, GridShape, Int
-from sam_jax.models.layers import gelu, layer_norm
+from sam_jax.models.layers import NormWeights, Projection, gelu
+from sam_jax.ops.cells import SUBPIXELS, to_cells
 from sam_jax.ops.positional import fourier_features, grid_fourier_features
 
 # What a point means. The model has one learned embedding for each of the four kinds from
@@ -173,9 +175,12 @@ class PromptEncoder(nn.Module):
         no_mask = self.no_mask.astype(self.dtype)
         if prompts.mask_logits is None:
             if self.is_initializing():
-                self.mask_downscaling(jnp.zeros((1, 1, 4 * grid[0], 4 * grid[1])))
+                self.mask_downscaling(jnp.zeros((1, 1, SUBPIXELS, 1)))
             return jnp.broadcast_to(no_mask, (batch_size, 1, *grid, self.embed_dim))
-        embedded = self.mask_downscaling(_zero_invalid(prompts.mask_logits, prompts.mask_valid))
+        logits = _zero_invalid(to_cells(prompts.mask_logits), prompts.mask_valid)
+        embedded = rearrange(
+            self.mask_downscaling(logits), "b p (h w) d -> b p h w d", h=grid[0], w=grid[1]
+        )
         return jnp.where(prompts.mask_valid[..., None, None, None], embedded, no_mask)
 
 
@@ -201,20 +206,42 @@ def _check_complete(prompts: Prompts) -> None:
 
 
 class MaskDownscaling(nn.Module):
-    """Dense embeddings of masks: two strided convolutions and a pointwise one."""
+    """Dense embeddings of masks: two strided convolutions and a pointwise one.
+
+    Kernel and stride are 2 twice over, so all of a cell's embedding comes of its own 16 sub-pixels,
+    and the convolutions are small matrices on the one axis while cells fill the other.
+    """
 
     embed_dim: int
     channels: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, mask_logits: Float[Array, "b p lh lw"]) -> Float[Array, "b p gh gw d"]:
-        # A 2 x 2 convolution with stride 2 is a dense layer on blocks, which every backend
-        # multiplies as a matrix.
-        x = rearrange(mask_logits.astype(self.dtype), "b p (h i) (w j) -> b p h w (i j)", i=2, j=2)
-        x = nn.Dense(self.channels // 4, dtype=self.dtype, name="conv1")(x)
-        x = gelu(layer_norm(1e-6, self.dtype, "norm1")(x))
-        x = rearrange(x, "b p (h i) (w j) c -> b p h w (i j c)", i=2, j=2)
-        x = nn.Dense(self.channels, dtype=self.dtype, name="conv2")(x)
-        x = gelu(layer_norm(1e-6, self.dtype, "norm2")(x))
-        return nn.Dense(self.embed_dim, dtype=self.dtype, name="conv3")(x)
+    def __call__(self, mask_logits: Float[Array, "b p 16 cells"]) -> Float[Array, "b p cells d"]:
+        quarter = self.channels // 4
+
+        def weights(name, features, input_dim):
+            return Projection(features, dtype=self.dtype, name=name)(input_dim)
+
+        def normalised(name, x):
+            """LayerNorm over the axis before the last, and GELU."""
+            scale, shift = (w[:, None] for w in NormWeights(name=name)(x.shape[-2]))
+            x = x.astype(jnp.float32)
+            x -= jnp.mean(x, axis=-2, keepdims=True)
+            variance = jnp.mean(jnp.square(x), axis=-2, keepdims=True)
+            return gelu((x * jax.lax.rsqrt(variance + 1e-6) * scale + shift).astype(self.dtype))
+
+        kernel, bias = weights("conv1", quarter, 4)
+        # Each 2 x 2 of the 4 x 4 sub-pixels by itself: zeros for the others.
+        kernel = rearrange(kernel, "(i j) c -> i j c", i=2)
+        kernel = jnp.einsum(
+            "ijc,hH,wW->hiwjHWc", kernel, *(jnp.eye(2, dtype=self.dtype) for _ in range(2))
+        )
+        kernel = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c")
+        x = jnp.einsum("bpsn,sqc->bpqcn", mask_logits.astype(self.dtype), kernel)
+        x = normalised("norm1", x + bias[:, None])
+        kernel, bias = weights("conv2", self.channels, self.channels)
+        x = jnp.einsum("bpqcn,qce->bpen", x, rearrange(kernel, "(q c) e -> q c e", q=4))
+        x = normalised("norm2", x + bias[:, None])
+        kernel, bias = weights("conv3", self.embed_dim, self.channels)
+        return jnp.einsum("bpcn,cd->bpnd", x, kernel) + bias

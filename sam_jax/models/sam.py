@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Float
+from sam_jax.arrays import Array, Float, UInt32
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
 from sam_jax.models.mask_decoder import (
     Attended,
@@ -18,6 +18,9 @@ from sam_jax.models.mask_decoder import (
 from sam_jax.models.prompt_encoder import PromptEmbeddings, PromptEncoder, Prompts
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.placement import Placement
+
+# The parts of ``Sam`` that answer prompts; the other is the image encoder.
+PROMPTED_PARTS = ("prompt_encoder", "mask_decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Sam(nn.Module):
             cfg.image_encoder.output_dim, cfg.mask_channels, self.dtype
         )
         self.mask_decoder = MaskDecoder(
-            cfg.mask_decoder, cfg.image_encoder.output_dim, self.dtype, self.placement
+            cfg.mask_decoder, cfg.image_encoder.output_dim, self.dtype, self.placement.kernels
         )
 
     @property
@@ -122,7 +125,7 @@ class Sam(nn.Module):
         prompts: Prompts,
         *,
         multimask_output: bool,
-        train: bool = False,
+        dropout_seeds: UInt32[Array, "b p"] | None = None,
     ) -> MaskPrediction:
         """Mask candidates for the prompted objects of embedded images.
 
@@ -131,11 +134,14 @@ class Sam(nn.Module):
           prompts: at least one kind, or the decoder answers one empty prompt per image.
           multimask_output: three candidates, for prompts that leave room for doubt (the paper: one
             single prompt), or the one of the fourth token.
-          train: whether dropout acts; needs a ``dropout`` key then.
+          dropout_seeds: of each object, in training; None for no dropout.
         """
         embedded = self._embed(image_embeddings, prompts)
         return self.mask_decoder(
-            image_embeddings, embedded, multimask_output=multimask_output, train=train
+            image_embeddings,
+            embedded,
+            multimask_output=multimask_output,
+            dropout_seeds=dropout_seeds,
         )
 
     def attend(
@@ -163,16 +169,10 @@ class Sam(nn.Module):
         )
 
     def __call__(
-        self,
-        images: Float[Array, "b h w 3"],
-        prompts: Prompts,
-        *,
-        multimask_output: bool,
-        train: bool = False,
+        self, images: Float[Array, "b h w 3"], prompts: Prompts, *, multimask_output: bool
     ) -> MaskPrediction:
         """``encode`` and ``decode`` in one call."""
-        embeddings = self.encode(images, train=train)
-        return self.decode(embeddings, prompts, multimask_output=multimask_output, train=train)
+        return self.decode(self.encode(images), prompts, multimask_output=multimask_output)
 
 
 def init_variables(model: Sam, key: Array) -> dict:

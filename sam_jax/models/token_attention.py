@@ -1,60 +1,44 @@
 """Attention between the few tokens of a prompt and the many cells of an image."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.nn.initializers import Initializer
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, DimSize, Float
+from sam_jax.arrays import Array, Bool, DimSize, Float, Int
+from sam_jax.models.layers import Projection
+from sam_jax.ops import cell_means_kernel
+from sam_jax.ops.cell_kernel import CellFunction, over_cells
+from sam_jax.ops.dropout import keeps, kept
+from sam_jax.ops.tpu_kernel import SUBLANES, WORTH_KEEPING, product
+
+# Of the LayerNorms of the two-way transformer.
+NORM_EPSILON = 1e-5
 
 # Lengths that ``jax.export`` leaves open are taken for those of clicks on many objects.
 _OPEN_TOKENS = 8
 _OPEN_OBJECTS = 64
 
 
-class Projection(nn.Module):
-    """Kernel and bias of a dense layer, for those who do not apply it to its input."""
+class _OfAttention(nn.Module):
+    """What has the weights of multi-head attention.
 
-    features: int
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, input_dim: int) -> tuple[Float[Array, "d c"], Float[Array, " c"]]:
-        kernel = self.param("kernel", self.kernel_init, (input_dim, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than the embedding's.
-
-    Queries and keys carry an axis of objects that may be 1 on either side where all objects of an
-    image share it: it is broadcast inside the product and never copied.
-
-    An object has a handful of tokens and thousands of cells. Where the cells are its own, the
-    tokens are brought through the cells' projections instead of the cells: for every head,
-    ``(W_q t) . (W_k c) = (W_k^T W_q t) . c`` and ``sum_c p_c (W_v c) = W_v (sum_c p_c c)``. This is
-    exact, takes less than half of the arithmetic, and no projected cells are ever in memory.
+    Attributes:
+      num_heads: heads.
+      downsample_rate: of the embedding's width over that of all heads.
     """
 
     num_heads: int
     downsample_rate: int = 1
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self,
-        queries: Float[Array, "b #p s d"],
-        keys: Float[Array, "b #p t d"],
-        values: Float[Array, "b #p t d"],
-        keys_valid: Bool[Array, "b #p t"] | None = None,
-    ) -> Float[Array, "b p s d"]:
-        dim = queries.shape[-1]
+    def weights(self, dim: int) -> "Weights":
+        """Of all projections, for ``dim`` channels."""
         inner = dim // self.downsample_rate
 
         # Queries and keys start with the same projection, so that attention starts as a kernel on
@@ -77,9 +61,38 @@ class Attention(nn.Module):
         v_kernel, v_bias = inward("v_proj", lecun_normal)
         out_kernel, out_bias = Projection(dim, lecun_normal, self.dtype, name="out_proj")(inner)
         out_kernel = rearrange(out_kernel, "(a c) d -> a c d", a=self.num_heads)
-        weights = _Weights(
-            q_kernel, q_bias, k_kernel, k_bias, v_kernel, v_bias, out_kernel, out_bias
-        )
+        return Weights(q_kernel, q_bias, k_kernel, k_bias, v_kernel, v_bias, out_kernel, out_bias)
+
+
+class AttentionWeights(_OfAttention):
+    """The weights of an ``Attention``, for those who do not apply it to tokens as they are."""
+
+    @nn.compact
+    def __call__(self, dim: int) -> "Weights":
+        return self.weights(dim)
+
+
+class Attention(_OfAttention):
+    """Multi-head attention whose inner width may be smaller than the embedding's.
+
+    Queries and keys carry an axis of objects that may be 1 on either side where all objects of an
+    image share it: it is broadcast inside the product and never copied.
+
+    An object has a handful of tokens and thousands of cells. Where the cells are its own, the
+    tokens are brought through the cells' projections instead of the cells: for every head,
+    ``(W_q t) . (W_k c) = (W_k^T W_q t) . c`` and ``sum_c p_c (W_v c) = W_v (sum_c p_c c)``. This is
+    exact, takes less than half of the arithmetic, and no projected cells are ever in memory.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: Float[Array, "b #p s d"],
+        keys: Float[Array, "b #p t d"],
+        values: Float[Array, "b #p t d"],
+        keys_valid: Bool[Array, "b #p t"] | None = None,
+    ) -> Float[Array, "b p s d"]:
+        weights = self.weights(queries.shape[-1])
         queries, keys, values = (x.astype(self.dtype) for x in (queries, keys, values))
         num_queries, num_keys = (_known(x.shape[2], _OPEN_TOKENS) for x in (queries, keys))
         if num_queries > num_keys:
@@ -87,7 +100,7 @@ class Attention(nn.Module):
         return _tokens_ask(weights, queries, keys, values, keys_valid)
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """Of all projections, per head."""
 
     q_kernel: Float[Array, "d a c"]
@@ -230,3 +243,113 @@ def _meet(equation, few, many, dtype=jnp.float32):
     elif few.shape[1] == 1 and many.shape[1] > 1:
         few, left = few[:, 0], left.replace("p", "")
     return jnp.einsum(f"{left},{right}->{out}", few, many, preferred_element_type=dtype)
+
+
+# Kernels for TPUs, in which each cell of an object is read once.
+
+
+def fits_kernels(
+    tokens: Float[Array, "b #p t d"], cells: Float[Array, "b #p k d"], num_heads: int
+) -> bool:
+    """Whether tokens and cells fill the registers of the kernels below."""
+    num_rows = _known(tokens.shape[2], 1) * num_heads
+    num_cells, dim = (_known(size, 1) for size in cells.shape[2:])
+    return num_heads == SUBLANES and cell_means_kernel.supports(num_cells, num_rows, dim)
+
+
+def ask_cells(
+    weights: Weights,
+    tokens: Float[Array, "b p t d"],
+    cells: Float[Array, "b p k d"],
+    cell_pe: Float[Array, "k d"],
+    *,
+    interpret: bool,
+) -> Float[Array, "b p t d"]:
+    """Attention of tokens to the cells of their object, as ``Attention`` has it."""
+    b, _, _, _ = cells.shape
+    num_heads, head_dim = weights.q_bias.shape
+    rows = _project(tokens, weights.q_kernel, weights.q_bias) * head_dim**-0.5
+    rows = _join_heads(jnp.einsum("bpsac,dac->bpsad", rows, weights.k_kernel))
+    means = cell_means_kernel.cell_means(
+        _join_objects(rows), _join_objects(cells), cell_pe, interpret=interpret
+    )
+    means = checkpoint_name(means, WORTH_KEEPING)
+    means = _split_heads(rearrange(means, "(b p) f d -> b p f d", b=b), num_heads)
+    heads = jnp.einsum("bpsad,dac->bpsac", means, weights.v_kernel) + weights.v_bias
+    return jnp.einsum("bpsac,acd->bpsd", heads, weights.out_kernel) + weights.out_bias
+
+
+def answer_cells(
+    weights: Weights,
+    norm: tuple[Float[Array, " d"], Float[Array, " d"]],
+    cells: Float[Array, "b p k d"],
+    cell_pe: Float[Array, "k d"],
+    keys: Float[Array, "b p t d"],
+    values: Float[Array, "b p t d"],
+    keys_valid: Bool[Array, "b p t"],
+    dropout_seeds: Int[Array, "b p"] | None,
+    dropout_rate: float,
+    *,
+    interpret: bool,
+) -> Float[Array, "b p k d"]:
+    """Cells, with what attention to their object's tokens adds to them, normalised.
+
+    Args:
+      weights: of the attention.
+      norm: scale and shift of the LayerNorm.
+      cells, cell_pe: of each object; their positions.
+      keys, values, keys_valid: tokens.
+      dropout_seeds: of ``ops.dropout.keeps``; None for no dropout.
+      dropout_rate: of what is added.
+      interpret: whether to run it without a TPU, slowly.
+    """
+    b, _, _, dim = cells.shape
+    num_heads, head_dim = weights.q_bias.shape
+    k = _project(keys, weights.k_kernel, weights.k_bias) * head_dim**-0.5
+    rows = _join_heads(jnp.einsum("bptac,dac->bptad", k, weights.q_kernel))
+    biases = jnp.einsum("ac,bptac->bpta", weights.q_bias, k).astype(jnp.float32)
+    biases = jnp.where(keys_valid[..., None], biases, -jnp.inf)
+    v = _project(values, weights.v_kernel, weights.v_bias)
+    brought_out = _join_heads(jnp.einsum("bptac,acd->bptad", v, weights.out_kernel))
+    rate = 0.0 if dropout_seeds is None else dropout_rate
+    out = over_cells(
+        CellFunction(
+            functools.partial(_answer, num_heads, rate),
+            out_rows=None,
+            name="answer_cells",
+            flops_per_cell=4 * rows.shape[2] * dim,
+        ),
+        (weights.out_bias.astype(jnp.float32)[None], *(x[None] for x in norm)),
+        tuple(_join_objects(x) for x in (rows, _join_heads(biases[..., None]), brought_out)),
+        _join_objects(cells),
+        positions=cell_pe,
+        seeds=None if dropout_seeds is None else dropout_seeds.reshape(-1),
+        out_dtype=cells.dtype,
+        interpret=interpret,
+    )
+    return rearrange(out, "(b p) k d -> b p k d", b=b)
+
+
+def _answer(num_heads, dropout_rate, weights, own, cells, given):
+    """Some cells of one object; tokens and heads are joined on the first axis of logits."""
+    rows, biases, brought_out = own
+    out_bias, scale, shift = weights
+    logits = product(rows, cells + given.positions, (1, 1)) + biases
+    by_token = logits.reshape(-1, num_heads, logits.shape[1])
+    largest = jax.lax.stop_gradient(jnp.max(by_token, axis=0))
+    probs = jnp.exp(by_token - largest)
+    probs *= 1.0 / jnp.sum(probs, axis=0)
+    added = product(probs.reshape(logits.shape).astype(cells.dtype), brought_out, (0, 0))
+    added += out_bias
+    if dropout_rate:
+        cell, channel = (jax.lax.broadcasted_iota(jnp.int32, added.shape, axis) for axis in (0, 1))
+        place = (given.first + cell) * added.shape[1] + channel
+        added = kept(added, keeps(given.seed, place, dropout_rate), dropout_rate)
+    x = cells.astype(jnp.float32) + added
+    x -= jnp.mean(x, axis=1, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis=1, keepdims=True)
+    return x * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + shift
+
+
+def _join_objects(x):
+    return rearrange(x, "b p ... -> (b p) ...")

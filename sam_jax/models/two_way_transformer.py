@@ -1,27 +1,44 @@
 """The two-way transformer: prompt tokens and image cells attend to each other."""
 
+import itertools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, Float
-from sam_jax.models.layers import Mlp, layer_norm
-from sam_jax.models.token_attention import Attention
+from sam_jax.arrays import Array, Bool, Float, UInt32
+from sam_jax.models.layers import Mlp, NormWeights, layer_norm
+from sam_jax.models.token_attention import (
+    NORM_EPSILON,
+    Attention,
+    AttentionWeights,
+    answer_cells,
+    ask_cells,
+    fits_kernels,
+)
+from sam_jax.ops.dropout import branch_seeds
+from sam_jax.ops.dropout import dropout as drop_some
+from sam_jax.ops.placement import Kernels
+
+# Places with dropout in a layer, at most.
+_MOST_BRANCHES = 8
 
 
 class TwoWayAttentionBlock(nn.Module):
     """Self-attention of tokens, tokens to image, MLP of tokens, image to tokens.
 
     Attributes:
-      first: whether this is the first layer, whose tokens are their own positional encoding, so
-        that the self-attention takes them as they are and replaces them.
+      index: of the layer; the first's tokens are their own positional encoding, so its
+        self-attention takes them as they are and replaces them.
+      kernels: see ``Placement.kernels``.
     """
 
     num_heads: int
     mlp_dim: int
-    first: bool
+    index: int
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    kernels: Kernels = "none"
 
     @nn.compact
     def __call__(
@@ -31,36 +48,64 @@ class TwoWayAttentionBlock(nn.Module):
         token_pe: Float[Array, "b #p t d"],
         cell_pe: Float[Array, "k d"],
         tokens_valid: Bool[Array, "b #p t"],
-        *,
-        train: bool,
+        dropout_seeds: UInt32[Array, "b p"] | None,
     ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
+        branch = itertools.count(_MOST_BRANCHES * self.index)
+        in_kernels = self.kernels != "none" and fits_kernels(tokens, cells, self.num_heads)
+        interpret = self.kernels == "interpreted"
+
         def dropout(x):
-            return nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+            return drop_some(x, dropout_seeds, next(branch), self.dropout_rate)
 
         def attention(name, downsample_rate=2):
             return Attention(self.num_heads, downsample_rate, self.dtype, name=name)
 
+        def weights(name):
+            return AttentionWeights(self.num_heads, 2, self.dtype, name=name)(tokens.shape[-1])
+
         def norm(name, x):
-            return layer_norm(1e-5, self.dtype, name)(x)
+            return layer_norm(NORM_EPSILON, self.dtype, name)(x)
 
         self_attention = attention("self_attn", downsample_rate=1)
-        if self.first:
+        if self.index == 0:
             tokens = dropout(self_attention(tokens, tokens, tokens, tokens_valid))
         else:
             q = tokens + token_pe
             tokens = tokens + dropout(self_attention(q, q, tokens, tokens_valid))
         tokens = norm("norm1", tokens)
+        if in_kernels:
+            cells = jnp.broadcast_to(cells, (*tokens.shape[:2], *cells.shape[2:]))
 
-        to_image = attention("cross_attn_token_to_image")
-        tokens = tokens + dropout(to_image(tokens + token_pe, cells + cell_pe, cells))
-        tokens = norm("norm2", tokens)
+        name = "cross_attn_token_to_image"
+        if in_kernels:
+            looked = ask_cells(
+                weights(name), tokens + token_pe, cells, cell_pe, interpret=interpret
+            )
+        else:
+            looked = attention(name)(tokens + token_pe, cells + cell_pe, cells)
+        tokens = norm("norm2", tokens + dropout(looked))
 
         mlp = Mlp((self.mlp_dim, tokens.shape[-1]), nn.relu, self.dtype, name="mlp")
         tokens = norm("norm3", tokens + dropout(mlp(tokens)))
 
-        to_tokens = attention("cross_attn_image_to_token")
-        cells = cells + dropout(to_tokens(cells + cell_pe, tokens + token_pe, tokens, tokens_valid))
-        return tokens, norm("norm4", cells)
+        name = "cross_attn_image_to_token"
+        if in_kernels:
+            seeds = None if dropout_seeds is None else branch_seeds(dropout_seeds, next(branch))
+            cells = answer_cells(
+                weights(name),
+                NormWeights(name="norm4")(cells.shape[-1]),
+                cells,
+                cell_pe,
+                tokens + token_pe,
+                tokens,
+                tokens_valid,
+                seeds,
+                self.dropout_rate,
+                interpret=interpret,
+            )
+            return tokens, cells
+        answered = attention(name)(cells + cell_pe, tokens + token_pe, tokens, tokens_valid)
+        return tokens, norm("norm4", cells + dropout(answered))
 
 
 class TwoWayTransformer(nn.Module):
@@ -77,6 +122,7 @@ class TwoWayTransformer(nn.Module):
     mlp_dim: int = 2048
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    kernels: Kernels = "none"
 
     @nn.compact
     def __call__(
@@ -86,7 +132,7 @@ class TwoWayTransformer(nn.Module):
         cell_pe: Float[Array, "k d"],
         tokens_valid: Bool[Array, "b #p t"],
         *,
-        train: bool = False,
+        dropout_seeds: UInt32[Array, "b p"] | None = None,
     ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
         """Updated tokens and cells.
 
@@ -95,19 +141,26 @@ class TwoWayTransformer(nn.Module):
           cells: image embeddings with the dense prompt added, one set per image (p = 1) or object.
           cell_pe: positional encoding of the cells.
           tokens_valid: tokens that exist; the others are attended to by nothing.
-          train: whether dropout acts; needs a ``dropout`` key then.
+          dropout_seeds: of each object, in training; None for no dropout.
         """
         token_pe = tokens
         for index in range(self.depth):
             tokens, cells = TwoWayAttentionBlock(
                 num_heads=self.num_heads,
                 mlp_dim=self.mlp_dim,
-                first=index == 0,
+                index=index,
                 dropout_rate=self.dropout_rate,
                 dtype=self.dtype,
+                kernels=self.kernels,
                 name=f"layer_{index}",
-            )(tokens, cells, token_pe, cell_pe, tokens_valid, train=train)
-        last = Attention(self.num_heads, 2, self.dtype, name="final_attn_token_to_image")
-        looked = last(tokens + token_pe, cells + cell_pe, cells)
-        looked = nn.Dropout(self.dropout_rate)(looked, deterministic=not train)
-        return layer_norm(1e-5, self.dtype, "norm_final")(tokens + looked), cells
+            )(tokens, cells, token_pe, cell_pe, tokens_valid, dropout_seeds)
+        name = "final_attn_token_to_image"
+        if self.kernels != "none" and fits_kernels(tokens, cells, self.num_heads):
+            weights = AttentionWeights(self.num_heads, 2, self.dtype, name=name)(tokens.shape[-1])
+            interpret = self.kernels == "interpreted"
+            looked = ask_cells(weights, tokens + token_pe, cells, cell_pe, interpret=interpret)
+        else:
+            last = Attention(self.num_heads, 2, self.dtype, name=name)
+            looked = last(tokens + token_pe, cells + cell_pe, cells)
+        looked = drop_some(looked, dropout_seeds, _MOST_BRANCHES * self.depth, self.dropout_rate)
+        return layer_norm(NORM_EPSILON, self.dtype, "norm_final")(tokens + looked), cells

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,6 +14,8 @@ from sam_jax.arrays import Array
 BATCH = "batch"
 TENSOR = "tensor"
 WEIGHTS = "weights"
+# Whether a TPU's kernels are used, or run without one, slowly.
+Kernels: TypeAlias = Literal["none", "compiled", "interpreted"]
 Spread: TypeAlias = str | tuple[str, ...] | None
 
 
@@ -50,6 +52,12 @@ class Placement:
         if self._any_mesh is None:
             return self.named_platform or jax.default_backend()
         return self._any_mesh.devices.flat[0].platform
+
+    @property
+    def kernels(self) -> Kernels:
+        """In which form a TPU's kernels can be used: not where the compiler divides the work."""
+        is_divided = self.mesh is not None and self.mesh.size > 1
+        return "compiled" if self.platform == "tpu" and not is_divided else "none"
 
     @property
     def compute_capability(self) -> float | None:

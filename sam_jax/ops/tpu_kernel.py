@@ -1,17 +1,26 @@
 """What kernels for TPUs share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Numbers in a row of a vector register, and rows.
 LANES = 128
 SUBLANES = 8
+# Name, to ``jax.checkpoint``, of what takes a kernel to compute again and little memory to keep.
+WORTH_KEEPING = "worth keeping"
 # Of the memory beside a core: what is fetched for the next step, and a handful of blocks of logits.
 VMEM_LIMIT_BYTES = 100 * 2**20
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """A product in float32; ``contracted`` are the axes that are summed over."""
+    """A product in float32; ``contracted`` are the axes that are summed over.
+
+    Its gradients are products of operands of the same type.
+    """
     return jax.lax.dot_general(
         a,
         b,
@@ -19,3 +28,20 @@ def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Arra
         precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+
+
+def _product_backward(contracted, operands, d_out):
+    a, b = operands
+    of_a, of_b = contracted
+    d_out = d_out.astype(a.dtype)
+    d_a = product(d_out, b, (1, 1 - of_b)) if of_a else product(b, d_out, (1 - of_b, 1))
+    d_b = product(d_out, a, (0, 1 - of_a)) if of_b else product(a, d_out, (1 - of_a, 0))
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+product.defvjp(lambda a, b, contracted: (product(a, b, contracted), (a, b)), _product_backward)
+
+
+def kernel_gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, of what kernels can compute."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * np.float32(0.5**0.5)))

@@ -1,29 +1,24 @@
 """The interactive rounds: prompt, predict, correct, and what it costs."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sam_jax.arrays import Array, Bool, Float, Int
-from sam_jax.losses import LossConfig, RoundLoss, map_objects, mask_losses, round_loss
+from sam_jax.arrays import Array, Float, Int, UInt32
+from sam_jax.losses import LossConfig, RoundLoss, mask_losses, round_loss
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.ops.images import valid_area
-from sam_jax.ops.masks import sample_pixel
-from sam_jax.ops.placement import BATCH, TENSOR, Placement
-from sam_jax.ops.resize import resize_bilinear
-from sam_jax.prompts import (
-    PromptConfig,
-    error_clicks,
-    mask_round_of,
-    masks_at,
-    noisy_boxes,
-)
+from sam_jax.ops.cells import MaskGrid, bit_at, to_cells, to_image
+from sam_jax.ops.tpu_kernel import WORTH_KEEPING
+from sam_jax.prompts import PromptConfig, error_click, mask_round_of, noisy_box
 
-# Prompts and the number of candidates wanted (three or one) and a key for dropout in, masks out.
-Decode = Callable[[Prompts, bool, Array], MaskPrediction]
+# Prompts, whether three candidates are wanted or one, and seeds of dropout in; masks out.
+Decode = Callable[[Prompts, bool, UInt32[Array, "b p"]], MaskPrediction]
 
 
 @flax.struct.dataclass
@@ -41,16 +36,34 @@ class RoundResult:
     iou_prediction: Float[Array, "*rounds b p"]
 
 
+@flax.struct.dataclass
+class _Round:
+    """What a round leaves to the next.
+
+    Attributes:
+      prompts: all that was said about the objects so far.
+      logits: of the masks that are carried on, by cells.
+      errors: words of where they are wrong.
+      num_clicks: corrections so far.
+    """
+
+    prompts: Prompts
+    logits: Float[Array, "b p 16 cells"]
+    errors: Int[Array, "b p 16 cells"]
+    num_clicks: Int[Array, "b p"]
+
+
 def run_rounds(
     decode: Decode,
-    key: Array,
-    masks: Bool[Array, "b p h w"],
+    keys: Array,
+    masks: Int[Array, "b p 16 cells"],
     image_hw: Int[Array, "b 2"],
+    mask_grid: MaskGrid,
     prompt_config: PromptConfig,
     loss_config: LossConfig,
     *,
     remat: bool = True,
-    placement: Placement = Placement(),  # noqa: B008 - frozen
+    platform: str = "cpu",
 ) -> RoundResult:
     """Every object prompted, predicted and corrected for all rounds.
 
@@ -62,124 +75,129 @@ def run_rounds(
     The logits carried on have their gradient stopped: eleven short graphs, not one of eleven
     times the depth. (SAM 2 lets gradients pass; the paper is silent.)
 
+    Objects know nothing of each other, so each may be on any device.
+
     Args:
       decode: the decoder on the images' embeddings.
-      key: for prompts and dropout.
-      masks: ground truth at the resolution of the model input; empty for absent objects, whose
-        results mean nothing.
+      keys: for the prompts and the dropout of each object [b, p].
+      masks: words (``ops.cells``) of the ground truth; empty for absent objects, whose results mean
+        nothing.
       image_hw: valid height and width of each image.
+      mask_grid: what the words mean.
       prompt_config: how the user behaves.
       loss_config: what the losses weigh.
       remat: whether each round is computed again in the backward pass: without, the memory of
         all rounds is needed at once, and the step is about a fifth faster.
-      placement: the devices; each works on its own images and objects.
+      platform: what it will be compiled for.
 
     Source: Kirillov et al. 2023, appendix A, "Training algorithm".
     """
-    masks = placement.constrain(masks, BATCH, TENSOR)
-    area = valid_area(image_hw, masks.shape[-2:])
-    objects = placement.spec(BATCH, TENSOR)
-    losses_of = placement.on_each_device(
-        lambda logits, masks, area: mask_losses(logits, masks, area, loss_config),
-        [objects, objects, placement.spec(BATCH)],
-        objects,
-    )
+    area = mask_grid.area(image_hw)
 
-    def judge(prediction: MaskPrediction) -> tuple[RoundResult, Float[Array, "b p lh lw"]]:
-        losses = losses_of(prediction.low_res_logits, masks, area)
+    def judge(prediction: MaskPrediction) -> tuple[RoundResult, Array, Array]:
+        """The result of a round, and logits and errors of the masks that are carried on."""
+        logits = to_cells(prediction.low_res_logits)
+        losses = mask_losses(logits, masks, area, mask_grid, loss_config, platform)
         chosen = jnp.argmax(prediction.iou_predictions, axis=-1)[..., None]
-        logits = jnp.take_along_axis(prediction.low_res_logits, chosen[..., None, None], axis=2)[
-            :, :, 0
-        ]
+
+        def of_chosen(x):
+            index = chosen.reshape(*chosen.shape, *(1,) * (x.ndim - chosen.ndim))
+            return jnp.take_along_axis(x, index, axis=2)[:, :, 0]
+
         result = RoundResult(
             loss=round_loss(losses, prediction.iou_predictions, loss_config),
-            iou=jnp.take_along_axis(losses.iou, chosen, axis=-1)[..., 0],
-            iou_prediction=jnp.take_along_axis(prediction.iou_predictions, chosen, axis=-1)[..., 0],
+            iou=of_chosen(losses.iou),
+            iou_prediction=of_chosen(prediction.iou_predictions),
         )
-        return result, jax.lax.stop_gradient(logits)
+        return result, jax.lax.stop_gradient(of_chosen(logits)), of_chosen(losses.errors)
 
-    def correct(keys, logits, masks, area):
-        """A click for each object where its enlarged prediction is wrong; its own key for each."""
+    def keys_and_seeds(round_index: Array | int) -> tuple[Array, Array]:
+        """Of a round: for each object, a key for its click and a seed of dropout."""
+        of_round = _of_each(lambda key: jax.random.split(jax.random.fold_in(key, round_index)))
+        both = of_round(keys)
+        return both[..., 0], _of_each(jax.random.bits)(both[..., 1])
 
-        def of_objects(objects):
-            keys, logits, masks = objects
-            predicted = resize_bilinear(logits, masks.shape[-2:]) > 0
-            one_image = jax.vmap(
-                lambda key, predicted, mask, area: error_clicks(
-                    key, predicted[None, None], mask[None, None], area[None]
-                )
-            )
-            coords, labels = jax.vmap(one_image, in_axes=(0, 0, 0, None))(
-                keys, predicted, masks, area
-            )
-            return coords[:, :, 0, 0], labels[:, :, 0, 0]
+    first_keys, seeds = keys_and_seeds(0)
+    round_keys = _of_each(jax.random.split)(first_keys)
+    mask_round = _of_each(lambda key: mask_round_of(key, prompt_config))(round_keys[..., 1])
+    prompts = first_prompts(round_keys[..., 0], masks, image_hw, mask_grid, prompt_config)
 
-        first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (keys, logits, masks))
-        found = map_objects(of_objects, first, loss_config.prompts_per_chunk)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
-
-    clicks_of = placement.on_each_device(
-        correct,
-        [objects, objects, objects, placement.spec(BATCH)],
-        objects,
-    )
-
-    start_key, mask_round_key, dropout_key, rounds_key = jax.random.split(key, 4)
-    prompts = first_prompts(start_key, masks, image_hw, prompt_config)
-    prompts = jax.tree.map(lambda x: placement.constrain(x, BATCH, TENSOR), prompts)
-    mask_round = mask_round_of(mask_round_key, masks.shape[:2], prompt_config)
-
-    rematted = jax.checkpoint if remat else lambda function: function
-    first, logits = rematted(lambda p, k: judge(decode(p, True, k)))(prompts, dropout_key)
+    keep = jax.checkpoint_policies.save_only_these_names(WORTH_KEEPING)
+    rematted = functools.partial(jax.checkpoint, policy=keep) if remat else lambda f: f
+    first, logits, errors = rematted(lambda p, s: judge(decode(p, True, s)))(prompts, seeds)
 
     @rematted
-    def one_round(carry, round_index):
-        prompts, logits, clicks = carry
-        click_key, dropout_key = jax.random.split(jax.random.fold_in(rounds_key, round_index))
+    def one_round(before: _Round, round_index: Array) -> tuple[_Round, RoundResult]:
+        click_keys, seeds = keys_and_seeds(round_index)
         adds_click = mask_round != round_index
         if prompt_config.final_mask_round:
             adds_click &= round_index < prompt_config.num_rounds - 1
-        coords, labels = clicks_of(
-            jax.random.split(click_key, masks.shape[:2]), logits, masks, area
-        )
+        coords, labels = _of_each(
+            lambda key, errors, mask, area: error_click(key, errors, mask, area, mask_grid),
+            of_image=3,
+        )(click_keys, before.errors, masks, area)
         # Slot 0 belongs to the first prompt even where that is a box.
-        slot = jnp.arange(prompt_config.num_points) == 1 + clicks[..., None]
+        slot = jnp.arange(prompt_config.num_points) == 1 + before.num_clicks[..., None]
         slot &= adds_click[..., None]
-        prompts = prompts.replace(
+        prompts = before.prompts
+        prompts = dataclasses.replace(
+            prompts,
             point_coords=jnp.where(
                 slot[..., None], coords[:, :, None].astype(jnp.float32), prompts.point_coords
             ),
             point_labels=jnp.where(slot, labels[..., None], prompts.point_labels),
             point_valid=prompts.point_valid | slot,
         )
-        with_mask = prompts.replace(mask_logits=logits, mask_valid=jnp.ones(logits.shape[:2], bool))
-        result, logits = judge(decode(with_mask, False, dropout_key))
-        return (prompts, logits, clicks + adds_click), result
+        with_mask = dataclasses.replace(
+            prompts,
+            mask_logits=to_image(before.logits, mask_grid.grid),
+            mask_valid=jnp.ones(slot.shape[:2], bool),
+        )
+        result, logits, errors = judge(decode(with_mask, False, seeds))
+        return _Round(prompts, logits, errors, before.num_clicks + adds_click), result
 
-    clicks = jnp.zeros(masks.shape[:2], jnp.int32)
-    _, later = jax.lax.scan(
-        one_round, (prompts, logits, clicks), jnp.arange(1, prompt_config.num_rounds)
-    )
+    start = _Round(prompts, logits, errors, jnp.zeros(masks.shape[:2], jnp.int32))
+    _, later = jax.lax.scan(one_round, start, jnp.arange(1, prompt_config.num_rounds))
     return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, later)
 
 
 def first_prompts(
-    key: Array,
-    masks: Bool[Array, "b p h w"],
+    keys: Array,
+    masks: Int[Array, "b p 16 cells"],
     image_hw: Int[Array, "b 2"],
+    mask_grid: MaskGrid,
     config: PromptConfig,
 ) -> Prompts:
     """A uniform foreground point or a noisy box for each object, with room for corrections."""
-    kind_key, point_key, box_key = jax.random.split(key, 3)
-    shape = masks.shape[:2]
-    box_valid = jax.random.bernoulli(kind_key, config.box_rate, shape)
-    coords = sample_pixel(point_key, masks)
-    points = (*shape, config.num_points)
+
+    def of_object(key, mask, box, hw):
+        kind_key, point_key, box_key = jax.random.split(key, 3)
+        pixel, place = mask_grid.sample_pixel(point_key, mask)
+        return (
+            jax.random.bernoulli(kind_key, config.box_rate),
+            pixel.astype(jnp.float32),
+            bit_at(mask, place),
+            noisy_box(box_key, box, hw, config),
+        )
+
+    box_valid, coords, labels, boxes = _of_each(of_object, of_image=3)(
+        keys, masks, mask_grid.boxes(masks), image_hw
+    )
     first_slot = jnp.arange(config.num_points) == 0
     return Prompts(
-        point_coords=jnp.where(first_slot[:, None], coords[:, :, None], 0).astype(jnp.float32),
-        point_labels=jnp.where(first_slot, masks_at(masks, coords)[..., None], 0),
-        point_valid=jnp.broadcast_to(first_slot, points) & ~box_valid[..., None],
-        boxes_xyxy=noisy_boxes(box_key, masks, image_hw, config),
+        point_coords=jnp.where(first_slot[:, None], coords[:, :, None], 0.0),
+        point_labels=jnp.where(first_slot, labels[..., None], 0),
+        point_valid=first_slot & ~box_valid[..., None],
+        boxes_xyxy=boxes,
         box_valid=box_valid,
     )
+
+
+def _of_each(function: Callable[..., Any], of_image: int | None = None) -> Callable[..., Any]:
+    """``function`` of one object, for all; argument ``of_image`` belongs to their image."""
+
+    def of_all(*arguments: Any) -> Any:
+        axes = tuple(None if index == of_image else 0 for index in range(len(arguments)))
+        return jax.vmap(jax.vmap(function, axes))(*arguments)
+
+    return of_all

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from jax.sharding import PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.losses import LossConfig
-from sam_jax.models.sam import Sam
+from sam_jax.models.sam import PROMPTED_PARTS, Sam
+from sam_jax.ops.cells import MaskGrid
 from sam_jax.ops.images import normalize_images
-from sam_jax.ops.masks import unpack_masks
+from sam_jax.ops.placement import BATCH, TENSOR
 from sam_jax.prompts import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.state import TrainState
@@ -64,6 +66,41 @@ def build_train_step(
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
       remat_rounds: see ``rounds.run_rounds``.
     """
+    placement = model.placement
+    images, objects = placement.spec(BATCH), placement.spec(BATCH, TENSOR)
+
+    def rounds_of_device(params, constants, embeddings, keys, masks_packed, image_hw):
+        """All rounds of a device's own images and objects."""
+        decoder = model.clone(placement=placement.inside)
+        mask_grid = MaskGrid.of(embeddings.shape[1:3], model.image_size)
+
+        def decode(prompts, multimask_output, seeds):
+            return decoder.apply(
+                {"params": params, "constants": constants},
+                embeddings,
+                prompts,
+                multimask_output=multimask_output,
+                dropout_seeds=seeds,
+                method=Sam.decode,
+            )
+
+        return run_rounds(
+            decode,
+            keys,
+            mask_grid.pack(masks_packed),
+            image_hw,
+            mask_grid,
+            prompt_config,
+            loss_config,
+            remat=remat_rounds,
+            platform=placement.platform,
+        )
+
+    rounds = placement.on_each_device(
+        rounds_of_device,
+        [PartitionSpec(), PartitionSpec(), images, objects, objects, images],
+        placement.spec(None, BATCH, TENSOR),
+    )
 
     def loss_sums(params, constants, batch: Batch, key):
         """Sum over all objects of the loss, and sums of what is reported."""
@@ -74,26 +111,13 @@ def build_train_step(
             variables, images, train=True, rngs={"dropout": encode_key}, method=Sam.encode
         )
 
-        def decode(prompts, multimask_output, dropout_key):
-            return model.apply(
-                variables,
-                embeddings,
-                prompts,
-                multimask_output=multimask_output,
-                train=True,
-                rngs={"dropout": dropout_key},
-                method=Sam.decode,
-            )
-
-        results = run_rounds(
-            decode,
-            rounds_key,
-            unpack_masks(batch.masks_packed),
+        results = rounds(
+            {part: params[part] for part in PROMPTED_PARTS},
+            constants,
+            embeddings,
+            jax.random.split(rounds_key, batch.mask_valid.shape),
+            batch.masks_packed,
             batch.image_hw,
-            prompt_config,
-            loss_config,
-            remat=remat_rounds,
-            placement=model.placement,
         )
         return _report(results, batch.mask_valid)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
 from sam_jax.models.image_encoder import EncoderBlock, ImageEncoderViT, RelativePositionAttention
 from sam_jax.models.mask_decoder import MaskDecoder, MaskPrediction, Upscaling
@@ -14,6 +15,7 @@ from sam_jax.models.prompt_encoder import MaskDownscaling, PromptEmbeddings, Pro
 from sam_jax.models.sam import Sam
 from sam_jax.models.two_way_transformer import Attention, TwoWayTransformer
 from sam_jax.ops.attention import Implementation
+from sam_jax.ops.cells import to_cells
 from tests.golden.tiny import (
     EVERY_COMBINATION,
     TINY,
@@ -106,9 +108,9 @@ def test_mask_downscaling(tiny: Pair) -> None:
     ours = run(
         MaskDownscaling(DIM, TINY.mask_channels),
         tiny.part("prompt_encoder", "mask_downscaling"),
-        logits[:, 0][None],
+        to_cells(logits[:, 0][None]),
     )
-    official.assert_equal(ours[0], theirs.permute(0, 2, 3, 1))
+    official.assert_equal(ours[0], rearrange(theirs, "p d h w -> p (h w) d"))
 
 
 def embed_prompts(tiny: Pair, prompts: Any) -> PromptEmbeddings:
@@ -170,8 +172,7 @@ def test_two_way_transformer(tiny: Pair, shared_cells: bool) -> None:
         official.assert_equal(part[0], reference)
 
 
-@pytest.mark.parametrize("in_lanes", [False, True])
-def test_upscaling(tiny: Pair, in_lanes: bool) -> None:
+def test_upscaling(tiny: Pair) -> None:
     cells = normal(2, *GRID, DIM)
     theirs = tiny.official.mask_decoder.output_upscaling(
         torch.from_numpy(np.moveaxis(cells, -1, 1).copy())
@@ -179,7 +180,7 @@ def test_upscaling(tiny: Pair, in_lanes: bool) -> None:
     # Candidate c asks for channel c alone.
     each = jnp.eye(DIM // 8)[None, None].repeat(len(cells), 1)
     weights = tiny.part("mask_decoder", "upscaling")
-    ours = run(Upscaling(DIM, in_lanes=in_lanes), weights, cells[None], each)[0]
+    ours = run(Upscaling(DIM), weights, cells[None], each)[0]
     official.assert_equal(ours, theirs)
 
 
@@ -225,4 +226,5 @@ def test_decode(tiny: Pair, tiny_embeddings: np.ndarray, kinds: PromptKinds) -> 
             tiny.official, tiny_embeddings[0], prompts, multimask_output=bool(multimask_output)
         )
         official.assert_equal(ours.low_res_logits[0], logits)
-        official.assert_equal(ours.iou_predictions[0], iou)
+        # Near zero, as random weights have it.
+        official.assert_equal(ours.iou_predictions[0], iou, tolerance=3e-5)

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "arrays": set[str](),
     "configuration": {"errors"},
     "errors": set[str](),
-    "ops": {"arrays"},
+    "ops": {"arrays", "errors"},
     "models": BASE,
     "losses": BASE,
     "data": BASE,

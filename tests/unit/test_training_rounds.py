@@ -9,14 +9,15 @@ import pytest
 
 from sam_jax.losses import LossConfig, mask_losses, round_loss
 from sam_jax.models.mask_decoder import MaskPrediction
-from sam_jax.ops.images import valid_area
+from sam_jax.ops.cells import MaskGrid
 from sam_jax.ops.resize import resize_bilinear
 from sam_jax.prompts import PromptConfig
 from sam_jax.training.rounds import run_rounds
 
 IMAGE_HW = (24, 40)
-SIZE = (32, 40)  # eight rows of padding
-LOW = (8, 10)
+MASK_GRID = MaskGrid((2, 3), 4)
+SIZE = MASK_GRID.image_size  # eight rows and columns of padding
+LOW = (8, 12)
 NUM_OBJECTS = 6
 
 
@@ -28,7 +29,10 @@ def masks():
         for number in range(NUM_OBJECTS):
             y, x = rng.integers(0, 12, 2)
             masks[image, number, y : y + 9, x : x + 13] = True
-    return jnp.asarray(masks)
+    return MASK_GRID.of_masks(jnp.asarray(masks))
+
+
+KEYS = jax.random.split(jax.random.key(5), (2, NUM_OBJECTS))
 
 
 class Recorder:
@@ -37,9 +41,9 @@ class Recorder:
     def __init__(self):
         self.rounds = []
 
-    def __call__(self, prompts, multimask_output, key):
+    def __call__(self, prompts, multimask_output, seeds):
         num_candidates = 3 if multimask_output else 1
-        logits_key, iou_key = jax.random.split(key)
+        logits_key, iou_key = jax.random.split(jax.random.key(seeds[0, 0]))
         shape = (2, NUM_OBJECTS, num_candidates)
         answer = MaskPrediction(
             low_res_logits=4 * jax.random.normal(logits_key, (*shape, *LOW)),
@@ -54,9 +58,10 @@ def recorded(masks):
     recorder = Recorder()
     results = run_rounds(
         recorder,
-        jax.random.key(5),
+        KEYS,
         masks,
         jnp.array([IMAGE_HW, IMAGE_HW]),
+        MASK_GRID,
         PromptConfig(),
         LossConfig(),
         remat=False,
@@ -79,9 +84,10 @@ def test_the_first_prompt_is_a_point_on_the_mask_or_a_box(recorded, masks):
     assert 0 < is_point.sum() < is_point.size
     assert not prompts.point_valid[..., 1:].any()
     assert prompts.mask_logits is None
+    truth = MASK_GRID.to_masks(masks)
     for image, number in np.argwhere(is_point):
         x, y = np.asarray(prompts.point_coords[image, number, 0], int)
-        assert masks[image, number, y, x]
+        assert truth[image, number, y, x]
         assert prompts.point_labels[image, number, 0] == 1
 
 
@@ -120,7 +126,7 @@ def test_the_mask_with_the_highest_predicted_iou_is_fed_back(recorded):
 
 def test_new_clicks_lie_in_the_error_region_with_the_right_sign(recorded, masks):
     rounds, _ = recorded
-    truth = np.asarray(masks)
+    truth = np.asarray(MASK_GRID.to_masks(masks))
     num_checked = 0
     for (before, _), (after, _) in itertools.pairwise(rounds):
         predicted = np.asarray(resize_bilinear(after.mask_logits, SIZE) > 0)
@@ -137,8 +143,8 @@ def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
     """A decoder whose answer is its parameter plus the logits it is given."""
 
     def loss(bias, remat):
-        def decode(prompts, multimask_output, key):
-            del key
+        def decode(prompts, multimask_output, seeds):
+            del seeds
             base = 0.0 if prompts.mask_logits is None else prompts.mask_logits[:, :, None]
             shape = (2, NUM_OBJECTS, 3 if multimask_output else 1)
             logits = jnp.broadcast_to(base + bias, (*shape, *LOW))
@@ -146,9 +152,10 @@ def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
 
         results = run_rounds(
             decode,
-            jax.random.key(0),
+            KEYS,
             masks,
             jnp.array([IMAGE_HW, IMAGE_HW]),
+            MASK_GRID,
             PromptConfig(num_corrections=1, random_mask_round=False, final_mask_round=False),
             LossConfig(iou_weight=0.0),
             remat=remat,
@@ -166,8 +173,8 @@ def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
 def loss_of_logits(masks, value):
     """The loss of one round whose logits are all the same."""
 
-    area = valid_area(jnp.array([IMAGE_HW, IMAGE_HW]), SIZE)
-    logits = jnp.broadcast_to(value, (2, NUM_OBJECTS, 1, *LOW))
-    losses = mask_losses(logits, masks, area, LossConfig())
+    area = MASK_GRID.area(jnp.array([IMAGE_HW, IMAGE_HW]))
+    logits = jnp.broadcast_to(value, (2, NUM_OBJECTS, 1, 16, 6))
+    losses = mask_losses(logits, masks, area, MASK_GRID, LossConfig())
     iou_predictions = jnp.zeros((2, NUM_OBJECTS, 1))
     return round_loss(losses, iou_predictions, LossConfig(iou_weight=0.0)).total.mean()

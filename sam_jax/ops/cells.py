@@ -1,0 +1,197 @@
+"""Low-resolution maps and masks by the cells they belong to.
+
+A cell of the image embeddings has 4 x 4 low-resolution pixels, its sub-pixels. Maps are kept as
+``[16, cells]`` where the model works with them: sub-pixels row by row on the first axis, cells on
+the last. What makes logits of cells, or cells of logits, then moves nothing, and the last axis
+fills the lanes of any processor, which 4 pixels would not.
+
+A mask at the resolution of the image is an integer of such a map, a bit for each image pixel of a
+sub-pixel, row by row from the highest: two bytes stand for what would take 16 as booleans, and
+sums over all pixels of a mask become counts of bits.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from sam_jax.arrays import Array, Bool, Float, GridShape, Int, Shaped, UInt8
+from sam_jax.errors import ConfigError
+
+SIDE = 4
+SUBPIXELS = SIDE * SIDE
+# Pixels of a sub-pixel's side that fit into a word, and divide the bytes of packed masks.
+_SCALES = (1, 2, 4)
+
+
+def to_cells(maps: Shaped[Array, "*batch lh lw"]) -> Shaped[Array, "*batch 16 cells"]:
+    """Maps in the order of cells."""
+    return rearrange(maps, "... (h r) (w c) -> ... (r c) (h w)", r=SIDE, c=SIDE)
+
+
+def to_image(
+    maps: Shaped[Array, "*batch 16 cells"], grid: GridShape
+) -> Shaped[Array, "*batch lh lw"]:
+    """Maps in the order of the image."""
+    return rearrange(maps, "... (r c) (h w) -> ... (h r) (w c)", r=SIDE, h=grid[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGrid:
+    """The pixels of an image by sub-pixels of cells.
+
+    Attributes:
+      grid: rows and columns of cells.
+      scale: image pixels along a side of a sub-pixel.
+    """
+
+    grid: GridShape
+    scale: int
+
+    @classmethod
+    def of(cls, grid: GridShape, image_size: tuple[int, int]) -> "MaskGrid":
+        """For an image of a height and width.
+
+        Raises:
+          ConfigError: if a sub-pixel would not have 1, 2 or 4 pixels along both sides.
+        """
+        for scale in _SCALES:
+            if all(
+                cells * SIDE * scale == size for cells, size in zip(grid, image_size, strict=True)
+            ):
+                return cls(grid, scale)
+        raise ConfigError(
+            f"masks of {image_size[0]} x {image_size[1]} pixels on {grid[0]} x {grid[1]} cells: "
+            f"patches must have a side of {', '.join(str(SIDE * scale) for scale in _SCALES)}"
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        gh, gw = self.grid
+        return SIDE * self.scale * gh, SIDE * self.scale * gw
+
+    def pack(self, packed: UInt8[Array, "*batch h w8"]) -> Int[Array, "*batch 16 cells"]:
+        """Words of ``numpy.packbits(masks, axis=-1)``."""
+        scale, in_byte = self.scale, 8 // self.scale
+        shifts = 8 - scale * (1 + jnp.arange(in_byte, dtype=jnp.int32))
+        parts = (packed.astype(jnp.int32)[..., None] >> shifts) & (2**scale - 1)
+        parts = rearrange(parts, "... h x part -> ... h (x part)")[..., : SIDE * self.grid[1]]
+        rows = rearrange(parts, "... (h r y) (w c) -> y ... (r c) (h w)", r=SIDE, y=scale, c=SIDE)
+        return sum(row << scale * (scale - 1 - y) for y, row in enumerate(rows))
+
+    def area(self, image_hw: Int[Array, "*batch 2"]) -> Int[Array, "*batch 16 cells"]:
+        """Words of what is image and not padding."""
+        gh, gw = self.grid
+        rows, columns = (SIDE * self.scale * np.arange(cells) for cells in self.grid)
+        rows = rearrange(rows[None] + self.scale * np.arange(SIDE)[:, None], "r h -> r 1 h 1")
+        columns = rearrange(columns[None] + self.scale * np.arange(SIDE)[:, None], "c w -> 1 c 1 w")
+        height, width = (image_hw[..., axis][..., None, None, None, None] for axis in (0, 1))
+        words = jnp.zeros((*image_hw.shape[:-1], SIDE, SIDE, gh, gw), jnp.int32)
+        for bit, (y, x) in self.bits():
+            inside = (rows + y < height) & (columns + x < width)
+            words |= inside.astype(jnp.int32) << bit
+        return rearrange(words, "... r c h w -> ... (r c) (h w)")
+
+    def bits(self) -> list[tuple[int, tuple[int, int]]]:
+        """Bits of a word, with row and column of their pixels inside the sub-pixel."""
+        last = self.scale**2 - 1
+        return [(last - i, divmod(i, self.scale)) for i in range(self.scale**2)]
+
+    def of_masks(self, masks: Bool[Array, "*batch h w"]) -> Int[Array, "*batch 16 cells"]:
+        """Words of masks."""
+        return self.pack(jnp.packbits(masks, axis=-1))
+
+    def to_masks(self, words: Int[Array, "*batch 16 cells"]) -> Bool[Array, "*batch h w"]:
+        """Masks of words."""
+        scale, in_byte = self.scale, 8 // self.scale
+        shifts = scale * np.arange(scale)[::-1]
+        lines = jnp.stack([words >> int(shift) & (2**scale - 1) for shift in shifts])
+        lines = rearrange(lines, "y ... (r c) (h w) -> ... (h r y) (w c)", r=SIDE, h=self.grid[0])
+        width = lines.shape[-1]
+        lines = jnp.pad(lines, (*((0, 0),) * (lines.ndim - 1), (0, -width % in_byte)))
+        lines = rearrange(lines, "... h (x part) -> ... h x part", part=in_byte)
+        shifts = 8 - scale * (1 + np.arange(in_byte, dtype=np.int32))
+        packed = jnp.sum(lines << shifts, axis=-1).astype(jnp.uint8)
+        return jnp.unpackbits(packed, axis=-1)[..., : width * scale].astype(bool)
+
+    def boxes(self, words: Int[Array, "*batch 16 cells"]) -> Float[Array, "*batch 4"]:
+        """Tight boxes ``x0, y0, x1, y1`` in pixel indices, both corners inside the mask.
+
+        All zeros for an empty mask. A prompt names pixels by their index; the model adds the half
+        pixel itself.
+        """
+        words = rearrange(words, "... (r c) (h w) -> ... r c h w", r=SIDE, h=self.grid[0])
+
+        def first_and_last(across: tuple[int, int], along: int):
+            """Pixels that the mask spans along y (0) or x (1)."""
+            axes = [words.ndim + axis for axis in across]
+            joined = jax.lax.reduce(words, np.int32(0), jax.lax.bitwise_or, axes)
+            lines = [0] * self.scale
+            for bit, place in self.bits():
+                lines[place[along]] |= 1 << bit
+            occupied = jnp.stack([joined & line for line in lines], axis=-1) != 0
+            occupied = rearrange(occupied, "... part cell line -> ... (cell part line)")
+            first = jnp.argmax(occupied, axis=-1)
+            return first, occupied.shape[-1] - 1 - jnp.argmax(occupied[..., ::-1], axis=-1)
+
+        y0, y1 = first_and_last((-3, -1), 0)
+        x0, x1 = first_and_last((-4, -2), 1)
+        boxes = jnp.stack([x0, y0, x1, y1], axis=-1).astype(jnp.float32)
+        exists = jnp.any(words != 0, axis=(-4, -3, -2, -1))
+        return jnp.where(exists[..., None], boxes, 0.0)
+
+    def sample_pixel(
+        self, key: Array, words: Int[Array, "16 cells"]
+    ) -> tuple[Int[Array, " 2"], Int[Array, " 3"]]:
+        """One pixel ``(x, y)`` of a mask, every one equally likely, and its place among the words.
+
+        Both are zeros if the mask is empty. Draws a rank among the mask's pixels, then finds the
+        sub-pixel, the cell and the bit that hold it by running sums: never a random number per
+        pixel.
+
+        Returns:
+          the pixel, and its sub-pixel, cell and bit, for ``bit_at``.
+        """
+        counts = jax.lax.population_count(words)
+        rank = jax.random.randint(key, (), 0, jnp.maximum(jnp.sum(counts), 1))
+        subpixel, rank = _of_rank(jnp.sum(counts, axis=1), rank)
+        cell, rank = _of_rank(counts[subpixel], rank)
+        bits, places = zip(*self.bits(), strict=True)
+        order, rank = _of_rank(words[subpixel, cell] >> jnp.array(bits) & 1, rank)
+        row, column = (SIDE * x for x in jnp.divmod(cell, self.grid[1]))
+        row, column = row + subpixel // SIDE, column + subpixel % SIDE
+        y, x = jnp.array(places)[order]
+        pixel = jnp.stack([self.scale * column + x, self.scale * row + y])
+        place = jnp.stack([subpixel, cell, jnp.array(bits)[order]])
+        exists = jnp.any(words != 0)
+        pixel, place = (jnp.where(exists, x, 0).astype(jnp.int32) for x in (pixel, place))
+        return pixel, place
+
+
+def bit_at(words: Int[Array, "16 cells"], place: Int[Array, " 3"]) -> Int[Array, ""]:
+    """1 where the mask has the pixel at a place that ``MaskGrid.sample_pixel`` gave, else 0."""
+    subpixel, cell, bit = place
+    return words[subpixel, cell] >> bit & 1
+
+
+def num_pixels(words: Int[Array, "*batch 16 cells"]) -> Float[Array, "*batch"]:
+    """Pixels of masks."""
+    counts = jax.lax.population_count(words)
+    return jnp.sum(counts, axis=(-2, -1), dtype=jnp.int32).astype(jnp.float32)
+
+
+def mask_iou(
+    words: Int[Array, "*#batch 16 cells"], others: Int[Array, "*#batch 16 cells"]
+) -> Float[Array, "*#batch"]:
+    """Intersection over union; two empty masks have IoU 0 (the union is taken as at least 1)."""
+    return num_pixels(words & others) / jnp.maximum(num_pixels(words | others), 1.0)
+
+
+def _of_rank(counts: Int[Array, " k"], rank: Int[Array, ""]) -> tuple[Array, Array]:
+    """Which of consecutive groups holds the element of a rank, and its rank inside the group."""
+    up_to = jnp.cumsum(counts)
+    group = jnp.minimum(jnp.sum(up_to <= rank), counts.size - 1)
+    return group, rank - (up_to - counts)[group]

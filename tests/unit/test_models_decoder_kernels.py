@@ -1,0 +1,104 @@
+"""The mask decoder through TPU kernels, interpreted, against its plain form."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
+from sam_jax.models.prompt_encoder import PromptEmbeddings
+from sam_jax.ops.placement import Kernels
+
+DIM, GRID = 256, (8, 32)
+CONFIG = MaskDecoderConfig(depth=2, mlp_dim=32, dropout_rate=0.2, iou_head_dim=16)
+# With the output tokens sixteen, of which objects lack some.
+NUM_PROMPTS = 11
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng((*shape, seed)).standard_normal(shape), jnp.float32)
+
+
+VALID = jnp.asarray(np.random.default_rng(0).random((1, 2, NUM_PROMPTS)) < 0.6)
+
+
+def prompts(sparse: jax.Array, dense: jax.Array) -> PromptEmbeddings:
+    return PromptEmbeddings(sparse, VALID, dense, normal(*GRID, DIM))
+
+
+INPUTS = {
+    "embeddings": normal(1, *GRID, DIM),
+    "sparse": normal(1, 2, NUM_PROMPTS, DIM),
+    "dense": normal(1, 2, *GRID, DIM, seed=1),
+}
+
+
+@functools.cache
+def params() -> Any:
+    decoder = MaskDecoder(CONFIG, DIM)
+    shapes = jax.eval_shape(
+        lambda: decoder.init(
+            jax.random.key(0),
+            INPUTS["embeddings"],
+            prompts(INPUTS["sparse"], INPUTS["dense"]),
+            multimask_output=True,
+        )
+    )["params"]
+    rng = np.random.default_rng(3)
+
+    def weights(path: Any, leaf: Any) -> jax.Array:
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        fan_in = 1 if len(leaf.shape) < 2 else leaf.shape[0]
+        offset = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
+        return jnp.asarray(offset + 0.5 * values * fan_in**-0.5)
+
+    return jax.tree_util.tree_map_with_path(weights, shapes)
+
+
+def run(kernels: Kernels, dtype: Any, multimask_output: bool) -> Any:
+    """Logits and predictions, and gradients of a sum of them by all that has one."""
+    decoder = MaskDecoder(CONFIG, DIM, dtype, kernels)
+    seeds = jnp.array([[3, 4]], jnp.uint32)
+
+    def total(params: Any, inputs: Any) -> Any:
+        out = decoder.apply(
+            {"params": params},
+            inputs["embeddings"],
+            prompts(inputs["sparse"], inputs["dense"]),
+            multimask_output=multimask_output,
+            dropout_seeds=seeds,
+        )
+        weights = normal(*out.low_res_logits.shape, seed=2)
+        mean = jnp.vdot(weights, out.low_res_logits) / out.low_res_logits.size
+        return mean + jnp.sum(jnp.square(out.iou_predictions)), out
+
+    function = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, out), gradients = function(params(), INPUTS)
+    return out, gradients
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multimask_output", "tolerance"),
+    [(jnp.float32, False, 1e-4), (jnp.float32, True, 1e-4), (jnp.bfloat16, False, 0.1)],
+)
+def test_kernels_decode_as_the_plain_form_does(
+    dtype: Any, multimask_output: bool, tolerance: float
+) -> None:
+    """Values and gradients, dropout and all. In half precision, against single precision."""
+    out, gradients = run("interpreted", dtype, multimask_output)
+    expected, expected_gradients = run("none", jnp.float32, multimask_output)
+    for name in ("low_res_logits", "iou_predictions"):
+        ours, theirs = getattr(out, name), getattr(expected, name)
+        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
+    ours, theirs = (jax.tree.leaves_with_path(x) for x in (gradients, expected_gradients))
+    wrong = []
+    # Biases of keys change nothing but through rounding.
+    largest = max(float(jnp.linalg.norm(x)) for _, x in theirs)
+    for (path, mine), (_, other) in zip(ours, theirs, strict=True):
+        error = float(jnp.linalg.norm(mine - other))
+        if error > tolerance * float(jnp.linalg.norm(other)) + 1e-5 * tolerance * largest:
+            wrong.append((jax.tree_util.keystr(path), error, float(jnp.linalg.norm(other))))
+    assert not wrong
