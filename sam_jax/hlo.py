@@ -31,6 +31,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = [su](?:32|64)\[\]\S* constant\((\d+)\)")
 _CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|calls)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_KERNEL_NAME = re.compile(r"(\w+)/pallas_call$")
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 
 
@@ -60,6 +61,12 @@ class Instruction:
     def is_kernel(self) -> bool:
         """Whether it is a kernel of our own, of which the compiler knows nothing."""
         return any(f'"{name}"' in self.text for name in _KERNELS)
+
+    @property
+    def kernel_name(self) -> str:
+        """What a kernel of our own calls itself; empty for anything else, or if it does not say."""
+        found = _KERNEL_NAME.search(self.source) if self.is_kernel else None
+        return found[1] if found else ""
 
     @property
     def kernel_flops(self) -> int:

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, DimSize, Float, Int
@@ -15,7 +14,7 @@ from sam_jax.models.layers import Projection
 from sam_jax.ops import cell_means_kernel
 from sam_jax.ops.cell_kernel import CellFunction, over_cells
 from sam_jax.ops.dropout import keeps, kept
-from sam_jax.ops.tpu_kernel import SUBLANES, WORTH_KEEPING, product
+from sam_jax.ops.tpu_kernel import SUBLANES, product
 
 # Of the LayerNorms of the two-way transformer.
 NORM_EPSILON = 1e-5
@@ -264,19 +263,22 @@ def ask_cells(
     cell_pe: Float[Array, "k d"],
     *,
     interpret: bool,
-) -> Float[Array, "b p t d"]:
-    """Attention of tokens to the cells of their object, as ``Attention`` has it."""
-    b, _, _, _ = cells.shape
+) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
+    """Attention of tokens to the cells of their object, as ``Attention`` has it; and the cells.
+
+    What follows should use these cells (``cell_means_kernel.cell_means``).
+    """
+    b = cells.shape[0]
     num_heads, head_dim = weights.q_bias.shape
     rows = _project(tokens, weights.q_kernel, weights.q_bias) * head_dim**-0.5
     rows = _join_heads(jnp.einsum("bpsac,dac->bpsad", rows, weights.k_kernel))
-    means = cell_means_kernel.cell_means(
+    means, joined = cell_means_kernel.cell_means(
         _join_objects(rows), _join_objects(cells), cell_pe, interpret=interpret
     )
-    means = checkpoint_name(means, WORTH_KEEPING)
     means = _split_heads(rearrange(means, "(b p) f d -> b p f d", b=b), num_heads)
     heads = jnp.einsum("bpsad,dac->bpsac", means, weights.v_kernel) + weights.v_bias
-    return jnp.einsum("bpsac,acd->bpsd", heads, weights.out_kernel) + weights.out_bias
+    looked = jnp.einsum("bpsac,acd->bpsd", heads, weights.out_kernel) + weights.out_bias
+    return looked, joined.reshape(cells.shape)
 
 
 def answer_cells(

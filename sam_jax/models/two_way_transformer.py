@@ -78,7 +78,7 @@ class TwoWayAttentionBlock(nn.Module):
 
         name = "cross_attn_token_to_image"
         if in_kernels:
-            looked = ask_cells(
+            looked, cells = ask_cells(
                 weights(name), tokens + token_pe, cells, cell_pe, interpret=interpret
             )
         else:
@@ -158,7 +158,9 @@ class TwoWayTransformer(nn.Module):
         if self.kernels != "none" and fits_kernels(tokens, cells, self.num_heads):
             weights = AttentionWeights(self.num_heads, 2, self.dtype, name=name)(tokens.shape[-1])
             interpret = self.kernels == "interpreted"
-            looked = ask_cells(weights, tokens + token_pe, cells, cell_pe, interpret=interpret)
+            looked, cells = ask_cells(
+                weights, tokens + token_pe, cells, cell_pe, interpret=interpret
+            )
         else:
             last = Attention(self.num_heads, 2, self.dtype, name=name)
             looked = last(tokens + token_pe, cells + cell_pe, cells)

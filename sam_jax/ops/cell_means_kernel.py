@@ -9,12 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float
 from sam_jax.ops.cell_kernel import block_of, each_block, each_object
-from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, product
+from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, WORTH_KEEPING, product
 
 
 def supports(num_cells: int, num_rows: int, dim: int) -> bool:
@@ -28,8 +29,11 @@ def cell_means(
     positions: Float[Array, "cells d"],
     *,
     interpret: bool,
-) -> Float[Array, "objects f d"]:
-    """Means of cells, weighed by the softmax of their products with each row.
+) -> tuple[Float[Array, "objects f d"], Float[Array, "objects cells d"]]:
+    """Means of cells, weighed by the softmax of their products with each row; and the cells.
+
+    What follows should use these cells: then the kernel adds up their gradients, which would take
+    more time by themselves.
 
     Args:
       rows: what asks; logits are ``rows . (cells + positions)``.
@@ -42,7 +46,7 @@ def cell_means(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _means(interpret, rows, cells, positions):
-    return _forward(interpret, rows, cells, positions)[0]
+    return _forward(interpret, rows, cells, positions)[0], cells
 
 
 def _forward(interpret, rows, cells, positions):
@@ -69,11 +73,13 @@ def _forward(interpret, rows, cells, positions):
 
 
 def _means_forward(interpret, rows, cells, positions):
-    means, log_sums = _forward(interpret, rows, cells, positions)
-    return means, (rows, cells, positions, means, log_sums)
+    found = _forward(interpret, rows, cells, positions)
+    means, log_sums = checkpoint_name(found, WORTH_KEEPING)
+    return (means, cells), (rows, cells, positions, means, log_sums)
 
 
-def _means_backward(interpret, residuals, d_means):
+def _means_backward(interpret, residuals, cotangents):
+    d_means, d_cells = cotangents
     rows, cells, positions, means, log_sums = residuals
     # What softmax's gradient subtracts: the mean of the weights' gradients.
     offsets = jnp.sum(d_means.astype(jnp.float32) * means.astype(jnp.float32), axis=-1)
@@ -87,6 +93,7 @@ def _means_backward(interpret, residuals, d_means):
             each_object((num_rows, LANES)),
             each_object((num_rows, LANES)),
             each_object((num_rows, dim)),
+            each_block(cells),
         ],
         out_specs=[
             each_object((num_rows, dim)),
@@ -100,7 +107,7 @@ def _means_backward(interpret, residuals, d_means):
         cost_estimate=_cost(rows, cells, products=5),
         interpret=interpret,
         name="cell_means_backward",
-    )(rows, cells, positions, log_sums, offsets, d_means)
+    )(rows, cells, positions, log_sums, offsets, d_means, d_cells)
     return d_rows.astype(rows.dtype), d_cells, None
 
 
@@ -153,7 +160,7 @@ def _forward_kernel(rows, cells, positions, means, log_sums, largest, total, wei
         log_sums[0] = largest[...] + jnp.log(total[...])
 
 
-def _backward_kernel(rows, cells, positions, log_sums, offsets, d_means, d_rows, d_cells):
+def _backward_kernel(rows, cells, positions, log_sums, offsets, d_means, d_after, d_rows, d_cells):
     @pl.when(pl.program_id(1) == 0)
     def _():
         d_rows[...] = jnp.zeros_like(d_rows)
@@ -164,5 +171,6 @@ def _backward_kernel(rows, cells, positions, log_sums, offsets, d_means, d_rows,
     d_weights = product(d_means[0], values, (1, 1))
     d_logits = (weights * (d_weights - offsets[0, :, :1])).astype(values.dtype)
     d_rows[0] += product(d_logits, keys, (1, 0))
-    d_cell = product(weights.astype(values.dtype), d_means[0], (0, 0))
+    d_cell = d_after[0].astype(jnp.float32)
+    d_cell += product(weights.astype(values.dtype), d_means[0], (0, 0))
     d_cells[0] = (d_cell + product(d_logits, rows[0], (0, 0))).astype(d_cells.dtype)
