@@ -7,6 +7,7 @@ image's own resolution.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Literal
@@ -164,7 +165,9 @@ class CompiledModel:
     ):
         devices = devices or jax.local_devices()
         mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-        model = model.clone(placement=Placement(mesh, ("rows",)))
+        placement = Placement(mesh, ("rows",))
+        model = model.clone(placement=placement)
+        decoder = model.clone(placement=placement.inside)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_row = NamedSharding(mesh, PartitionSpec("rows"))
         self.image_size = model.image_size
@@ -176,13 +179,14 @@ class CompiledModel:
             return model.apply(variables, normalize_images(images, image_hw), method="encode")
 
         def decode(variables, embeddings, image_of_row, prompts, multimask_output):
-            return model.apply(
-                variables,
-                embeddings[image_of_row],
-                prompts,
-                multimask_output=multimask_output,
-                method="decode",
+            decode_rows = placement.on_each_device(
+                functools.partial(
+                    decoder.apply, multimask_output=multimask_output, method="decode"
+                ),
+                [PartitionSpec(), PartitionSpec("rows"), PartitionSpec("rows")],
+                PartitionSpec("rows"),
             )
+            return decode_rows(variables, embeddings[image_of_row], prompts)
 
         def propose(variables, embeddings, image_of_row, prompts):
             output = decode(variables, embeddings, image_of_row, prompts, True)

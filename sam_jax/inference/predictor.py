@@ -1,6 +1,7 @@
 """The predictor: any images, any prompts, a bounded number of compiled programs."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
@@ -24,7 +25,7 @@ from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
 from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
-from sam_jax.ops.placement import Placement
+from sam_jax.ops.placement import BATCH, Placement
 
 
 def use_compilation_cache(folder: str | Path) -> None:
@@ -162,12 +163,31 @@ class Predictor:
         mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("image",))
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._model = model.clone(placement=Placement(mesh, ("image",)))
+        placement = Placement(mesh, ("image",))
+        self._model = model.clone(placement=placement)
+        self._decoder = model.clone(placement=placement.inside)
         self._variables = jax.device_put(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
-        self._decode = jax.jit(self._decode_on_device, static_argnames="multimask_output")
-        self._decode_points = jax.jit(self._decode_points_on_device)
+
+        everywhere, by_image = PartitionSpec(), placement.spec(BATCH)
+
+        def decode_on_device(
+            variables: Any, features: Any, prompts: Prompts, multimask_output: bool
+        ) -> Any:
+            function = functools.partial(
+                self._decoder.apply, multimask_output=multimask_output, method=Sam.decode
+            )
+            specs = [everywhere, by_image, by_image]
+            return placement.on_each_device(function, specs, by_image)(variables, features, prompts)
+
+        decode_points = placement.on_each_device(
+            self._decode_points_on_device,
+            [everywhere, by_image, by_image, by_image, everywhere],
+            by_image,
+        )
+        self._decode = jax.jit(decode_on_device, static_argnames="multimask_output")
+        self._decode_points = jax.jit(decode_points)
         # Not a slice, which would be compiled anew for each place.
         self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)
 
@@ -441,17 +461,6 @@ class Predictor:
         normalized = normalize_images(images, image_hw)
         return self._model.apply(variables, normalized, method=Sam.encode)
 
-    def _decode_on_device(
-        self,
-        variables: Any,
-        features: Float[Array, "r gh gw d"],
-        prompts: Prompts,
-        multimask_output: bool,
-    ) -> Any:
-        return self._model.apply(
-            variables, features, prompts, multimask_output=multimask_output, method=Sam.decode
-        )
-
     def _decode_points_on_device(
         self,
         variables: Any,
@@ -479,13 +488,13 @@ class Predictor:
                     point_labels=jnp.full((*valid.shape, 1), FOREGROUND),
                     point_valid=valid[..., None],
                 )
-                attended: Any = self._model.apply(
+                attended: Any = self._decoder.apply(
                     variables, features, prompts, multimask_output=True, method=Sam.attend
                 )
                 ious = attended.iou_predictions
                 logits = jax.lax.cond(
                     jnp.any((ious > iou_threshold) & valid[..., None]),
-                    lambda: self._model.apply(
+                    lambda: self._decoder.apply(
                         variables, attended, multimask_output=True, method=Sam.draw
                     ),
                     lambda: jnp.zeros((*shape, lh, lw)),
