@@ -213,7 +213,7 @@ class TrainTransform:
     Source: Appendix A, training recipe (up to 64 masks drawn at random, masks
         above 90 % of the image dropped, scale jitter [0.1, 2.0]).
     Differs: decoding at reduced size leaves somewhat more of the high
-        frequencies in the image: 1 or 2 grey values on average (docs/scaling.md).
+        frequencies in the image: 1 to 3 grey values on average (docs/scaling.md).
     """
 
     image_size: tuple[int, int]
