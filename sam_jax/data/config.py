@@ -104,6 +104,7 @@ class DataConfig:
         hflip_rate: as there.
         scale_jitter: as there.
         color_jitter: as there.
+        reduced_decoding: as there.
     """
 
     sources: tuple[Any, ...]
@@ -122,6 +123,7 @@ class DataConfig:
     hflip_rate: float = 0.0
     scale_jitter: tuple[float, float] | None = None
     color_jitter: float = 0.0
+    reduced_decoding: bool = True
 
     def __post_init__(self):
         sources = tuple(

@@ -24,7 +24,7 @@ from sam_jax.data.corruption import (
 )
 from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, mask_runs
 from sam_jax.data.sources import Source
-from sam_jax.data.transforms import DroppedMask, TrainTransform, no_valid_mask
+from sam_jax.data.transforms import DroppedMask, PackedExample, TrainTransform, no_valid_mask
 from sam_jax.errors import ConfigError
 
 __all__ = [
@@ -49,7 +49,7 @@ class _Loaded(NamedTuple):
     examples depend on the number of workers.
     """
 
-    example: dict[str, np.ndarray] | None
+    example: PackedExample | None
     name: str
     dropped: tuple[DroppedMask, ...] = ()
     error: CorruptSampleError | None = None
@@ -65,7 +65,7 @@ class _Load(grain.transforms.RandomMap):
     def random_map(self, index: int, rng: np.random.Generator) -> _Loaded:
         try:
             sample = self.source[index]
-            example, dropped = self.transform.with_report(sample, rng)
+            example, dropped = self.transform.packed(sample, rng)
         except CorruptSampleError as error:
             # A copy: the original's traceback holds the image's bytes.
             error = CorruptSampleError(error.name, error.reason, error.detail)
@@ -85,7 +85,7 @@ def train_iterator(
 
     Returns:
         An iterator of dicts of stacked arrays, b = batch_size / process_count:
-        the keys and shapes of `TrainTransform.with_report` with a leading b.
+        the keys and shapes of `TrainTransform.zeros`.
 
     Raises:
         ConfigError: the batch does not divide by the processes, or a source
@@ -201,7 +201,7 @@ class TrainIterator(grain.DatasetIterator):
 
 
 class _Batches(grain.IterDataset):
-    """Stacks good examples; skips and counts the others."""
+    """Puts good examples into batches; skips and counts the others."""
 
     def __init__(self, examples: grain.MapDataset, config: DataConfig, local_batch_size: int):
         super().__init__()
@@ -220,22 +220,25 @@ class _BatchIterator(grain.DatasetIterator):
         self._config = config
         self._local_batch_size = local_batch_size
         self._log = CorruptionLog(config.max_corrupt_rate, config.corrupt_grace)
+        self._transform = config.transform()
         self._position = 0
         self._stream: grain.DatasetIterator | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._stream is None:
             self._stream = self._open()
-        batch: list[dict[str, np.ndarray]] = []
-        while len(batch) < self._local_batch_size:
+        batch = self._transform.zeros(self._local_batch_size)
+        row = 0
+        while row < self._local_batch_size:
             loaded = next(self._stream)
             self._position += 1
             if loaded.error is not None:
                 self._log.record_corrupt(loaded.error)
             else:
                 self._log.record_good(loaded.name, loaded.dropped)
-                batch.append(loaded.example)
-        return {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+                loaded.example.unpack_into({key: array[row] for key, array in batch.items()})
+                row += 1
+        return batch
 
     def _open(self) -> grain.DatasetIterator:
         config = self._config

@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
@@ -110,9 +110,48 @@ def open_image(sample: Sample) -> Image.Image:
     Raises:
         CorruptSampleError: the bytes are truncated or no readable image.
     """
+    return open_reduced(sample, None).image
+
+
+class ReducedImage(NamedTuple):
+    """An image that may have been decoded to a fraction of its size.
+
+    Attributes:
+        image: RGB, with sides of those in the file over `reduction`, rounded up.
+        reduction: 1, 2, 4 or 8. One pixel spans so many of the file, though the
+            last of a row or column may be cut short.
+    """
+
+    image: Image.Image
+    reduction: int
+
+
+def open_reduced(sample: Sample, at_least_hw: tuple[int, int] | None) -> ReducedImage:
+    """The image, decoded no larger than it must be.
+
+    A JPEG holds the frequencies of blocks of 8 x 8 pixels. From the lower half
+    of them a decoder makes 4 x 4 in half of the time. Other formats come at
+    their own size.
+
+    Args:
+        sample: where it stands.
+        at_least_hw: a size that the image keeps, unless it is smaller to begin
+            with; None for its own size.
+
+    Raises:
+        CorruptSampleError: the bytes are truncated or no readable image.
+    """
     if isinstance(sample.image, np.ndarray):
-        return Image.fromarray(sample.image)
-    return _read(sample.image, sample.name, _to_rgb)
+        return ReducedImage(Image.fromarray(sample.image), 1)
+
+    def read(image: Image.Image) -> ReducedImage:
+        width = image.width
+        drafted = image.draft(None, at_least_hw[::-1]) if at_least_hw else None
+        # The second part is the box that the file's pixels fill, in those of the image.
+        reduction = round(width / drafted[1][2]) if drafted else 1
+        return ReducedImage(_to_rgb(image), reduction)
+
+    return _read(sample.image, sample.name, read)
 
 
 def image_hw(sample: Sample) -> tuple[int, int]:

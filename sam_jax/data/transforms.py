@@ -8,20 +8,31 @@ the size.
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Bool, Float64, Int32, Shaped, UInt8
 from PIL import Image
 
 from sam_jax.data import rle
-from sam_jax.data.samples import CorruptSampleError, Sample, mask_runs, open_image
+from sam_jax.data.samples import (
+    CorruptSampleError,
+    ReducedImage,
+    Sample,
+    image_hw,
+    mask_runs,
+    open_reduced,
+)
 
 # Luma weights of the colour jitter's grey axis (ITU-R BT.601).
 _LUMA = np.array([0.299, 0.587, 0.114])
+# A decoder that reduces an image has removed what is too fine for the result. What is left to
+# reduce, if little, needs no antialiasing, and bilinear interpolation without it is four times as
+# fast. Up to here the difference to decoding and resizing in full stays what the decoder makes it.
+_SMALL_STEP = 1.25
 
 
 class DroppedMask(NamedTuple):
@@ -83,6 +94,7 @@ def resize_image(
     scaled_hw: tuple[int, int],
     crop_yx: tuple[int, int] = (0, 0),
     crop_hw: tuple[int, int] | None = None,
+    extent_hw: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
     """The image at another size, or a window of it.
 
@@ -95,10 +107,12 @@ def resize_image(
         crop_yx: upper left corner of the window, in pixels of the scaled
             image.
         crop_hw: the window's size; None keeps everything.
+        extent_hw: how many of its pixels make up the whole image, where the
+            last are cut short; None is all of them.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    w, h = image.size
+    h, w = extent_hw or (image.height, image.width)
     crop_hw = crop_hw or scaled_hw
     y_scale, x_scale = h / scaled_hw[0], w / scaled_hw[1]
     box = (
@@ -108,6 +122,70 @@ def resize_image(
         min((crop_yx[0] + crop_hw[0]) * y_scale, h),
     )
     return np.asarray(image.resize(crop_hw[::-1], Image.Resampling.BILINEAR, box=box))
+
+
+def resize_reduced(
+    image: Image.Image, reduction: int, hw: tuple[int, int], placement: _Placement
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The placed part of an image that was decoded to a fraction of its size `hw`."""
+    extent_hw = hw[0] / reduction, hw[1] / reduction
+    steps = [have / want for have, want in zip(extent_hw, placement.scaled_hw, strict=True)]
+    is_whole = placement.crop_hw == placement.scaled_hw and extent_hw == image.size[::-1]
+    if reduction > 1 and is_whole and max(steps) <= _SMALL_STEP:
+        return cv2.resize(np.asarray(image), placement.scaled_hw[::-1])
+    return resize_image(image, placement.scaled_hw, placement.crop_yx, placement.crop_hw, extent_hw)
+
+
+class PackedMask(NamedTuple):
+    """A mask that is empty outside of a box.
+
+    Attributes:
+        box: first row, number of rows, and the same for columns in bytes of eight pixels.
+        bits: what is in the box, as `np.packbits` has it.
+    """
+
+    box: tuple[int, int, int, int]
+    bits: UInt8[np.ndarray, "rows bytes"]
+
+
+def pack_mask(part: Bool[np.ndarray, "h w"], top: int, left: int) -> PackedMask:
+    """The mask that is `part` from a row and a column on, and empty elsewhere."""
+    before = left % 8
+    shifted = np.zeros((part.shape[0], before + part.shape[1]), bool)
+    shifted[:, before:] = part
+    bits = np.packbits(shifted, axis=-1)
+    return PackedMask((top, bits.shape[0], left // 8, bits.shape[1]), bits)
+
+
+class PackedExample(NamedTuple):
+    """A training example before it is padded, a fifth of its size: what processes hand over.
+
+    Attributes:
+        window: the part of the model input that the image fills, RGB.
+        original_hw: the image's size in the file.
+        mask_boxes: of each mask, as in `PackedMask`.
+        mask_bits: of all masks, one after the other.
+    """
+
+    window: UInt8[np.ndarray, "h w 3"]
+    original_hw: tuple[int, int]
+    mask_boxes: Int32[np.ndarray, "k 4"]
+    mask_bits: UInt8[np.ndarray, "n"]
+
+    def unpack_into(self, example: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+        """Writes the example into arrays of zeros; see `TrainTransform.zeros`."""
+        h, w = self.window.shape[:2]
+        example["image"][:h, :w] = self.window
+        example["image_hw"][:] = h, w
+        example["original_hw"][:] = self.original_hw
+        example["mask_valid"][: len(self.mask_boxes)] = True
+        begin = 0
+        for mask, (y, rows, x, columns) in zip(
+            example["masks_packed"], self.mask_boxes.tolist(), strict=False
+        ):
+            end = begin + rows * columns
+            mask[y : y + rows, x : x + columns] = self.mask_bits[begin:end].reshape(rows, columns)
+            begin = end
 
 
 @dataclass(frozen=True)
@@ -129,9 +207,13 @@ class TrainTransform:
             then a random crop or padding to (H, W); None is off.
         color_jitter: strength s >= 0: brightness, contrast and saturation
             are scaled by factors in [1-s, 1+s], hue turned by up to s/2 rad.
+        reduced_decoding: JPEGs of twice the size needed, or more, are decoded
+            to a half, a quarter or an eighth of it. Masks are not concerned.
 
     Source: Appendix A, training recipe (up to 64 masks drawn at random, masks
         above 90 % of the image dropped, scale jitter [0.1, 2.0]).
+    Differs: decoding at reduced size leaves somewhat more of the high
+        frequencies in the image: 1 to 3 grey values on average (docs/scaling.md).
     """
 
     image_size: tuple[int, int]
@@ -141,6 +223,7 @@ class TrainTransform:
     hflip_rate: float = 0.0
     scale_jitter: tuple[float, float] | None = None
     color_jitter: float = 0.0
+    reduced_decoding: bool = True
 
     def __post_init__(self):
         if min(self.image_size) < 1 or self.image_size[1] % 8:
@@ -168,53 +251,74 @@ class TrainTransform:
         reported.
 
         Returns:
-            (example, dropped). The example holds
-            image: uint8 [H, W, 3], RGB, zeros outside image_hw;
-            image_hw: int32 [2], the part of it the image fills;
-            original_hw: int32 [2], the size before resizing;
-            masks_packed: uint8 [p, H, W/8], `np.packbits` of bool masks over
-            the last axis (most significant bit first), zero where invalid;
-            mask_valid: bool [p], true for the leading ones.
+            (example, dropped). The example has the arrays of `zeros` without b.
 
         Raises:
             CorruptSampleError: the image is unreadable, or has no valid mask.
         """
-        image = open_image(sample)
-        hw = (image.height, image.width)
+        packed, dropped = self.packed(sample, rng)
+        example = self.zeros(1)
+        packed.unpack_into({key: array[0] for key, array in example.items()})
+        return {key: array[0] for key, array in example.items()}, dropped
+
+    def zeros(self, batch_size: int) -> dict[str, np.ndarray]:
+        """An empty batch.
+
+        Returns:
+            image: uint8 [b, H, W, 3], RGB, zeros outside image_hw;
+            image_hw: int32 [b, 2], the part of it the image fills;
+            original_hw: int32 [b, 2], the size before resizing;
+            masks_packed: uint8 [b, p, H, W/8], `np.packbits` of bool masks
+            over the last axis (most significant bit first), zero where
+            invalid;
+            mask_valid: bool [b, p], true for the leading ones.
+        """
+        h, w = self.image_size
+        return {
+            "image": np.zeros((batch_size, h, w, 3), np.uint8),
+            "image_hw": np.zeros((batch_size, 2), np.int32),
+            "original_hw": np.zeros((batch_size, 2), np.int32),
+            "masks_packed": np.zeros((batch_size, self.max_masks, h, w // 8), np.uint8),
+            "mask_valid": np.zeros((batch_size, self.max_masks), bool),
+        }
+
+    def packed(
+        self, sample: Sample, rng: np.random.Generator
+    ) -> tuple[PackedExample, tuple[DroppedMask, ...]]:
+        """The example of `with_report` in a form to hand over, and the masks left out.
+
+        Raises:
+            CorruptSampleError: the image is unreadable, or has no valid mask.
+        """
+        hw = image_hw(sample)
         placement = self._place(hw, rng)
+        image, reduction = self._open(sample, placement)
         order = rng.permutation(len(sample.masks_rle))
 
-        packed, dropped = self._masks(sample, hw, order, placement)
-        if not packed and self.scale_jitter is not None:
+        masks, dropped = self._masks(sample, hw, order, placement)
+        if not masks and self.scale_jitter is not None:
             # The crop missed every mask, or they became too small. That is no
             # fault of the sample.
             placement = _Placement.whole(fit_longest_side(hw, self.image_size), placement.flip)
-            packed, dropped = self._masks(sample, hw, order, placement)
-        if not packed:
+            image, reduction = self._open(sample, placement)
+            masks, dropped = self._masks(sample, hw, order, placement)
+        if not masks:
             raise no_valid_mask(sample, dropped)
 
-        h, w = placement.crop_hw
-        window = resize_image(image, placement.scaled_hw, placement.crop_yx, placement.crop_hw)
+        window = resize_reduced(image, reduction, hw, placement)
         if placement.flip:
             window = window[:, ::-1]
         if self.color_jitter:
             window = cv2.transform(window, self._color_matrix(window, rng))
-        padded = np.zeros((*self.image_size, 3), np.uint8)
-        padded[:h, :w] = window
+        return PackedExample(
+            np.ascontiguousarray(window),
+            hw,
+            np.array([mask.box for mask in masks], np.int32),
+            np.concatenate([mask.bits.reshape(-1) for mask in masks]),
+        ), tuple(dropped)
 
-        masks_packed = np.zeros(
-            (self.max_masks, self.image_size[0], self.image_size[1] // 8), np.uint8
-        )
-        for slot, mask in enumerate(packed):
-            masks_packed[slot, : mask.shape[0], : mask.shape[1]] = mask
-        example: dict[str, np.ndarray] = {
-            "image": padded,
-            "image_hw": np.array([h, w], np.int32),
-            "original_hw": np.array(hw, np.int32),
-            "masks_packed": masks_packed,
-            "mask_valid": np.arange(self.max_masks) < len(packed),
-        }
-        return example, tuple(dropped)
+    def _open(self, sample: Sample, placement: _Placement) -> ReducedImage:
+        return open_reduced(sample, placement.scaled_hw if self.reduced_decoding else None)
 
     def _place(self, hw: tuple[int, int], rng: np.random.Generator) -> _Placement:
         flip = self.hflip_rate > 0 and rng.random() < self.hflip_rate
@@ -233,15 +337,13 @@ class TrainTransform:
         hw: tuple[int, int],
         order: np.ndarray,
         placement: _Placement,
-    ) -> tuple[list[np.ndarray], list[DroppedMask]]:
-        """Up to max_masks packed masks uint8 [h, ceil(w/8)], and the dropped."""
-        (h, w), (y, x) = placement.crop_hw, placement.crop_yx
-        y_edges = np.arange(y, y + h + 1) * (hw[0] / placement.scaled_hw[0])
-        x_edges = np.arange(x, x + w + 1) * (hw[1] / placement.scaled_hw[1])
-        packed: list[np.ndarray] = []
+    ) -> tuple[list[PackedMask], list[DroppedMask]]:
+        """Up to max_masks masks, and the dropped."""
+        grid = rle.Grid(hw, placement.scaled_hw, placement.crop_yx, placement.crop_hw)
+        masks: list[PackedMask] = []
         dropped = [DroppedMask("unusable annotation", text) for text in sample.unusable_masks]
         for index in order.tolist():
-            if len(packed) == self.max_masks:
+            if len(masks) == self.max_masks:
                 break
             try:
                 runs = mask_runs(sample, index, hw)
@@ -254,14 +356,15 @@ class TrainTransform:
             elif area > self.max_area_rate * hw[0] * hw[1]:
                 dropped.append(DroppedMask("too large"))
             else:
-                mask = rle.resample(runs, hw, y_edges, x_edges)
-                if np.count_nonzero(mask) < self.min_mask_area_px:
+                part, (top, left) = grid.resample_part(runs)
+                if cv2.countNonZero(part.view(np.uint8)) < self.min_mask_area_px:
                     dropped.append(DroppedMask("too small"))
                     continue
                 if placement.flip:
-                    mask = mask[:, ::-1]
-                packed.append(np.packbits(mask, axis=-1))
-        return packed, dropped
+                    part = part[:, ::-1]
+                    left = placement.crop_hw[1] - left - part.shape[1]
+                masks.append(pack_mask(part, top, left))
+        return masks, dropped
 
     def _color_matrix(
         self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator

@@ -253,9 +253,6 @@ def overlay_of(
     height, width = pixels.shape[:2]
     scale = min(1.0, _OVERLAY_SIDE_PX / max(height, width))
     size = max(round(height * scale), 1), max(round(width * scale), 1)
-    edges = [
-        np.linspace(0, side, count + 1) for side, count in ((height, size[0]), (width, size[1]))
-    ]
     picture = pixels if scale == 1.0 else resize_image(pixels, size)
     colors = palette(len(records))
     # Some at a time, which would be gigabytes for all masks of a large picture; the largest first.
@@ -263,7 +260,7 @@ def overlay_of(
     for start in range(0, len(order), _DRAWN_TOGETHER):
         part = order[start : start + _DRAWN_TOGETHER]
         masks = [
-            rle.resample(rle.run_lengths(records[index]["segmentation"]), (height, width), *edges)
+            rle.resample(rle.run_lengths(records[index]["segmentation"]), (height, width), size)
             for index in part
         ]
         picture = overlay_masks(picture, np.stack(masks), [colors[index] for index in part])

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, checkpoint, decoder, encoder, input, limits, step
+from benchmarks import attention, checkpoint, dead_leaves, decoder, encoder, input, limits, step
 from benchmarks.random_inputs import random_prompts
 from sam_jax import work
+from sam_jax.data import decode_masks
+from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
@@ -157,6 +159,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "tiny", dataclasses.replace(TINY, image_encoder=square))
     monkeypatch.setattr(limits, "MATMUL_SIZES", {"cpu": (64,), "accelerator": (64,)})
     monkeypatch.setattr(limits, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(dead_leaves, "IMAGE_HW", (90, 135))
+    monkeypatch.setattr(input, "NUM_FILES", 4)
 
 
 ENCODER = ["--variant", "tiny", "--batch", "2"]
@@ -186,6 +190,11 @@ DECODER = ["--variant", "tiny", "--prompts", "3"]
             ["--config", str(CONFIG), "--synthetic", "--set", "data.batch_size=4"],
             "images/s",
         ),
+        (
+            input.main,
+            ["--config", str(CONFIG), "--sa1b", "2", "--accelerator-rate", "5"],
+            "images/s of a core",
+        ),
     ],
 )
 def test_every_benchmark_writes_a_record(
@@ -198,6 +207,42 @@ def test_every_benchmark_writes_a_record(
     assert record["commit"] != ""
     assert record["command"].startswith(f"python -m benchmarks.{record['benchmark']} ")
     assert unit in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_cores_follow_from_the_accelerators_rate(tmp_path: Path) -> None:
+    arguments = ["--config", str(CONFIG), "--synthetic", "--repeats", "2", "--accelerator-rate"]
+    record = input.main([*arguments, "6", "--out", str(tmp_path / "record.json")])
+    per_core = record["rates"]["images/s of a core"]["achieved"]
+    assert record["cores_per_accelerator"] == pytest.approx(6 / per_core)
+    assert record["main_process_rate"] == 1
+    assert all(record[f"ms_{stage}"] > 0 for stage in ("read", *input.STAGES, "batch"))
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_reduced_decoding_is_held_against_full(tmp_path: Path) -> None:
+    arguments = ["--config", str(CONFIG), "--repeats", "1", "--out", str(tmp_path / "record.json")]
+    made = input.main([*arguments, "--sa1b", "2"])
+    errors = [made[f"reduced_decoding_{which}_error"] for which in ("mean", "rms", "max")]
+    assert 0 < errors[0] < errors[1] < errors[2] <= 255
+    # These are no JPEGs.
+    shapes = input.main([*arguments, "--synthetic"])
+    assert shapes["reduced_decoding_max_error"] == 0
+
+
+def test_dead_leaves_are_read_as_sa1b(tmp_path: Path) -> None:
+    dead_leaves.write_tar(tmp_path / "a.tar", 2, image_hw=(150, 225), num_masks=20)
+    dead_leaves.write_tar(tmp_path / "again.tar", 2, image_hw=(150, 225), num_masks=20)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "again.tar").read_bytes()
+    source = Sa1bSource(tmp_path / "a.tar")
+    assert len(source) == 2
+    for sample in (source[0], source[1]):
+        masks = decode_masks(sample, range(20))
+        assert masks.shape == (20, 150, 225)
+        assert masks.any(axis=(1, 2)).all()
+        # Wholes hold parts: some masks overlap.
+        assert masks.sum() > masks.any(axis=0).sum()
+    assert source[0].image != source[1].image
 
 
 @pytest.mark.parity

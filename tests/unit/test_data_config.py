@@ -80,6 +80,7 @@ def test_the_transform_takes_every_option_from_the_config() -> None:
         "hflip_rate": 0.25,
         "scale_jitter": (0.5, 1.5),
         "color_jitter": 0.125,
+        "reduced_decoding": False,
     }
     transform = DataConfig.from_dict({**PLAIN, **changed}).transform()
     assert dataclasses.asdict(transform) == {**changed, "image_size": (48, 64)}

@@ -119,15 +119,13 @@ def test_labels_become_one_mask_each(labels: np.ndarray) -> None:
     np.testing.assert_array_equal(np.array(found), np.array(expected))
 
 
-def edges(start: int, count: int, scale: float) -> np.ndarray:
-    return np.arange(start, start + count + 1) * scale
+def overlap_matrix(side: int, scaled: int, start: int, count: int) -> np.ndarray:
+    """How much of source pixel j lies in target pixel i, in parts of which a target pixel has side.
 
-
-def overlap_matrix(cell_edges: np.ndarray, side: int) -> np.ndarray:
-    """How much of source pixel j lies in target cell i."""
-    low = np.maximum(cell_edges[:-1, None], np.arange(side))
-    high = np.minimum(cell_edges[1:, None], np.arange(side) + 1)
-    return np.maximum(high - low, 0)
+    Target pixels are `side` long and source pixels `scaled`, so all of it is in whole numbers.
+    """
+    cells, pixels = np.arange(start, start + count)[:, None] * side, np.arange(side) * scaled
+    return np.maximum(np.minimum(cells + side, pixels + scaled) - np.maximum(cells, pixels), 0)
 
 
 def test_half_covered_pixels_belong_to_the_mask() -> None:
@@ -142,41 +140,66 @@ def test_half_covered_pixels_belong_to_the_mask() -> None:
     )
     # Two by two blocks hold 2 1 1 / 1 3 0 mask pixels of 4.
     runs = rle.run_lengths(compress(mask))
-    half = rle.resample(runs, (4, 6), edges(0, 2, 2.0), edges(0, 3, 2.0))
+    half = rle.resample(runs, (4, 6), (2, 3))
     np.testing.assert_array_equal(half, [[1, 0, 0], [0, 1, 0]])
 
 
 def test_enlarging_repeats_pixels() -> None:
     runs = np.array(SMALL_RUNS)
-    twice = rle.resample(runs, (3, 4), edges(0, 6, 0.5), edges(0, 12, 1 / 3))
+    twice = rle.resample(runs, (3, 4), (6, 12))
     np.testing.assert_array_equal(twice, SMALL.repeat(2, axis=0).repeat(3, axis=1))
 
 
 @hypothesis.given(
     mask=masks,
-    target=st.tuples(st.integers(1, 30), st.integers(1, 30)),
-    start=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    target=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    corners=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=2, max_size=2),
 )
 def test_resampling_is_by_exact_coverage(
-    mask: np.ndarray, target: tuple[int, int], start: tuple[int, int]
+    mask: np.ndarray, target: tuple[int, int], corners: list[tuple[int, int]]
 ) -> None:
-    h, w = mask.shape
-    y0, x0 = min(start[0], target[0] - 1), min(start[1], target[1] - 1)
-    y_edges = edges(y0, target[0] - y0, h / target[0])
-    x_edges = edges(x0, target[1] - x0, w / target[1])
-    covered = overlap_matrix(y_edges, h) @ mask @ overlap_matrix(x_edges, w).T
-    footprint = (h / target[0]) * (w / target[1])
-    got = rle.resample(rle.run_lengths(compress(mask)), (h, w), y_edges, x_edges)
-    # At exactly one half, rounding decides.
-    clear = np.abs(covered - footprint / 2) > 1e-6 * footprint
-    np.testing.assert_array_equal(got[clear], (covered >= footprint / 2)[clear])
+    """Enlarged and reduced, whole and any window of it, down to pixels that are half covered."""
+    hw = mask.shape
+    low, high = np.minimum(np.sort(corners, axis=0), np.array(target) - 1).tolist()
+    window = tuple(high[i] + 1 - low[i] for i in range(2))
+    rows, columns = (overlap_matrix(hw[i], target[i], low[i], window[i]) for i in range(2))
+    expected = 2 * (rows @ mask @ columns.T) >= hw[0] * hw[1]
+    runs, grid = rle.run_lengths(compress(mask)), rle.Grid(hw, target, tuple(low), window)
+    np.testing.assert_array_equal(grid.resample(runs), expected)
+    part, (y, x) = grid.resample_part(runs)
+    padding = [(y, window[0] - y - part.shape[0]), (x, window[1] - x - part.shape[1])]
+    np.testing.assert_array_equal(np.pad(part, padding), expected)
+
+
+def test_runs_over_many_columns_and_of_no_length() -> None:
+    """The first run crosses three columns; the second continues it after nothing."""
+    runs = rle.run_lengths({"size": [4, 5], "counts": [2, 9, 0, 3, 6]})
+    mask = rle.decode(runs, (4, 5))
+    np.testing.assert_array_equal(rle.resample(runs, (4, 5), (4, 5)), mask)
+
+
+def test_only_what_a_mask_can_touch_is_worked_on() -> None:
+    box = box_mask((600, 900), 100, 110, 300, 340)
+    part, corner = rle.Grid((600, 900), (300, 450)).resample_part(rle.run_lengths(compress(box)))
+    assert (part.shape, corner) == ((5, 20), (50, 150))
+    assert part.all()
+
+
+def test_more_parts_than_32_bits_count() -> None:
+    """A pixel of this grid has 60,000 * 60,000 parts; it is 30,000 rows high, 6 columns wide."""
+    h = w = 60_000
+    runs = np.array([5 * h, 7 * h + h // 2, (w - 13) * h + h // 2])
+    got = rle.resample(runs, (h, w), (2, 10_000))
+    expected = np.zeros((2, 10_000), bool)
+    expected[:, 1] = True  # all of columns 6 to 11; columns 5 and 12 alone are too little
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_nothing_comes_of_an_empty_mask_or_a_window_beside_it() -> None:
     empty = rle.run_lengths({"size": [8, 6], "counts": [48]})
-    assert not rle.resample(empty, (8, 6), edges(0, 4, 2.0), edges(0, 3, 2.0)).any()
+    assert not rle.resample(empty, (8, 6), (4, 3)).any()
     corner = rle.run_lengths(compress(box_mask((8, 6), 0, 2, 0, 2)))
-    beside = rle.resample(corner, (8, 6), edges(2, 2, 2.0), edges(1, 2, 2.0))
+    beside = rle.resample(corner, (8, 6), (4, 3), (2, 1), (2, 2))
     assert beside.shape == (2, 2)
     assert not beside.any()
 

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, decode_masks
+from sam_jax.data.samples import (
+    CorruptSampleError,
+    Sample,
+    decode_image,
+    decode_masks,
+    open_reduced,
+)
 from tests.unit.data_fixtures import box_mask, compress, encode_image, gradient_image, make_sample
 
 IMAGE = gradient_image((5, 7))
@@ -79,6 +85,66 @@ def test_a_truncated_jpeg_is_not_padded_with_grey() -> None:
             decode_image(sample_of(whole[: int(kept * len(whole))]))
         assert caught.value.reason == "truncated image"
         assert caught.value.name == "a.jpg"
+
+
+def smooth_image(hw: tuple[int, int]) -> np.ndarray:
+    y, x = np.mgrid[: hw[0], : hw[1]]
+    waves = [np.sin(y / 9), np.cos(x / 11), np.sin((x + y) / 13)]
+    return np.rint(127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("hw", "at_least_hw", "reduction"),
+    [
+        ((64, 96), None, 1),
+        ((64, 96), (65, 96), 1),
+        ((64, 96), (33, 48), 1),  # half of it would be 32 high
+        ((64, 96), (32, 48), 2),
+        ((64, 96), (17, 20), 2),
+        ((64, 96), (16, 24), 4),
+        ((64, 96), (1, 1), 8),
+        ((61, 91), (30, 45), 2),
+    ],
+)
+def test_jpegs_are_reduced_as_far_as_the_size_allows(
+    hw: tuple[int, int], at_least_hw: tuple[int, int] | None, reduction: int
+) -> None:
+    image = smooth_image(hw)
+    sample = encoded(Image.fromarray(image), format="JPEG", quality=95)
+    reduced = open_reduced(sample, at_least_hw)
+    assert reduced.reduction == reduction
+    assert reduced.image.mode == "RGB"
+    assert reduced.image.size == (-(-hw[1] // reduction), -(-hw[0] // reduction))
+    h, w = hw[0] // reduction, hw[1] // reduction
+    blocks = image[: h * reduction, : w * reduction].reshape(h, reduction, w, reduction, 3)
+    assert np.abs(np.asarray(reduced.image)[:h, :w] - blocks.mean(axis=(1, 3))).mean() < 3
+
+
+def test_jpegs_that_are_not_rgb_are_reduced_too() -> None:
+    image = Image.fromarray(smooth_image((64, 96)))
+    for mode in ("L", "CMYK"):
+        sample = encoded(image.convert(mode), format="JPEG", quality=95)
+        reduced, reduction = open_reduced(sample, (32, 48))
+        assert (reduced.size, reduced.mode, reduction) == ((48, 32), "RGB", 2)
+        whole = Image.fromarray(decode_image(sample)).resize((48, 32), Image.Resampling.BOX)
+        assert np.abs(np.asarray(reduced, float) - whole).mean() < 3
+
+
+def test_what_is_no_jpeg_comes_at_its_own_size() -> None:
+    image = smooth_image((64, 96))
+    deep = image[..., 0].astype(np.uint16) * 200
+    for content in (image, *(encode_image(image, kind) for kind in ("PNG", "WEBP", "BMP"))):
+        reduced, reduction = open_reduced(sample_of(content), (8, 12))
+        assert (reduced.size, reduction) == ((96, 64), 1)
+    reduced, reduction = open_reduced(sample_of(encode_image(deep, "TIFF")), (8, 12))
+    assert (reduced.size, reduced.mode, reduction) == ((96, 64), "RGB", 1)
+
+
+def test_a_truncated_jpeg_is_corrupt_at_any_size() -> None:
+    whole = encode_image(smooth_image((90, 120)), "JPEG")
+    with pytest.raises(CorruptSampleError) as caught:
+        open_reduced(sample_of(whole[: len(whole) // 2]), (10, 10))
+    assert caught.value.reason == "truncated image"
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])

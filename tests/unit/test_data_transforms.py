@@ -1,4 +1,6 @@
 import collections
+import dataclasses
+import io
 from typing import Any
 
 import hypothesis
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sam_jax.data.samples import CorruptSampleError, Sample
-from sam_jax.data.transforms import TrainTransform, fit_longest_side, resize_image
+from sam_jax.data.transforms import TrainTransform, fit_longest_side, pack_mask, resize_image
 from tests.unit.data_fixtures import (
     box_mask,
     compress,
@@ -172,6 +174,76 @@ def test_a_crop_that_misses_every_mask_is_not_used() -> None:
     sizes = [transform(sample, rng(seed))["image_hw"].tolist() for seed in range(20)]
     assert sizes == [[32, 32]] * 20
     assert all(unpack(transform(sample, rng(seed)))[0].any() for seed in range(20))
+
+
+def ramp_jpeg(hw: tuple[int, int]) -> bytes:
+    """Brightness that rises by two from column to column."""
+    ramp = np.broadcast_to(2 * np.arange(hw[1])[None, :, None], (*hw, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "JPEG", quality=100, subsampling=0)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("jitter", [None, (1.0, 1.0), (0.7, 0.7), (0.4, 0.4)])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("hw", [(80, 120), (81, 115), (70, 127)])
+def test_reduced_decoding_moves_nothing(
+    hw: tuple[int, int], flip: float, jitter: tuple[float, float] | None
+) -> None:
+    sample = make_sample([box_mask(hw, 10, 60, 21, 90)], image=ramp_jpeg(hw))
+    transform = TrainTransform((48, 56), max_masks=1, hflip_rate=flip, scale_jitter=jitter)
+    reduced = transform(sample, rng())
+    exact = dataclasses.replace(transform, reduced_decoding=False)(sample, rng())
+    h, w = exact["image_hw"]
+    difference = reduced["image"][:h, :w].astype(float) - exact["image"][:h, :w]
+    # A shift by half a pixel of the file, or a width of half a pixel more, would be a difference of
+    # one in all columns or in the last.
+    for half in np.array_split(difference[:, 1:-1], 2, axis=1):
+        assert abs(half.mean()) < 0.3
+    for key in set(exact) - {"image"}:
+        np.testing.assert_array_equal(reduced[key], exact[key], err_msg=key)
+
+
+@pytest.mark.parametrize(("hw", "is_reduced"), [((95, 120), False), ((96, 120), True)])
+def test_images_of_twice_the_size_are_decoded_at_half(
+    hw: tuple[int, int], is_reduced: bool
+) -> None:
+    noise = rng().integers(0, 256, (*hw, 3)).astype(np.uint8)
+    sample = make_sample([box_mask(hw, 10, 40, 20, 70)], image=encode_image(noise, "JPEG"))
+    transform = TrainTransform((48, 80), max_masks=1)
+    exact = dataclasses.replace(transform, reduced_decoding=False)(sample, rng())
+    assert (transform(sample, rng())["image"] != exact["image"]).any() == is_reduced
+
+
+@hypothesis.given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 20), st.integers(0, 20))
+def test_packed_masks_are_where_they_were(h: int, w: int, top: int, left: int) -> None:
+    part = rng(h).random((h, w)) < 0.5
+    mask = np.zeros((top + h, -(-(left + w) // 8) * 8), bool)
+    mask[top:, left : left + w] = part
+    (row, rows, first, count), bits = pack_mask(part, top, left)
+    assert bits.shape == (rows, count)
+    found = np.zeros((mask.shape[0], mask.shape[1] // 8), np.uint8)
+    found[row : row + rows, first : first + count] = bits
+    np.testing.assert_array_equal(np.unpackbits(found, axis=-1).astype(bool), mask)
+
+
+def test_what_is_handed_over_is_small_and_in_one_piece() -> None:
+    """Arrays that are not contiguous would be pickled instead of shared."""
+    mask = box_mask((60, 90), 10, 20, 40, 50)
+    transform = TrainTransform((128, 96), max_masks=50, hflip_rate=1.0)
+    packed, _ = transform.packed(make_sample([mask] * 3), rng())
+    assert all(array.flags.c_contiguous for array in packed if isinstance(array, np.ndarray))
+    # The masks are 11 pixels high and wide here, which is two or three bytes.
+    assert packed.mask_bits.nbytes <= 3 * 12 * 3
+    assert packed.window.shape == (64, 96, 3)
+
+
+def test_an_unreadable_image_is_named_before_its_masks() -> None:
+    whole = ramp_jpeg((60, 90))
+    sample = make_sample([box_mask((60, 90), 0, 9, 0, 9)], image=whole[:400], masks_rle=())
+    with pytest.raises(CorruptSampleError) as caught:
+        TrainTransform((16, 16))(sample, rng())
+    assert caught.value.reason == "truncated image"
 
 
 def test_masks_are_drawn_uniformly_without_replacement() -> None:
