@@ -1,0 +1,53 @@
+"""Dropout by seeds and places: how often, how independent, what stays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from sam_jax.ops.dropout import branch_seeds, dropout, keeps
+
+SEEDS = jax.random.bits(jax.random.key(0), (1, 40))
+
+
+def choices(branch: int, rate: float = 0.1) -> np.ndarray:
+    """What is kept of 40 objects of 20,000 numbers."""
+    seeds = branch_seeds(SEEDS, branch).reshape(-1, 1)
+    return np.asarray(keeps(seeds, jnp.arange(20_000), rate))
+
+
+def test_numbers_are_dropped_at_the_rate_and_independently() -> None:
+    kept = choices(0)
+    of_objects = kept.sum(axis=1)
+    spread = stats_of_counts(of_objects, kept.shape[1], 0.9)
+    assert 0.01 < spread < 0.99
+    # Neighbours, objects, and branches that share seeds.
+    for other in (np.roll(kept, 1, axis=1), np.roll(kept, 1, axis=0), choices(1)):
+        assert abs(np.corrcoef(kept.ravel(), other.ravel())[0, 1]) < 4 / kept.size**0.5
+
+
+def stats_of_counts(counts: np.ndarray, size: int, rate: float) -> float:
+    """Probability of a spread at least as far from the binomial distribution's, either way."""
+    chi = float(np.sum((counts - size * rate) ** 2) / (size * rate * (1 - rate)))
+    return float(scipy.stats.chi2.cdf(chi, len(counts)))
+
+
+def test_what_is_kept_is_enlarged_so_that_the_mean_stays() -> None:
+    x = jnp.ones((1, 40, 30, 50))
+    out = np.asarray(dropout(x, SEEDS, 2, 0.25))
+    np.testing.assert_allclose(np.unique(out), [0, 4 / 3], rtol=1e-6)
+    assert abs(out.mean() - 1) < 0.01
+    gradient = jax.grad(lambda x: dropout(x, SEEDS, 2, 0.25).sum())(x)
+    np.testing.assert_array_equal(gradient, out)
+
+
+def test_an_objects_choices_are_its_own_wherever_it_is() -> None:
+    x = jnp.ones((1, 40, 64))
+    together = dropout(x, SEEDS, 5, 0.5)
+    alone = dropout(x[:, 7:8], SEEDS[:, 7:8], 5, 0.5)
+    np.testing.assert_array_equal(together[:, 7:8], alone)
+
+
+def test_without_seeds_nothing_is_dropped() -> None:
+    x = jnp.ones((1, 40, 64))
+    np.testing.assert_array_equal(dropout(x, None, 0, 0.5), x)
