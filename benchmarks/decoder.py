@@ -1,6 +1,6 @@
 """Prompt encoder and mask decoder against the device's fastest matrix product.
 
-python -m benchmarks.decoder --variant vit_b --prompts 64 [--with-mask] [--peer torch]
+python -m benchmarks.decoder --variant vit_b --prompts 64 [--with-mask] [--peer torch torch-compile]
 """
 
 import argparse
@@ -41,11 +41,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.Rate("prompts/s", args.batch * args.prompts / timing.best),
     ]
     facts: dict[str, Any] = {"work_flops": flops}
-    if args.peer:
-        call = peer.decoder_call(
-            model.config, args.batch, args.prompts, args.points, args.dtype, args.with_mask
+
+    def peer_call(name):
+        return peer.decoder_call(
+            name,
+            model.config,
+            args.batch,
+            args.prompts,
+            args.points,
+            args.dtype,
+            with_mask=args.with_mask,
+            compile_mode=args.compile_mode,
         )
-        facts |= peer.compare(timing, call, args.repeats)
+
+    facts |= peer.compare(timing, args.peer, peer_call, args.repeats)
     return report.publish("decoder", argv, args, timing, rates, facts=facts)
 
 
@@ -58,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=1, help="points per object (%(default)s)")
     parser.add_argument("--with-mask", action="store_true", help="objects bring a mask as well")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--peer", choices=("torch",), help="time the published code as well")
+    peer.add_options(parser)
     return parser.parse_args(argv)
 
 

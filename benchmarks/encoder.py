@@ -1,6 +1,6 @@
 """The image encoder against the device's fastest matrix product.
 
-python -m benchmarks.encoder --variant vit_b --batch 1 --dtype bfloat16 [--backward] [--peer torch]
+python -m benchmarks.encoder --variant vit_b --batch 1 [--backward] [--peer torch torch-compile]
 """
 
 import argparse
@@ -35,13 +35,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.Rate("FLOP/s without padding", useful / timing.best, limit),
         report.Rate("images/s", args.batch / timing.best),
     ]
-    facts = {"work_flops": flops, "useful_flops": useful}
-    if args.peer:
-        facts |= peer.compare(
-            timing,
-            peer.encoder_call(config, args.batch, args.dtype, backward=args.backward),
-            args.repeats,
+    facts: dict[str, Any] = {"work_flops": flops, "useful_flops": useful}
+
+    def peer_call(name):
+        return peer.encoder_call(
+            name,
+            config,
+            args.batch,
+            args.dtype,
+            backward=args.backward,
+            compile_mode=args.compile_mode,
         )
+
+    facts |= peer.compare(timing, args.peer, peer_call, args.repeats)
     return report.publish("encoder", argv, args, timing, rates, facts=facts)
 
 
@@ -55,7 +61,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="gradients of the parameters too")
     parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--scan", action="store_true", help="loops over equal blocks")
-    parser.add_argument("--peer", choices=("torch",), help="time the published code as well")
+    peer.add_options(parser)
     return parser.parse_args(argv)
 
 
