@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     As in training, prompts without a mask ask for three candidates and prompts with one for one.
     """
-    args = _parse(argv)
+    args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
     model = build_model(ModelConfig(args.variant, image_size, dtype=args.dtype))
     timing = _time(args, model)
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return report.publish("decoder", argv, args, timing, rates, facts=facts)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the benchmark."""
     parser = report.parser("decoder", __doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="vit_b")
     parser.add_argument("--image-size", type=int, help="side in pixels, by default the variant's")

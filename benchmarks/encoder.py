@@ -21,7 +21,7 @@ from sam_jax.ops.attention import Implementation
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times the encoder, forward or forward and backward, and reports it."""
-    args = _parse(argv)
+    args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
     config = ModelConfig(args.variant, image_size).sam.image_encoder
     timing = _time(args, config)
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return report.publish("encoder", argv, args, timing, rates, facts=facts)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the benchmark."""
     parser = report.parser("encoder", __doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="vit_b")
     parser.add_argument("--image-size", type=int, help="side in pixels, by default the variant's")

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, checkpoint, decoder, encoder, input, limits, published, step
+from benchmarks import (
+    attention,
+    checkpoint,
+    decoder,
+    encoder,
+    input,
+    limits,
+    published,
+    recipe,
+    step,
+    table,
+)
 from benchmarks.random_inputs import random_prompts
 from sam_jax import work
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
@@ -199,6 +211,59 @@ def test_every_benchmark_writes_a_record(
     assert record["commit"] != ""
     assert record["command"].startswith(f"python -m benchmarks.{record['benchmark']} ")
     assert unit in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_table_runs_what_has_no_record_and_tells_what_failed(
+    platform: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        if "--with-mask" in command:
+            return subprocess.CompletedProcess(command, 1, stdout="some lines\nout of memory")
+        rate = {"achieved": 2e12, "limit": 4e12, "limit_rate": 0.5}
+        units = ("images/s", "FLOP/s", "bfloat16 FLOP/s")
+        record = {
+            "platform": platform,
+            "device": "a device",
+            "commit": "abc",
+            "best_seconds": 0.25,
+            "peak_bytes": None,
+            "planned_bytes": 2**30,
+            "rates": dict.fromkeys(units, rate),
+            "peers": {"torch": {"speedup": 3.0}, "torch-sdpa": {"failed": "out of memory"}},
+        }
+        Path(command[command.index("--out") + 1]).write_text(json.dumps(record))
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    records = table.main(["--folder", str(tmp_path)])
+    rows = table.small_rows() if platform == "cpu" else table.accelerator_rows()
+    assert [record["name"] for record in records] == ["limits", *(row.name for row in rows)]
+    failed = {row.name for row in rows if "--with-mask" in row.arguments}
+    assert {record["name"] for record in records if "failed" in record} == failed
+    text = capsys.readouterr().out
+    assert "a device, abc, 2 TFLOP/s" in text
+    assert "50.0%" in text
+    assert "3.00" in text
+
+    # What is done is not done again.
+    commands.clear()
+    table.main(["--folder", str(tmp_path)])
+    assert len(commands) == len(failed)
+
+
+@pytest.mark.parametrize("row", [*table.small_rows(), *table.accelerator_rows()])
+def test_rows_of_the_table_are_commands(row: table.Row) -> None:
+    """Up to where they would start to compute."""
+    scripts = {"encoder": encoder, "decoder": decoder, "step": step}
+    script: Any = scripts[row.benchmark]
+    args = script.parse([*row.arguments, "--repeats", "1"])
+    assert args.repeats == 1
+    if row.benchmark == "step":
+        assert recipe.load(args).data.num_workers == 0
 
 
 @pytest.mark.parity
