@@ -26,6 +26,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
     model = build_model(ModelConfig(args.variant, image_size, dtype=args.dtype))
+
+    def peer_call(name):
+        return peer.decoder_call(
+            name,
+            model.config,
+            args.batch,
+            args.prompts,
+            args.points,
+            args.dtype,
+            with_mask=args.with_mask,
+            compile_mode=args.compile_mode,
+        )
+
+    peers = peer.time_peers(args.peer, peer_call, args.repeats)
     timing = _time(args, model)
     not_a_point = 1
     flops = args.batch * work.decoder_flops(
@@ -41,20 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.Rate("prompts/s", args.batch * args.prompts / timing.best),
     ]
     facts: dict[str, Any] = {"work_flops": flops}
-
-    def peer_call(name):
-        return peer.decoder_call(
-            name,
-            model.config,
-            args.batch,
-            args.prompts,
-            args.points,
-            args.dtype,
-            with_mask=args.with_mask,
-            compile_mode=args.compile_mode,
-        )
-
-    facts |= peer.compare(timing, args.peer, peer_call, args.repeats)
+    facts |= peer.compare(timing, peers)
     return report.publish("decoder", argv, args, timing, rates, facts=facts)
 
 

@@ -24,6 +24,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
     config = ModelConfig(args.variant, image_size).sam.image_encoder
+
+    def peer_call(name):
+        return peer.encoder_call(
+            name,
+            config,
+            args.batch,
+            args.dtype,
+            backward=args.backward,
+            compile_mode=args.compile_mode,
+        )
+
+    peers = peer.time_peers(args.peer, peer_call, args.repeats)
     timing = _time(args, config)
     passes = work.TRAINING_FACTOR if args.backward else 1
     flops, useful = (
@@ -36,18 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.Rate("images/s", args.batch / timing.best),
     ]
     facts: dict[str, Any] = {"work_flops": flops, "useful_flops": useful}
-
-    def peer_call(name):
-        return peer.encoder_call(
-            name,
-            config,
-            args.batch,
-            args.dtype,
-            backward=args.backward,
-            compile_mode=args.compile_mode,
-        )
-
-    facts |= peer.compare(timing, args.peer, peer_call, args.repeats)
+    facts |= peer.compare(timing, peers)
     return report.publish("encoder", argv, args, timing, rates, facts=facts)
 
 

@@ -43,45 +43,52 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def compare(
-    ours: Timing, names: Sequence[str], make: Callable[[str], Call], repeats: int
-) -> dict[str, Any]:
-    """Each peer's times, and how many times faster we are, best against best.
+def time_peers(
+    names: Sequence[str], make: Callable[[str], Call], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Each peer's times by its name, or the reason for none where memory does not suffice.
+
+    To be called before JAX takes memory: PyTorch gives it back, and JAX does not.
 
     Args:
-      ours: what they are compared with.
       names: of ``PEERS``.
       make: the call to time of a peer.
       repeats: timed calls of each.
-
-    Returns:
-      By name; with the reason instead of times where a peer needs more memory than there is.
     """
-    return {"peers": dict(_compare(ours, name, make, repeats) for name in names)} if names else {}
+    return dict(_time_peer(name, make, repeats) for name in names)
 
 
-def _compare(ours, name, make, repeats) -> tuple[str, dict[str, Any]]:
+def compare(ours: Timing, peers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Facts of a record: the peers' times, and how many times faster we are, best against best."""
+    for times in peers.values():
+        if "best_seconds" in times:
+            times["speedup"] = times["best_seconds"] / ours.best
+    return {"peers": peers} if peers else {}
+
+
+def _time_peer(name: str, make: Callable[[str], Call], repeats: int) -> tuple[str, dict[str, Any]]:
     import torch
 
-    # What the peer before left.
-    gc.collect()
-    torch.cuda.empty_cache()
     on_gpu = _device() == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
         name, call, first = _started(name, make)
         seconds = time_calls(call, repeats)
+        return name, {
+            "first_call_seconds": first,
+            "seconds": seconds,
+            "best_seconds": min(seconds),
+            "median_seconds": statistics.median(seconds),
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        }
     except torch.OutOfMemoryError:
         return name, {"failed": "out of memory"}
-    return name, {
-        "first_call_seconds": first,
-        "seconds": seconds,
-        "best_seconds": min(seconds),
-        "median_seconds": statistics.median(seconds),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "speedup": min(seconds) / ours.best,
-    }
+    finally:
+        call = None
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _started(name: str, make: Callable[[str], Call]) -> tuple[str, Call, float]:
@@ -133,10 +140,10 @@ def encoder_call(
 
     def call():
         _begin(device)
+        encoder.zero_grad()
         with torch.set_grad_enabled(backward), _autocast(device, cast_to):
             embeddings = run(images)
         if backward:
-            encoder.zero_grad()
             embeddings.backward(cotangents.to(embeddings.dtype))
         _wait(device)
 
