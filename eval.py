@@ -21,6 +21,7 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's --workdir, or any file or folder of weights.", required=True
 )
+EMA = flags.DEFINE_bool("ema", True, "The averaged parameters, where a run keeps them.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the run; by default the newest.")
 OUT = flags.DEFINE_string("out", None, "Folder for results; by default `eval` in the checkpoint's.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a cluster.")
@@ -38,13 +39,10 @@ def main(argv: list[str]) -> None:
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
     model = build_model(from_mapping(ModelConfig, config["model"], "model"))
-    evaluators = {
-        name: Evaluator(
-            model, from_mapping(EvalConfig, section, f"evals.{name}"), show_progress=True
-        )
-        for name, section in config["evals"].items()
-    }
-    variables = jax.device_put(variables_for(model, CHECKPOINT.value, step=STEP.value))
+    evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
+    evaluators = {name: Evaluator(model, e, show_progress=True) for name, e in evals.items()}
+    variables = variables_for(model, CHECKPOINT.value, step=STEP.value, ema=EMA.value)
+    variables = jax.device_put(variables)
     run = CHECKPOINT.value.removesuffix(".pth").removesuffix(".safetensors")
     out = Path(OUT.value or run + "/eval")
     for name, evaluate in evaluators.items():

@@ -1,6 +1,6 @@
 """Prompt encoder and mask decoder against the device's fastest matrix product.
 
-python -m benchmarks.decoder --variant vit_b --prompts 64 [--with-mask] [--peer torch]
+python -m benchmarks.decoder --variant vit_b --prompts 64 [--with-mask] [--peer torch torch-compile]
 """
 
 import argparse
@@ -23,9 +23,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     As in training, prompts without a mask ask for three candidates and prompts with one for one.
     """
-    args = _parse(argv)
+    args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
     model = build_model(ModelConfig(args.variant, image_size, dtype=args.dtype))
+
+    def peer_call(name):
+        return peer.decoder_call(
+            name,
+            model.config,
+            args.batch,
+            args.prompts,
+            args.points,
+            args.dtype,
+            with_mask=args.with_mask,
+            compile_mode=args.compile_mode,
+        )
+
+    peers = peer.time_peers(args.peer, peer_call, args.repeats)
     timing = _time(args, model)
     not_a_point = 1
     flops = args.batch * work.decoder_flops(
@@ -41,15 +55,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.Rate("prompts/s", args.batch * args.prompts / timing.best),
     ]
     facts: dict[str, Any] = {"work_flops": flops}
-    if args.peer:
-        call = peer.decoder_call(
-            model.config, args.batch, args.prompts, args.points, args.dtype, args.with_mask
-        )
-        facts |= peer.compare(timing, call, args.repeats)
+    facts |= peer.compare(timing, peers)
     return report.publish("decoder", argv, args, timing, rates, facts=facts)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the benchmark."""
     parser = report.parser("decoder", __doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="vit_b")
     parser.add_argument("--image-size", type=int, help="side in pixels, by default the variant's")
@@ -58,7 +69,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=1, help="points per object (%(default)s)")
     parser.add_argument("--with-mask", action="store_true", help="objects bring a mask as well")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--peer", choices=("torch",), help="time the published code as well")
+    peer.add_options(parser)
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """The image encoder against the device's fastest matrix product.
 
-python -m benchmarks.encoder --variant vit_b --batch 1 --dtype bfloat16 [--backward] [--peer torch]
+python -m benchmarks.encoder --variant vit_b --batch 1 [--backward] [--peer torch torch-compile]
 """
 
 import argparse
@@ -21,9 +21,21 @@ from sam_jax.ops.attention import Implementation
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times the encoder, forward or forward and backward, and reports it."""
-    args = _parse(argv)
+    args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
     config = ModelConfig(args.variant, image_size).sam.image_encoder
+
+    def peer_call(name):
+        return peer.encoder_call(
+            name,
+            config,
+            args.batch,
+            args.dtype,
+            backward=args.backward,
+            compile_mode=args.compile_mode,
+        )
+
+    peers = peer.time_peers(args.peer, peer_call, args.repeats)
     timing = _time(args, config)
     passes = work.TRAINING_FACTOR if args.backward else 1
     flops, useful = (
@@ -35,17 +47,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.Rate("FLOP/s without padding", useful / timing.best, limit),
         report.Rate("images/s", args.batch / timing.best),
     ]
-    facts = {"work_flops": flops, "useful_flops": useful}
-    if args.peer:
-        facts |= peer.compare(
-            timing,
-            peer.encoder_call(config, args.batch, args.dtype, backward=args.backward),
-            args.repeats,
-        )
+    facts: dict[str, Any] = {"work_flops": flops, "useful_flops": useful}
+    facts |= peer.compare(timing, peers)
     return report.publish("encoder", argv, args, timing, rates, facts=facts)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the benchmark."""
     parser = report.parser("encoder", __doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="vit_b")
     parser.add_argument("--image-size", type=int, help="side in pixels, by default the variant's")
@@ -55,7 +63,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="gradients of the parameters too")
     parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--scan", action="store_true", help="loops over equal blocks")
-    parser.add_argument("--peer", choices=("torch",), help="time the published code as well")
+    peer.add_options(parser)
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,16 @@
-"""The published PyTorch code at the same shapes, eager, on the same device.
+"""The published PyTorch code at the same shapes and on the same device, as it is and made fast.
 
-Its weights are what its constructors make of them; the time does not depend on them. It needs the
-packages of ``requirements-torch.lock``.
+Its weights are made up; the time does not depend on them. It needs the packages of
+``requirements-torch.lock``.
 """
 
+import argparse
 import contextlib
+import gc
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,35 +20,130 @@ from benchmarks.timing import Timing, time_calls
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.sam import SamConfig
 
+# Eager as published; with segment-anything-fast's ideas (see ``fast``), eager; and compiled.
+EAGER, SDPA, COMPILED = PEERS = ("torch", "torch-sdpa", "torch-compile")
+# Of float32 results to the largest published one; convolutions of GPUs may round to 10 bits.
+_TOLERANCE = 1e-3
 
-def compare(ours: Timing, call: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """The peer's times, and how many times faster we are, best against best."""
-    seconds = time_calls(call, repeats)
-    return {
-        "peer": "segment_anything, PyTorch eager",
-        "peer_seconds": seconds,
-        "peer_best_seconds": min(seconds),
-        "peer_median_seconds": statistics.median(seconds),
-        "speedup_over_peer": min(seconds) / ours.best,
-    }
+Call = Callable[[], None]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of benchmarks that have peers."""
+    parser.add_argument(
+        "--peer",
+        choices=PEERS,
+        nargs="+",
+        default=(),
+        help="time the published code as well: as it is, with fused attention, compiled",
+    )
+    parser.add_argument(
+        "--compile-mode",
+        help="of torch.compile; by default max-autotune on a GPU and default on a CPU",
+    )
+
+
+def time_peers(
+    names: Sequence[str], make: Callable[[str], Call], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Each peer's times by its name, or the reason for none where memory does not suffice.
+
+    To be called before JAX takes memory: PyTorch gives it back, and JAX does not.
+
+    Args:
+      names: of ``PEERS``.
+      make: the call to time of a peer.
+      repeats: timed calls of each.
+    """
+    return dict(_time_peer(name, make, repeats) for name in names)
+
+
+def compare(ours: Timing, peers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Facts of a record: the peers' times, and how many times faster we are, best against best."""
+    for times in peers.values():
+        if "best_seconds" in times:
+            times["speedup"] = times["best_seconds"] / ours.best
+    return {"peers": peers} if peers else {}
+
+
+def _time_peer(name: str, make: Callable[[str], Call], repeats: int) -> tuple[str, dict[str, Any]]:
+    import torch
+
+    on_gpu = _device() == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        name, call, first = _started(name, make)
+        seconds = time_calls(call, repeats)
+        return name, {
+            "first_call_seconds": first,
+            "seconds": seconds,
+            "best_seconds": min(seconds),
+            "median_seconds": statistics.median(seconds),
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        }
+    except torch.OutOfMemoryError:
+        return name, {"failed": "out of memory"}
+    finally:
+        call = None
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _started(name: str, make: Callable[[str], Call]) -> tuple[str, Call, float]:
+    """A peer that was called once, by its name, and the seconds that the first call took."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    call = make(name)
+    start = time.perf_counter()
+    try:
+        call()
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"torch.compile does not work here ({reason}): timing {SDPA}", file=sys.stderr)
+        return _started(SDPA, make)
+    return name, call, time.perf_counter() - start
 
 
 def encoder_call(
-    config: ImageEncoderConfig, batch: int, dtype: str, *, backward: bool
-) -> Callable[[], None]:
-    """A call that encodes a batch of square images, and waits for it."""
+    peer: str,
+    config: ImageEncoderConfig,
+    batch: int,
+    dtype: str,
+    *,
+    backward: bool,
+    compile_mode: str | None = None,
+) -> Call:
+    """A call that encodes a batch of square images, and waits for it.
+
+    As published, parameters are float32 as ours are, and products of the type. Made fast, they are
+    of the type too where no gradients are wanted.
+
+    Raises:
+      RuntimeError: if what was made fast has other results than the published code.
+    """
     import torch
 
     device = _device()
-    model = published.build(SamConfig(config)).image_encoder.to(device)
+    model = _build(SamConfig(config), device)
+    encoder = model.image_encoder
     images = torch.randn(batch, 3, *config.image_size, device=device)
     cotangents = torch.randn(batch, config.output_dim, *config.grid, device=device)
+    cast_to = dtype
+    if peer != EAGER:
+        _speed_up(model, lambda: encoder(images[:1]))
+        if not backward:
+            encoder, images = (x.to(getattr(torch, dtype)) for x in (encoder, images))
+            cast_to = "float32"
+    run = _compiled(encoder, device, compile_mode) if peer == COMPILED else encoder
 
     def call():
-        with torch.set_grad_enabled(backward), _autocast(device, dtype):
-            embeddings = model(images)
+        _begin(device)
+        encoder.zero_grad()
+        with torch.set_grad_enabled(backward), _autocast(device, cast_to):
+            embeddings = run(images)
         if backward:
-            model.zero_grad()
             embeddings.backward(cotangents.to(embeddings.dtype))
         _wait(device)
 
@@ -52,37 +151,90 @@ def encoder_call(
 
 
 def decoder_call(
-    config: SamConfig, batch: int, num_prompts: int, num_points: int, dtype: str, with_mask: bool
-) -> Callable[[], None]:
-    """A call that decodes the prompts of each image in turn, as the published code takes them."""
+    peer: str,
+    config: SamConfig,
+    batch: int,
+    num_prompts: int,
+    num_points: int,
+    dtype: str,
+    *,
+    with_mask: bool,
+    compile_mode: str | None = None,
+) -> Call:
+    """A call that decodes the prompts of each image, and waits for it.
+
+    As published, one image after the other, as that code takes them; made fast, all at once.
+
+    Raises:
+      RuntimeError: if what was made fast has other results than the published code.
+    """
     import torch
 
+    from benchmarks import fast
+
     device, size = _device(), config.image_encoder.image_size
-    model = published.build(config).to(device).eval()
-    prompt_encoder, mask_decoder = model.prompt_encoder, model.mask_decoder
+    model = _build(config, device)
     dim, grid = config.image_encoder.output_dim, config.image_encoder.grid
-    embedding = torch.randn(1, dim, *grid, device=device)
-    coords = torch.rand(num_prompts, num_points, 2, device=device) * size[0]
-    labels = torch.ones(num_prompts, num_points, dtype=torch.int64, device=device)
+    embeddings = torch.randn(batch, dim, *grid, device=device)
+    coords = torch.rand(batch, num_prompts, num_points, 2, device=device) * size[0]
+    labels = torch.ones(batch, num_prompts, num_points, dtype=torch.int64, device=device)
     masks = None
     if with_mask:
-        masks = torch.randn(num_prompts, 1, 4 * grid[0], 4 * grid[1], device=device)
+        masks = torch.randn(batch, num_prompts, 1, 4 * grid[0], 4 * grid[1], device=device)
 
-    @torch.no_grad()
+    def arguments(images):
+        points = (coords[images].flatten(0, 1), labels[images].flatten(0, 1))
+        return embeddings[images], points, None if masks is None else masks[images].flatten(0, 1)
+
+    def decode(embeddings, points, masks):
+        return fast.decode_images(model, embeddings, points, masks, multimask_output=not with_mask)
+
+    in_turn = [arguments(slice(i, i + 1)) for i in range(batch)]
+    groups = in_turn if peer == EAGER else [arguments(slice(batch))]
+    if peer != EAGER:
+        _speed_up(model, lambda: decode(*in_turn[0])[0])
+    run = _compiled(decode, device, compile_mode) if peer == COMPILED else decode
+
     def call():
-        for _ in range(batch):
-            with _autocast(device, dtype):
-                sparse, dense = prompt_encoder((coords, labels), None, masks)
-                mask_decoder(
-                    image_embeddings=embedding,
-                    image_pe=prompt_encoder.get_dense_pe(),
-                    sparse_prompt_embeddings=sparse,
-                    dense_prompt_embeddings=dense,
-                    multimask_output=not with_mask,
-                )
+        _begin(device)
+        with torch.no_grad(), _autocast(device, dtype):
+            for group in groups:
+                run(*group)
         _wait(device)
 
     return call
+
+
+def _build(config: SamConfig, device: str) -> Any:
+    """The published model, whose constructors would leave relative positions without effect."""
+    import torch
+
+    model = published.build(config).to(device).eval()
+    for block in model.image_encoder.blocks:
+        for table in (block.attn.rel_pos_h, block.attn.rel_pos_w):
+            torch.nn.init.normal_(table, std=0.1)
+    return model
+
+
+def _speed_up(model: Any, run: Callable[[], Any]) -> None:
+    """Makes a published model fast, and sees to it that its results stay what they are."""
+    import torch
+
+    from benchmarks import fast
+
+    with torch.no_grad():
+        expected = run()
+        fast.speed_up(model)
+        error = float((run() - expected).abs().max() / expected.abs().max())
+    if not error <= _TOLERANCE:
+        raise RuntimeError(f"the fast peer is not the published model: it is off by {error:.1e}")
+
+
+def _compiled(function: Any, device: str, mode: str | None) -> Any:
+    import torch
+
+    mode = mode or ("max-autotune" if device == "cuda" else "default")
+    return torch.compile(function, mode=mode, dynamic=False)
 
 
 def _device() -> str:
@@ -108,6 +260,14 @@ def _autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device, dtype=torch.bfloat16)
+
+
+def _begin(device: str) -> None:
+    """Results of the call before may be overwritten."""
+    import torch
+
+    if device == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def _wait(device: str) -> None:

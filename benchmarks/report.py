@@ -129,6 +129,12 @@ def _print_table(record: dict[str, Any], rates: Sequence[Rate], facts: dict[str,
     for fact, value in facts.items():
         if isinstance(value, int | float):
             table.add_row(fact.replace("_", " "), _short(value))
+    for name, times in facts.get("peers", {}).items():
+        if "failed" in times:
+            table.add_row(name, times["failed"])
+        else:
+            table.add_row(f"{name}, best", f"{times['best_seconds']:.4g} s")
+            table.add_row(f"times as fast as {name}", f"{times['speedup']:.3g}")
     Console().print(table)
 
 

@@ -3,6 +3,7 @@
 python -m benchmarks.step --config configs/demo.py [--fresh-batches] [--synthetic]
 """
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +22,7 @@ from sam_jax.training.step import Batch
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times the step, on one batch again and again or on fresh ones, and reports it."""
-    parser = report.parser("step", __doc__)
-    recipe.add_options(parser)
-    parser.add_argument(
-        "--fresh-batches", action="store_true", help="read a batch for each step, as in training"
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
     run = recipe.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
     program = run.program()
@@ -68,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "fresh_batches": args.fresh_batches,
     }
     return report.publish("step", argv, args, timing, rates, num_devices=len(devices), facts=facts)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the benchmark."""
+    parser = report.parser("step", __doc__)
+    recipe.add_options(parser)
+    parser.add_argument(
+        "--fresh-batches", action="store_true", help="read a batch for each step, as in training"
+    )
+    return parser.parse_args(argv)
 
 
 def _on_devices(local: dict[str, Any], program: TrainProgram) -> dict[str, jax.Array]:

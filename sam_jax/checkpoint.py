@@ -16,8 +16,9 @@ from sam_jax.errors import UserError
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 
-# A checkpoint has three parts, so that who needs only the model reads only that.
-_MODEL, _OPTIMIZER, _DATA = "model", "optimizer", "data"
+# A checkpoint has parts, so that who needs only a model reads only that. One with averaged
+# parameters is a second model, where a run keeps them.
+_MODEL, _EMA, _OPTIMIZER, _DATA = "model", "ema", "optimizer", "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Checkpointer:
                 # What a killed run left half-written.
                 cleanup_tmp_directories=True,
             ),
-            item_names=(_MODEL, _OPTIMIZER, _DATA),
+            item_names=(_MODEL, _EMA, _OPTIMIZER, _DATA),
             item_handlers={
                 _MODEL: ocp.StandardCheckpointHandler(),
+                _EMA: ocp.StandardCheckpointHandler(),
                 _OPTIMIZER: ocp.StandardCheckpointHandler(),
                 _DATA: grain.checkpoint.CheckpointHandler(),
             },
@@ -68,6 +70,11 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, None if there is none."""
         return self._manager.latest_step()
+
+    @property
+    def latest_has_ema(self) -> bool:
+        """Whether the newest whole checkpoint has averaged parameters."""
+        return _part(self._manager.directory, self.latest_step, _EMA).is_dir()
 
     def is_due(self, step: int) -> bool:
         """Whether the config wants a checkpoint after this many steps."""
@@ -81,21 +88,25 @@ class Checkpointer:
         step = int(state.step)
         if step == self.latest_step:
             return
+        parts = {
+            _MODEL: ocp.args.StandardSave(state.variables),
+            _OPTIMIZER: ocp.args.StandardSave({"opt_state": state.opt_state}),
+            _DATA: grain.checkpoint.CheckpointSave(data_iterator),
+        }
+        if state.ema_params is not None:
+            parts[_EMA] = ocp.args.StandardSave(state.evaluated_variables)
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                **{
-                    _MODEL: ocp.args.StandardSave(state.variables),
-                    _OPTIMIZER: ocp.args.StandardSave({"opt_state": state.opt_state}),
-                    _DATA: grain.checkpoint.CheckpointSave(data_iterator),
-                }
-            ),
+            args=ocp.args.Composite(**parts),
             # The loop decides when, so that a last or an interrupted step is saved too.
             force=True,
         )
 
     def restore(self, state: Any, data_iterator: Any) -> Any:
         """The newest checkpoint's state; the iterator is moved to its position.
+
+        Averaged parameters are restored if the state has them and the checkpoint, too. Where only
+        the state has them, they start as the parameters.
 
         Args:
           state: shapes, types and shardings of the state to restore; any devices and any number
@@ -107,16 +118,15 @@ class Checkpointer:
         """
         step = self.latest_step
         assert step is not None, "there is no checkpoint to restore"
+        parts = {
+            _MODEL: ocp.args.StandardRestore(state.variables),
+            _OPTIMIZER: ocp.args.StandardRestore({"opt_state": state.opt_state}),
+        }
+        keeps_ema = state.ema_params is not None
+        if keeps_ema and self.latest_has_ema:
+            parts[_EMA] = ocp.args.StandardRestore(state.evaluated_variables)
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        _MODEL: ocp.args.StandardRestore(state.variables),
-                        _OPTIMIZER: ocp.args.StandardRestore({"opt_state": state.opt_state}),
-                    }
-                ),
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
             data_iterator.set_states(self._data_states(step))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -124,9 +134,15 @@ class Checkpointer:
                 f"config; use another --workdir, or the config it was made with ({CONFIG} beside "
                 f"it). {error}"
             ) from error
+        ema_params = None
+        if keeps_ema:
+            ema_params = restored[_EMA if _EMA in parts else _MODEL]["params"]
+            if _EMA not in parts:
+                ema_params = jax.tree.map(jax.numpy.copy, ema_params)
         return state.replace(
             step=jax.device_put(jax.numpy.asarray(step, state.step.dtype), state.step.sharding),
             opt_state=restored[_OPTIMIZER]["opt_state"],
+            ema_params=ema_params,
             **restored[_MODEL],
         )
 
@@ -153,7 +169,11 @@ class Checkpointer:
         self._manager.close()
 
 
-def restore_variables(path: str | Path, step: int | None = None) -> dict:
+def _part(folder: epath.Path, step: int | None, name: str) -> epath.Path:
+    return epath.Path(folder) / str(step) / name
+
+
+def restore_variables(path: str | Path, step: int | None = None, *, ema: bool = True) -> dict:
     """The variables of a model, ``{"params": ..., "constants": ...}``, from a run's directory.
 
     Reads neither the optimizer's state nor the position of the data, and any number of devices
@@ -162,6 +182,7 @@ def restore_variables(path: str | Path, step: int | None = None) -> dict:
     Args:
       path: a training run's working directory.
       step: which checkpoint; None for the newest.
+      ema: whether to read the averaged parameters where the run keeps them.
 
     Raises:
       CheckpointError: if there is none there.
@@ -180,7 +201,9 @@ def restore_variables(path: str | Path, step: int | None = None) -> dict:
     if step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps)}")
     # The handler itself: what wraps it warns of the parts that are left alone here.
-    handler, item = ocp.StandardCheckpointHandler(), folder / str(step) / _MODEL
+    handler, item = ocp.StandardCheckpointHandler(), _part(folder, step, _MODEL)
+    if ema and _part(folder, step, _EMA).is_dir():
+        item = _part(folder, step, _EMA)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         shapes = jax.tree.map(

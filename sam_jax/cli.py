@@ -32,6 +32,10 @@ Source = Annotated[
 Step = Annotated[
     int | None, typer.Option(help="Which checkpoint of a training run; by default the newest.")
 ]
+Ema = Annotated[
+    bool,
+    typer.Option(help="Whether to take a training run's averaged parameters, where it keeps them."),
+]
 DecoderHeads = Annotated[
     int | None,
     typer.Option(
@@ -86,6 +90,7 @@ def convert(
         typer.Option(help="What to write; a target that ends in .pth says it."),
     ] = None,
     step: Step = None,
+    ema: Ema = True,
     decoder_heads: DecoderHeads = None,
     seed: Annotated[
         int | None,
@@ -110,6 +115,7 @@ def convert(
             target,
             to.value,
             step=step,
+            ema=ema,
             decoder_heads=decoder_heads,
             seed=seed,
             on_progress=say,
@@ -123,6 +129,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="New folder to write.")],
     to: Annotated[ExportTarget, typer.Option(help="What to write.")] = ExportTarget.onnx,
     step: Step = None,
+    ema: Ema = True,
     decoder_heads: DecoderHeads = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="ONNX: write 8-bit files too, for browsers.")
@@ -154,7 +161,7 @@ def export(
         )
     with _progress() as say:
         say(f"reading {source}")
-        weights = checkpoints.open_weights(source, step=step, decoder_heads=decoder_heads)
+        weights = checkpoints.open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
         variables = checkpoints.native_variables(weights)
         if to is ExportTarget.onnx:
             options = onnx_decoder.DecoderOptions(single_mask, stability_score, extra_metrics)
@@ -173,6 +180,7 @@ def export(
 def inspect(
     source: Source,
     step: Step = None,
+    ema: Ema = True,
     decoder_heads: DecoderHeads = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
@@ -181,7 +189,7 @@ def inspect(
 
     with _progress() as say:
         say(f"reading {source}")
-        found = describe(source, step=step, decoder_heads=decoder_heads)
+        found = describe(source, step=step, ema=ema, decoder_heads=decoder_heads)
     encoder, decoder = found.config.image_encoder, found.config.mask_decoder
     height, width = encoder.image_size
     table = Table(show_header=False, box=None)
@@ -227,6 +235,7 @@ def predict(
         Path | None, typer.Option(help="PNG to write: the mask alone, 255 on the object.")
     ] = None,
     step: Step = None,
+    ema: Ema = True,
     decoder_heads: DecoderHeads = None,
 ) -> None:
     """Segments one object of a picture from clicks, a box, or both."""
@@ -247,7 +256,7 @@ def predict(
     pixels = open_image(image)
     with _progress() as say:
         say(f"reading {checkpoint}")
-        predictor = Predictor.load(checkpoint, step=step, decoder_heads=decoder_heads)
+        predictor = Predictor.load(checkpoint, step=step, ema=ema, decoder_heads=decoder_heads)
         say("segmenting")
         # Several prompts leave no doubt about what is meant; a lone click does.
         embeddings = predictor.embed([pixels])
@@ -313,6 +322,7 @@ def masks(
         bool, typer.Option("--link-pictures", help="Link pictures to annotations, to train on.")
     ] = False,
     step: Step = None,
+    ema: Ema = True,
     decoder_heads: DecoderHeads = None,
     compilation_cache: CompilationCache = None,
 ) -> None:
@@ -355,6 +365,7 @@ def masks(
             buckets=Buckets(images=(options.regions_per_batch,)),
             devices=jax.local_devices(),
             step=step,
+            ema=ema,
             decoder_heads=decoder_heads,
         )
     try:

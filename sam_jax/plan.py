@@ -80,13 +80,14 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-      params, optimizer, constants, batch: what goes in, exactly.
+      params, ema, optimizer, constants, batch: what goes in, exactly.
       working: what the compiler sets aside for activations, gradients and the like.
       program: the code itself.
       available: what a device has for them; None if it is not known.
     """
 
     params: int
+    ema: int
     optimizer: int
     constants: int
     batch: int
@@ -97,8 +98,13 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it, at its peak."""
-        state = self.params + self.optimizer + self.constants
+        state = self.divided + self.constants
         return state + self.batch + self.working + self.program
+
+    @property
+    def divided(self) -> int:
+        """What shrinks with the devices that share a copy of the state."""
+        return self.params + self.ema + self.optimizer
 
     @property
     def fits(self) -> bool | None:
@@ -339,6 +345,7 @@ def _memory(program: TrainProgram, batch: Any, compiled: Any, chip: Chip) -> Mem
     state = program.placed_state
     return Memory(
         params=_bytes_on_a_device(state.params),
+        ema=_bytes_on_a_device(state.ema_params),
         optimizer=_bytes_on_a_device(state.opt_state),
         constants=_bytes_on_a_device((state.constants, state.step)),
         batch=_bytes_on_a_device(batch),
@@ -368,8 +375,8 @@ def fewest_devices(made: Plan) -> int | None:
     if memory.available is None:
         return None
     pieces = made.mesh["fsdp"]
-    state = (memory.params + memory.optimizer) * pieces
-    rest = memory.total - memory.params - memory.optimizer
+    state = memory.divided * pieces
+    rest = memory.total - memory.divided
     count = 1
     while state / count + rest > memory.available:
         count *= 2
@@ -467,6 +474,7 @@ def _count(number: int | None) -> str:
 _ROWS = (
     ("mesh", lambda p: " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())),
     ("parameters, per device", lambda p: _size(p.memory.params)),
+    ("average of parameters", lambda p: _size(p.memory.ema)),
     ("optimizer", lambda p: _size(p.memory.optimizer)),
     ("batch", lambda p: _size(p.memory.batch)),
     ("activations, gradients", lambda p: _size(p.memory.working)),

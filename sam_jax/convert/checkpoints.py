@@ -78,6 +78,7 @@ def load(
     path_or_name: str | Path,
     *,
     step: int | None = None,
+    ema: bool = True,
     decoder_heads: int | None = None,
     key: Array | None = None,
 ) -> Loaded:
@@ -88,6 +89,7 @@ def load(
         or Hugging Face's names; a Hugging Face folder; a masked autoencoder; or, where nothing is
         called that, a name on the Hugging Face Hub such as ``facebook/sam-vit-base``.
       step: which checkpoint of a training run; None for the newest.
+      ema: whether a training run's averaged parameters are taken, where it keeps them.
       decoder_heads: see ``open_weights``.
       key: for what a masked autoencoder lacks, which is all but the encoder.
 
@@ -96,12 +98,17 @@ def load(
       NamesError: if tensors are missing, unexpected or misshapen; it lists all of them.
       CheckpointError: if a training run holds no such checkpoint.
     """
-    weights = open_weights(path_or_name, step=step, decoder_heads=decoder_heads)
+    weights = open_weights(path_or_name, step=step, ema=ema, decoder_heads=decoder_heads)
     return Loaded(Sam(weights.config), jax.tree.map(jax.numpy.asarray, _variables(weights, key)))
 
 
 def variables_for(
-    model: Sam, path_or_name: str | Path, *, step: int | None = None, key: Array | None = None
+    model: Sam,
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    key: Array | None = None,
 ) -> dict[str, Any]:
     """The variables of any checkpoint for a model that is given, on the host.
 
@@ -111,6 +118,7 @@ def variables_for(
       model: the model.
       path_or_name: see ``load``.
       step: see ``load``.
+      ema: see ``load``.
       key: see ``load``.
 
     Raises:
@@ -121,6 +129,7 @@ def variables_for(
     weights = _open(
         path_or_name,
         step,
+        ema,
         # What a bare file does not tell is taken to be the model's.
         Hints(
             model.config.mask_decoder.num_heads,
@@ -163,6 +172,7 @@ def convert(
     to: Target,
     *,
     step: int | None = None,
+    ema: bool = True,
     decoder_heads: int | None = None,
     seed: int | None = None,
     on_progress: Callable[[str], None] = lambda message: None,
@@ -174,6 +184,7 @@ def convert(
       target: see ``save``.
       to: see ``save``.
       step: which checkpoint of a training run; None for the newest.
+      ema: see ``load``.
       decoder_heads: see ``open_weights``.
       seed: for what a masked autoencoder lacks, which is all but the encoder.
       on_progress: told what is being done.
@@ -183,7 +194,7 @@ def convert(
     """
     _check_target(Path(target), to)
     on_progress(f"reading {source}")
-    weights = open_weights(source, step=step, decoder_heads=decoder_heads)
+    weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
     config, form = weights.config, weights.form
     if to == "orbax":
@@ -228,13 +239,18 @@ def _variables(weights: Weights, key: Array | None) -> dict[str, Any]:
 
 
 def open_weights(
-    path_or_name: str | Path, *, step: int | None = None, decoder_heads: int | None = None
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    decoder_heads: int | None = None,
 ) -> Weights:
     """Finds out what a checkpoint is, and maps its tensors.
 
     Args:
       path_or_name: see ``load``.
       step: which checkpoint of a training run; None for the newest.
+      ema: see ``load``.
       decoder_heads: heads of the decoder's attention, which a file of tensors does not tell; None
         for what a config in its folder says, or the published number at the published width.
 
@@ -242,16 +258,17 @@ def open_weights(
       WeightsError: if it cannot be read, or is of no model known here.
       CheckpointError: if a training run holds no such checkpoint.
     """
-    return _open(path_or_name, step, Hints(decoder_heads=decoder_heads))
+    return _open(path_or_name, step, ema, Hints(decoder_heads=decoder_heads))
 
 
-def _open(path_or_name: str | Path, step: int | None, hints: Hints) -> Weights:
+def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -> Weights:
     path = Path(path_or_name)
     if not path.exists():
         path = _download(str(path_or_name))
     if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
         run = path.parent if path.name == CHECKPOINTS else path
-        return Weights(run, "orbax", _run_config(run), restore_variables(run, step))
+        variables = restore_variables(run, step, ema=ema)
+        return Weights(run, "orbax", _run_config(run), variables)
     if step is not None:
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
@@ -354,7 +371,11 @@ class Description:
 
 
 def describe(
-    path_or_name: str | Path, *, step: int | None = None, decoder_heads: int | None = None
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    decoder_heads: int | None = None,
 ) -> Description:
     """Says what a checkpoint is, and whether it would load.
 
@@ -362,7 +383,7 @@ def describe(
       WeightsError: if it cannot be read, or is of no model known here.
       CheckpointError: if a training run holds no such checkpoint.
     """
-    weights = open_weights(path_or_name, step=step, decoder_heads=decoder_heads)
+    weights = open_weights(path_or_name, step=step, ema=ema, decoder_heads=decoder_heads)
     arrays = flatten_dict(weights.tensors, sep="/") if weights.form == "orbax" else weights.tensors
     problems = ""
     try:

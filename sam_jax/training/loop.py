@@ -88,6 +88,12 @@ def train(
         if first_step:
             state = checkpointer.restore(program.placed_state, data_iterator)
             reporter.say(f"continuing from the checkpoint of step {first_step} in {workdir}")
+            if checkpointer.latest_has_ema and not program.keeps_ema:
+                reporter.say("its averaged parameters are dropped, as train.ema_decay is 0")
+            if program.keeps_ema and not checkpointer.latest_has_ema:
+                reporter.say(
+                    "it has no averaged parameters: the average starts from its parameters"
+                )
         else:
             key = jax.random.key(config.seed)
             if config.init_from is None:
@@ -169,7 +175,7 @@ def _run(state, program, data_iterator, config, checkpointer, reporter, evaluato
             if is_evaluated:
                 with stopwatch.during("evaluation"):
                     for name, evaluate in evaluators.items():
-                        reporter.evaluation(step, name, evaluate(state.variables))
+                        reporter.evaluation(step, name, evaluate(state.evaluated_variables))
     return state
 
 

@@ -54,6 +54,11 @@ class TrainProgram:
     step: Any
 
     @property
+    def keeps_ema(self) -> bool:
+        """Whether the state has averaged parameters."""
+        return self.state_shapes.ema_params is not None
+
+    @property
     def batch_sharding(self) -> NamedSharding:
         """Of every field of a batch."""
         return batch_sharding(self.mesh)
@@ -84,16 +89,16 @@ class TrainProgram:
     def new_state(self, key: jax.Array) -> TrainState:
         """The state before the first step, from random parameters, made where it lies."""
         return jax.jit(
-            lambda key: init_state(init_variables(self.model, key), self.optimizer),
+            lambda key: self._init_state(init_variables(self.model, key)),
             out_shardings=self.state_shardings,
         )(key)
 
     def state_from(self, variables: Any) -> TrainState:
         """The state before the first step, from the variables of the model."""
-        return jax.jit(
-            lambda variables: init_state(variables, self.optimizer),
-            out_shardings=self.state_shardings,
-        )(variables)
+        return jax.jit(self._init_state, out_shardings=self.state_shardings)(variables)
+
+    def _init_state(self, variables: Any) -> TrainState:
+        return init_state(variables, self.optimizer, keeps_ema=self.keeps_ema)
 
 
 def build_program(
@@ -102,6 +107,7 @@ def build_program(
     num_steps: int,
     seed: int,
     remat_rounds: bool,
+    ema_decay: float,
     optimizer_config: OptimizerConfig,
     prompt_config: PromptConfig,
     loss_config: LossConfig,
@@ -112,7 +118,7 @@ def build_program(
 
     Args:
       model: the model.
-      num_steps, seed, remat_rounds: see ``recipe.TrainConfig``.
+      num_steps, seed, remat_rounds, ema_decay: see ``recipe.TrainConfig``.
       optimizer_config, prompt_config, loss_config, sharding_config: the recipe.
       devices: by default all there are.
 
@@ -124,7 +130,9 @@ def build_program(
     model = model.clone(placement=placement)
     variable_shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     optimizer = build_optimizer(variable_shapes["params"], optimizer_config, num_steps)
-    state_shapes = jax.eval_shape(lambda v: init_state(v, optimizer), variable_shapes)
+    state_shapes = jax.eval_shape(
+        lambda v: init_state(v, optimizer, keeps_ema=ema_decay > 0), variable_shapes
+    )
     shardings = tree_shardings(state_shapes, mesh, sharding_config)
     train_step = build_train_step(
         model,
@@ -134,6 +142,7 @@ def build_program(
         seed=seed,
         accumulate_steps=optimizer_config.accumulate_steps,
         remat_rounds=remat_rounds,
+        ema_decay=ema_decay,
     )
     step = jax.jit(
         # A mapping: compilers rebuild arguments from placeholders, which ``Batch`` refuses.

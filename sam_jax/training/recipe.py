@@ -27,11 +27,15 @@ class TrainConfig:
     Attributes:
       num_steps: optimizer steps of the whole run.
       init_from: weights that a new run starts from, of any form that ``convert.checkpoints.load``
-        takes: another run, a published or Hugging Face checkpoint, a masked autoencoder; None for
-        random ones.
+        takes: another run (its averaged parameters, where it keeps them), a published or Hugging
+        Face checkpoint, a masked autoencoder; None for random ones.
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
       remat_rounds: whether rounds of prompting are computed again in the backward pass, see
         ``rounds.run_rounds``.
+      ema_decay: what is left of the running average of the parameters at each step, as in 0.9999; 0
+        keeps none, and the paper mentions none. Evaluation, prediction and conversion then take the
+        average. It starts as the first parameters, which needs no correction of a bias; after n
+        steps they weigh ``ema_decay ** n``. Costs 4 bytes per parameter, spread like them.
       profile_steps: first and last step that a profile is written of, to ``workdir/profile``, for
         xprof or TensorBoard; None for no profile.
       log_every: steps between reports.
@@ -42,9 +46,14 @@ class TrainConfig:
     init_from: str | None = None
     seed: int = 0
     remat_rounds: bool = True
+    ema_decay: float = 0.0
     profile_steps: tuple[int, int] | None = None
     log_every: int = 50
     eval_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Recipe:
             num_steps=self.train.num_steps,
             seed=self.train.seed,
             remat_rounds=self.train.remat_rounds,
+            ema_decay=self.train.ema_decay,
             optimizer_config=self.optimizer,
             prompt_config=self.prompts,
             loss_config=self.losses,

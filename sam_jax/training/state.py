@@ -20,24 +20,42 @@ class TrainState:
       params: trained parameters, float32.
       constants: fixed variables of the model, never updated.
       opt_state: the optimizer's.
+      ema_params: running average of ``params``, float32; None where none is kept.
     """
 
     step: Any
     params: Any
     constants: Any
     opt_state: Any
+    ema_params: Any = None
 
     @property
     def variables(self) -> dict:
-        """What ``Sam.apply`` takes."""
+        """What ``Sam.apply`` takes, as it is trained."""
         return {"params": self.params, "constants": self.constants}
 
+    @property
+    def evaluated_variables(self) -> dict:
+        """What ``Sam.apply`` takes, of the averaged parameters where they are kept."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "constants": self.constants}
 
-def init_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; works under ``jax.eval_shape``."""
+
+def init_state(
+    variables: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    keeps_ema: bool = False,
+) -> TrainState:
+    """The state before the first step; works under ``jax.eval_shape``.
+
+    An average starts as the parameters themselves.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         constants=variables["constants"],
         opt_state=jax.jit(optimizer.init)(variables["params"]),
+        # Copies: a step takes the state's memory, and cannot take the same twice.
+        ema_params=jax.tree.map(jnp.copy, variables["params"]) if keeps_ema else None,
     )

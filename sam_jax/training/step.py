@@ -51,6 +51,7 @@ def build_train_step(
     seed: int,
     accumulate_steps: int = 1,
     remat_rounds: bool = True,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with shardings by the caller.
 
@@ -65,6 +66,7 @@ def build_train_step(
       seed: of prompts, dropout and dropped paths.
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
       remat_rounds: see ``rounds.run_rounds``.
+      ema_decay: see ``recipe.TrainConfig``; the state must keep an average if it is not 0.
     """
     placement = model.placement
     images, objects = placement.spec(BATCH), placement.spec(BATCH, TENSOR)
@@ -139,11 +141,16 @@ def build_train_step(
             grads, sums = _accumulate(part_gradients, batch, key, accumulate_steps)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_decay:
+            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
+            ema_params=ema_params,
         )
         metrics = {name: total / num_masks for name, total in sums.items()}
         metrics["num_masks"] = num_masks

@@ -14,16 +14,23 @@ import pytest
 from sam_jax.checkpoint import restore_variables
 from tests.e2e.programs import logged, run, start
 
+EMA = "--config.train.ema_decay=0.7"
+
 
 def assert_same_parameters(first: Path, second: Path) -> None:
-    jax.tree.map(np.testing.assert_array_equal, restore_variables(first), restore_variables(second))
+    trained = [restore_variables(run, ema=False) for run in (first, second)]
+    averaged = [restore_variables(run) for run in (first, second)]
+    for found in (trained, averaged):
+        jax.tree.map(np.testing.assert_array_equal, *found)
+    ours, theirs = (jax.tree.leaves(found[0]["params"]) for found in (trained, averaged))
+    assert any(not np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory) -> Path:
-    """Ten steps without interruption on one device."""
+    """Ten steps without interruption on one device, parameters averaged."""
     workdir = tmp_path_factory.mktemp("straight")
-    run("train.py", "--workdir", str(workdir))
+    run("train.py", "--workdir", str(workdir), EMA)
     return workdir
 
 
@@ -47,7 +54,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(started, straight_run, tmp_path):
     """SIGKILL after the second and after a later checkpoint, at whatever the run is doing then."""
     for checkpoints_to_wait_for in (2, 5):
-        process = started("train.py", "--workdir", str(tmp_path))
+        process = started("train.py", "--workdir", str(tmp_path), EMA)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit()]
@@ -57,7 +64,7 @@ def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(started, strai
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, f"finished before it was killed: {output}"
-    output = run("train.py", "--workdir", str(tmp_path))
+    output = run("train.py", "--workdir", str(tmp_path), EMA)
     assert "continuing from the checkpoint of step" in output
     assert_same_parameters(straight_run, tmp_path)
 

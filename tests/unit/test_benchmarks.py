@@ -1,7 +1,9 @@
 """Hand-counted work against other counts, and every benchmark once at a tiny size."""
 
 import dataclasses
+import importlib
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, checkpoint, dead_leaves, decoder, encoder, input, limits, step
+from benchmarks import (
+    attention,
+    checkpoint,
+    dead_leaves,
+    decoder,
+    encoder,
+    input,
+    limits,
+    published,
+    recipe,
+    step,
+    table,
+)
 from benchmarks.random_inputs import random_prompts
 from sam_jax import work
 from sam_jax.data import decode_masks
@@ -245,18 +259,141 @@ def test_dead_leaves_are_read_as_sa1b(tmp_path: Path) -> None:
     assert source[0].image != source[1].image
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_table_runs_what_has_no_record_and_tells_what_failed(
+    platform: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        if "--with-mask" in command:
+            return subprocess.CompletedProcess(command, 1, stdout="some lines\nout of memory")
+        rate = {"achieved": 2e12, "limit": 4e12, "limit_rate": 0.5}
+        units = ("images/s", "FLOP/s", "bfloat16 FLOP/s")
+        record = {
+            "platform": platform,
+            "device": "a device",
+            "commit": "abc",
+            "best_seconds": 0.25,
+            "peak_bytes": None,
+            "planned_bytes": 2**30,
+            "rates": dict.fromkeys(units, rate),
+            "peers": {"torch": {"speedup": 3.0}, "torch-sdpa": {"failed": "out of memory"}},
+        }
+        Path(command[command.index("--out") + 1]).write_text(json.dumps(record))
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    records = table.main(["--folder", str(tmp_path)])
+    rows = table.small_rows() if platform == "cpu" else table.accelerator_rows()
+    assert [record["name"] for record in records] == ["limits", *(row.name for row in rows)]
+    failed = {row.name for row in rows if "--with-mask" in row.arguments}
+    assert {record["name"] for record in records if "failed" in record} == failed
+    text = capsys.readouterr().out
+    assert "a device, abc, 2 TFLOP/s" in text
+    assert "50.0%" in text
+    assert "3.00" in text
+
+    # What is done is not done again.
+    commands.clear()
+    table.main(["--folder", str(tmp_path)])
+    assert len(commands) == len(failed)
+
+
+@pytest.mark.parametrize("row", [*table.small_rows(), *table.accelerator_rows()])
+def test_rows_of_the_table_are_commands(row: table.Row) -> None:
+    """Up to where they would start to compute."""
+    scripts = {"encoder": encoder, "decoder": decoder, "step": step}
+    script: Any = scripts[row.benchmark]
+    args = script.parse([*row.arguments, "--repeats", "1"])
+    assert args.repeats == 1
+    if row.benchmark == "step":
+        assert recipe.load(args).data.num_workers == 0
+
+
 @pytest.mark.parity
 @pytest.mark.usefixtures("_tiny")
 @pytest.mark.parametrize(
     ("benchmark_main", "arguments"),
     [
         (encoder.main, [*ENCODER, "--backward", "--dtype", "bfloat16"]),
-        (decoder.main, [*DECODER, "--with-mask", "--dtype", "bfloat16"]),
+        (encoder.main, [*ENCODER, "--dtype", "bfloat16"]),
+        (decoder.main, [*DECODER, "--batch", "2", "--with-mask", "--dtype", "bfloat16"]),
     ],
 )
-def test_the_peer_runs_at_the_same_shapes(
-    benchmark_main: Any, arguments: Sequence[str], tmp_path: Path
+def test_the_peers_run_at_the_same_shapes(
+    benchmark_main: Any, arguments: Sequence[str], tmp_path: Path, capsys: Any
 ) -> None:
     out = str(tmp_path / "record.json")
-    record = benchmark_main([*arguments, "--peer", "torch", "--repeats", "2", "--out", out])
-    assert record["speedup_over_peer"] > 0
+    peers = ("--peer", "torch", "torch-sdpa")
+    record = benchmark_main([*arguments, *peers, "--repeats", "2", "--out", out])
+    assert [*record["peers"]] == ["torch", "torch-sdpa"]
+    assert all(times["speedup"] > 0 for times in record["peers"].values())
+    assert "times as fast as torch-sdpa" in capsys.readouterr().out
+
+
+@pytest.mark.parity
+@pytest.mark.usefixtures("_tiny")
+def test_where_nothing_can_be_compiled_the_fused_peer_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    torch = pytest.importorskip("torch")
+    exc = importlib.import_module("torch._dynamo.exc")
+
+    def compile_nothing(function: Any, **options: Any) -> Any:
+        def call(*args: Any) -> Any:
+            raise exc.TorchDynamoException("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    out = str(tmp_path / "record.json")
+    record = encoder.main([*ENCODER, "--peer", "torch-compile", "--repeats", "2", "--out", out])
+    assert [*record["peers"]] == ["torch-sdpa"]
+    assert "no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parity
+def test_the_fast_peer_is_the_published_model() -> None:
+    """Embeddings, gradients and masks, of windows that need padding and of several images."""
+    torch = pytest.importorskip("torch")
+    fast = importlib.import_module("benchmarks.fast")
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        WIDE, image_encoder=dataclasses.replace(WIDE.image_encoder, image_size=(128, 128))
+    )
+    model = published.build(config).eval()
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(parameter)
+    images = torch.randn(2, 3, 128, 128)
+    cotangents = torch.randn(2, 256, 8, 8)
+    coords = 128 * torch.rand(6, 2, 2)
+    labels = torch.tensor([[1, 0], [0, -1], [1, 1]]).repeat(2, 1)
+    masks = torch.randn(6, 1, 32, 32)
+
+    def decode(embeddings: Any, prompts: Any) -> Any:
+        points = (coords[prompts], labels[prompts])
+        return fast.decode_images(model, embeddings, points, masks[prompts], multimask_output=True)
+
+    def encode() -> tuple[Any, list[Any]]:
+        model.zero_grad()
+        embeddings = model.image_encoder(images)
+        (embeddings * cotangents).sum().backward()
+        return embeddings.detach(), [p.grad for p in model.image_encoder.parameters()]
+
+    embeddings, gradients = encode()
+    with torch.no_grad():
+        in_turn = [decode(embeddings[i : i + 1], slice(3 * i, 3 * i + 3)) for i in range(2)]
+    expected = [torch.cat(parts) for parts in zip(*in_turn, strict=True)]
+    fast.speed_up(model)
+    with torch.no_grad():
+        at_once = decode(embeddings, slice(None))
+    fast_embeddings, fast_gradients = encode()
+    for ours, theirs in zip(
+        (fast_embeddings, *fast_gradients, *at_once),
+        (embeddings, *gradients, *expected),
+        strict=True,
+    ):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()

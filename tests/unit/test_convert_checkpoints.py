@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -166,6 +167,22 @@ def test_a_model_for_another_size_takes_the_weights(tmp_path: Path, variables) -
         Sam(SQUARE).apply(variables, images, method=Sam.encode),
         atol=1e-5,
     )
+
+
+def test_a_runs_average_is_taken_unless_it_is_not_wanted(tmp_path: Path, variables) -> None:
+    run, averaged = tmp_path / "run", jax.tree.map(lambda x: x + 1, variables)
+    save(run, SQUARE, variables, "orbax")
+    save(tmp_path / "other", SQUARE, averaged, "orbax")
+    of_step = (tmp_path / "other" / "checkpoints" / "0", run / "checkpoints" / "0")
+    shutil.copytree(of_step[0] / "model", of_step[1] / "ema")
+    model = Sam(SQUARE)
+    for found in (load(run).variables, checkpoints.variables_for(model, run)):
+        assert_same_variables(found, averaged)
+    trained = checkpoints.variables_for(model, run, ema=False)
+    for found in (load(run, ema=False).variables, trained):
+        assert_same_variables(found, variables)
+    checkpoints.convert(run, tmp_path / "x.pth", "official", ema=False)
+    assert_same_variables(load(tmp_path / "x.pth", decoder_heads=4).variables, variables)
 
 
 def test_a_file_without_a_telling_tensor(tmp_path: Path, variables) -> None:

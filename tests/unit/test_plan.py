@@ -24,7 +24,14 @@ needs_compiler = pytest.mark.skipif(
 
 def example(**changes: Any) -> planning.Plan:
     memory = planning.Memory(
-        params=100, optimizer=200, constants=0, batch=10, working=490, program=0, available=1000.0
+        params=100,
+        ema=0,
+        optimizer=200,
+        constants=0,
+        batch=10,
+        working=490,
+        program=0,
+        available=1000.0,
     )
     made = planning.Plan(
         topology="v5e:4x4",
@@ -64,6 +71,12 @@ def test_more_memory_takes_more_images_and_fewer_devices() -> None:
     assert planning.fewest_devices(roomy) == 1
 
 
+def test_an_average_is_divided_with_the_parameters() -> None:
+    made = example(memory=dataclasses.replace(example().memory, params=50, ema=50))
+    assert made.memory.total == 800
+    assert planning.fewest_devices(made) == 4
+
+
 def test_what_is_not_known_is_not_made_up() -> None:
     memory = dataclasses.replace(example().memory, available=None)
     made = example(memory=memory, compute_seconds=None, transfer_seconds=None)
@@ -76,7 +89,8 @@ def test_what_is_not_known_is_not_made_up() -> None:
 def test_a_plan_for_this_machine(tmp_path: Path) -> None:
     """Parameters, moments and batch to the byte, through the command line."""
     out = tmp_path / "plan.json"
-    settings = [part for text in SMALL for part in ("--set", text)]
+    averaged = (*SMALL, "train.ema_decay=0.99")
+    settings = [part for text in averaged for part in ("--set", text)]
     result = CliRunner().invoke(app, ["plan", "--config", CONFIG, *settings, "--json", str(out)])
     assert result.exit_code == 0, result.output
     (made,) = json.loads(out.read_text())
@@ -84,7 +98,7 @@ def test_a_plan_for_this_machine(tmp_path: Path) -> None:
     num_params = sum(leaf.size for leaf in _leaves(program.state_shapes.params))
     memory = made["memory"]
     # Devices that split nothing hold everything.
-    assert memory["params"] == 4 * num_params
+    assert memory["params"] == memory["ema"] == 4 * num_params
     # Two moments and two counters of steps.
     assert memory["optimizer"] == 8 * num_params + 8
     image, masks = 32 * 48 * 3, 2 * 32 * 48 // 8

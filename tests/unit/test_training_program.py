@@ -1,14 +1,20 @@
-"""What travels between devices in a compiled training step, and what must not."""
+"""A compiled training step: what travels between devices, and that it does what one device does."""
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
 from sam_jax import hlo
+from sam_jax.data.pipeline import train_iterator
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.state import TrainState
+from sam_jax.training.step import Batch
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 BATCH_SIZE, MAX_MASKS = 8, 4
@@ -20,13 +26,16 @@ def build(*settings: str) -> TrainProgram:
     return Recipe.of(read_config(CONFIG, settings)).program()
 
 
-def transfers(program: TrainProgram) -> list[hlo.Collective]:
-    batch = program.placed_batch(BATCH_SIZE, MAX_MASKS)
-    # Who sends what is settled before machine code is made, which may be bad.
-    compiled = program.step.lower(program.placed_state, batch).compile(
+def compiled(program: TrainProgram, max_masks: int) -> Any:
+    """What is asked here is settled before machine code is made, which may be bad."""
+    batch = program.placed_batch(BATCH_SIZE, max_masks)
+    return program.step.lower(program.placed_state, batch).compile(
         compiler_options={"xla_backend_optimization_level": 0}
     )
-    return hlo.collectives(compiled.as_text())
+
+
+def transfers(program: TrainProgram) -> list[hlo.Collective]:
+    return hlo.collectives(compiled(program, MAX_MASKS).as_text())
 
 
 def nbytes(tree) -> int:
@@ -40,7 +49,9 @@ def nbytes(tree) -> int:
 )
 def test_only_weights_and_their_gradients_travel(axes: dict[str, int]) -> None:
     """Weights are gathered a kernel at a time, gradients summed, and images stay where they are."""
-    program = build(*(f"sharding.{axis}={size}" for axis, size in axes.items()))
+    mesh = (f"sharding.{axis}={size}" for axis, size in axes.items())
+    # An average lies where the parameters do, so nothing of it travels.
+    program = build(*mesh, "train.ema_decay=0.99")
     params = program.state_shapes.params
     blocks = [params["image_encoder"][f"block_{index:02d}"] for index in range(2)]
     largest = max(map(nbytes, jax.tree.leaves(blocks)))
@@ -68,12 +79,89 @@ def test_only_weights_and_their_gradients_travel(axes: dict[str, int]) -> None:
 
 
 def test_what_is_on_a_device() -> None:
-    """Moments lie where their parameters do, in a quarter of their size."""
-    program = build("sharding.data=2", "sharding.fsdp=4")
+    """Moments and averages lie where their parameters do, in a quarter of their size."""
+    program = build("sharding.data=2", "sharding.fsdp=4", "train.ema_decay=0.99")
     shardings = program.state_shardings
     moments = shardings.opt_state[1]
-    assert moments.mu == moments.nu == shardings.params
-    kernel = program.placed_state.params["image_encoder"]["block_00"]["mlp"]["dense_0"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (4, 64)
+    assert moments.mu == moments.nu == shardings.params == shardings.ema_params
+    for tree in (program.placed_state.params, program.placed_state.ema_params):
+        kernel = tree["image_encoder"]["block_00"]["mlp"]["dense_0"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (4, 64)
     batch = program.placed_batch(BATCH_SIZE, MAX_MASKS)
     assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(batch)} == {1}
+
+
+DECAY = 0.6
+NUM_STEPS = 3
+
+
+class History(NamedTuple):
+    """What each of some steps left, and the last state where it lies."""
+
+    params: list[Any]
+    metrics: list[dict[str, float]]
+    state: TrainState
+
+
+def train(devices: int, **axes: int) -> History:
+    settings = [f"sharding.{axis}={size}" for axis, size in axes.items()]
+    recipe = Recipe.of(read_config(CONFIG, [*settings, f"train.ema_decay={DECAY}"]))
+    program = recipe.program(jax.devices()[:devices])
+    step, data = compiled(program, recipe.data.max_masks), train_iterator(recipe.data)
+    state = program.new_state(jax.random.key(0))
+    # Copies, as a step takes the memory of what it is given.
+    history = History([jax.tree.map(np.array, state.params)], [], state)
+    for _ in range(NUM_STEPS):
+        fields = next(data)
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(Batch)}
+        state, metrics = step(state, jax.device_put(fields, program.batch_sharding))
+        history.params.append(jax.tree.map(np.array, state.params))
+        history.metrics.append({name: float(value) for name, value in metrics.items()})
+    data.close()
+    return history._replace(state=state)
+
+
+@pytest.fixture(scope="module")
+def on_eight() -> History:
+    """Devices of every kind: different images, pieces of the state, parts of an image."""
+    return train(8, data=2, fsdp=2, tensor=2)
+
+
+def test_devices_that_share_images_do_what_one_does(on_eight: History) -> None:
+    kernel = on_eight.state.params["image_encoder"]["block_00"]["mlp"]["dense_0"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (8, 32)
+    on_one = train(1)
+    for ours, theirs in zip(on_eight.metrics, on_one.metrics, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("loss", "focal", "dice", "iou_mse", "gradient_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        # Adam makes whole steps of gradients that are rounding.
+        assert ours["update_norm"] == pytest.approx(theirs["update_norm"], rel=1e-3)
+
+
+def test_an_average_is_the_sum_that_its_decay_says(on_eight: History) -> None:
+    """d^n p_0 + (1 - d) (d^(n - 1) p_1 + ... + p_n), in the places of the parameters."""
+    weights = [DECAY**NUM_STEPS, *((1 - DECAY) * DECAY**k for k in reversed(range(NUM_STEPS)))]
+    assert sum(weights) == pytest.approx(1)
+    expected = jax.tree.map(
+        lambda *params: sum(w * p for w, p in zip(weights, params, strict=True)), *on_eight.params
+    )
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7),
+        on_eight.state.ema_params,
+        expected,
+    )
+    jax.tree.map(
+        lambda average, trained: average.sharding == trained.sharding or pytest.fail("elsewhere"),
+        on_eight.state.ema_params,
+        on_eight.state.params,
+    )
+    moved = [
+        not np.array_equal(*pair)
+        for pair in zip(
+            jax.tree.leaves(on_eight.state.ema_params),
+            jax.tree.leaves(on_eight.params[-1]),
+            strict=True,
+        )
+    ]
+    assert np.mean(moved) > 0.9
