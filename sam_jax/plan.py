@@ -1,11 +1,12 @@
 """What a training run will cost on devices that need not be there, by compiling its real step."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ KERNEL_PEAK_RATES = {
     "mask_sums_backward": 0.011,
 }
 _OTHER_KERNELS_PEAK_RATE = 0.1
+# Parts of a step by a word in the source of their instructions, of which the first one counts.
+_PARTS = {
+    "image_encoder": "image encoder",
+    "prompt_encoder": "prompt encoder",
+    "mask_decoder": "mask decoder",
+    "shard_map": "losses, clicks",
+    "": "optimizer, others",
+}
 # Of a device's memory that the runtime keeps for itself.
 _RESERVED_RATE = 0.03
 
@@ -125,7 +134,8 @@ class Plan:
       work_flops: of the step as counted by hand, per device, without anything computed twice.
       moved_bytes: of device memory in a step, per device, as the compiled program reads and writes.
       collectives: transfers of a step.
-      compute_seconds: the compiler's estimate, and our own of our kernels; None if it has none.
+      part_seconds: of computation in each part, by the compiler's estimate and our own of our
+        kernels; None if it has none.
       roofline_seconds: what work and peak alone would take, None without a known device.
       transfer_seconds: of all collectives one after the other, None without a known device.
       num_steps: of the whole run.
@@ -141,11 +151,16 @@ class Plan:
     work_flops: float
     moved_bytes: float
     collectives: Sequence[hlo.Collective]
-    compute_seconds: float | None
+    part_seconds: Mapping[str, float] | None
     roofline_seconds: float | None
     transfer_seconds: float | None
     num_steps: int
     compile_seconds: float
+
+    @property
+    def compute_seconds(self) -> float | None:
+        """Of all parts; None if nobody estimates it."""
+        return None if self.part_seconds is None else sum(self.part_seconds.values())
 
     @property
     def step_seconds(self) -> tuple[float, float] | None:
@@ -185,6 +200,7 @@ class Plan:
         }
         return dataclasses.asdict(self) | {
             "memory": memory,
+            "compute_seconds": self.compute_seconds,
             "step_seconds": self.step_seconds,
             "run_hours": self.run_hours,
             "chip_hours": None
@@ -289,16 +305,6 @@ def _read(
     )
     if chip is None:
         chip = _measured_chip(program)
-    compute = None
-    if chip.clock_rate is not None:
-        cycles = sum(i.cycles * i.trips for i in instructions)
-        kernels = sum(
-            i.kernel_flops
-            * i.trips
-            / KERNEL_PEAK_RATES.get(i.kernel_name, _OTHER_KERNELS_PEAK_RATE)
-            for i in instructions
-        )
-        compute = cycles / chip.clock_rate + kernels / chip.peak_flops
     memory = _memory(program, batch, compiled, chip)
     transfer = sum(c.sent_bytes for c in transfers) / chip.link_rate if chip.link_rate else None
     return Plan(
@@ -311,12 +317,26 @@ def _read(
         work_flops=flops / num_devices,
         moved_bytes=float(sum(i.moved_bytes * i.trips for i in instructions)),
         collectives=transfers,
-        compute_seconds=compute,
+        part_seconds=_part_seconds(instructions, chip),
         roofline_seconds=flops / num_devices / chip.peak_flops,
         transfer_seconds=transfer,
         num_steps=recipe.train.num_steps,
         compile_seconds=compile_seconds,
     )
+
+
+def _part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[str, float] | None:
+    """Of the parts of the step, by where their instructions come from."""
+    if chip.clock_rate is None:
+        return None
+    seconds = dict.fromkeys(_PARTS.values(), 0.0)
+    for instruction in instructions:
+        part = next(part for word, part in _PARTS.items() if word in instruction.source)
+        rate = KERNEL_PEAK_RATES.get(instruction.kernel_name, _OTHER_KERNELS_PEAK_RATE)
+        once = instruction.cycles / chip.clock_rate
+        once += instruction.kernel_flops / (rate * chip.peak_flops)
+        seconds[part] += instruction.trips * once
+    return seconds
 
 
 def _measured_chip(program: TrainProgram) -> Chip:
@@ -463,6 +483,10 @@ def _seconds(seconds: float | None) -> str:
     return "not known" if seconds is None else f"{1e3 * seconds:.0f} ms"
 
 
+def _seconds_of(part: str, made: Plan) -> str:
+    return _seconds(None if made.part_seconds is None else made.part_seconds.get(part))
+
+
 def _fits(made: Plan) -> str:
     return {True: "yes", False: "NO", None: "not known"}[made.memory.fits]
 
@@ -471,7 +495,7 @@ def _count(number: int | None) -> str:
     return "not known" if number is None else f"about {number}"
 
 
-_ROWS = (
+_ROWS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
     ("mesh", lambda p: " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())),
     ("parameters, per device", lambda p: _size(p.memory.params)),
     ("average of parameters", lambda p: _size(p.memory.ema)),
@@ -489,6 +513,7 @@ _ROWS = (
     ("sent to others", lambda p: _size(p.sent_bytes)),
     ("products at the peak", lambda p: _seconds(p.roofline_seconds)),
     ("computation", lambda p: _seconds(p.compute_seconds)),
+    *((f"  {part}", functools.partial(_seconds_of, part)) for part in _PARTS.values()),
     ("transfers", lambda p: _seconds(p.transfer_seconds)),
     ("step", lambda p: _range(p.step_seconds, "{:.3f} s")),
     ("MFU", lambda p: _range(p.mfu, "{:.1%}")),

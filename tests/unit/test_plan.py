@@ -43,7 +43,7 @@ def example(**changes: Any) -> planning.Plan:
         work_flops=2e12,
         moved_bytes=1e9,
         collectives=(),
-        compute_seconds=0.4,
+        part_seconds={"image encoder": 0.3, "mask decoder": 0.1},
         roofline_seconds=0.2,
         transfer_seconds=0.1,
         num_steps=9000,
@@ -79,7 +79,7 @@ def test_an_average_is_divided_with_the_parameters() -> None:
 
 def test_what_is_not_known_is_not_made_up() -> None:
     memory = dataclasses.replace(example().memory, available=None)
-    made = example(memory=memory, compute_seconds=None, transfer_seconds=None)
+    made = example(memory=memory, part_seconds=None, transfer_seconds=None)
     assert made.memory.fits is None
     assert planning.largest_batch(made) is None
     assert planning.fewest_devices(made) is None
@@ -150,6 +150,7 @@ def test_a_plan_for_a_tpu() -> None:
     assert made.memory.fits
     assert made.compute_seconds is not None
     assert made.compute_seconds > made.roofline_seconds > 0
+    assert all(seconds > 0 for seconds in made.part_seconds.values())
     assert {c.kind for c in made.collectives} >= {"all-gather", "all-reduce"}
 
 
