@@ -1,23 +1,30 @@
 """A config's whole training step against the devices' fastest matrix products.
 
-python -m benchmarks.step --config configs/demo.py [--fresh-batches] [--synthetic]
+python -m benchmarks.step --config configs/demo.py [--fresh-batches] [--synthetic] [--parts]
 """
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks import limits, recipe, report
 from benchmarks.timing import compile_for, time_compiled
 from sam_jax import work
 from sam_jax.data import train_iterator
 from sam_jax.hosts import HostsConfig, start_devices
+from sam_jax.models.sam import PROMPTED_PARTS, Sam
+from sam_jax.ops.images import normalize_images
 from sam_jax.training.program import TrainProgram
-from sam_jax.training.step import Batch
+from sam_jax.training.recipe import Recipe
+from sam_jax.training.state import TrainState
+from sam_jax.training.step import Batch, build_rounds
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -63,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "sources": recipe.names_of(run.data.sources),
         "fresh_batches": args.fresh_batches,
     }
+    if args.parts:
+        seconds_of = _time_parts(run, program, state, batch, args.repeats)
+        facts |= {f"{part}_seconds": seconds for part, seconds in seconds_of.items()}
+        facts["step_over_parts"] = timing.best / sum(seconds_of.values())
     return report.publish("step", argv, args, timing, rates, num_devices=len(devices), facts=facts)
 
 
@@ -73,7 +84,62 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh-batches", action="store_true", help="read a batch for each step, as in training"
     )
+    parser.add_argument(
+        "--parts", action="store_true", help="time encoder, rounds and update by themselves as well"
+    )
     return parser.parse_args(argv)
+
+
+def _time_parts(
+    run: Recipe,
+    program: TrainProgram,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    repeats: int,
+) -> dict[str, float]:
+    """Best seconds of a step's parts: gradients of the encoder, gradients of the rounds, update."""
+    model, params, constants = program.model, state.params, state.constants
+    fields = Batch(**batch)
+    images = jax.jit(normalize_images)(fields.image, fields.image_hw)
+    rounds = build_rounds(model, run.prompts, run.losses, remat=run.train.remat_rounds)
+    keys = jax.random.split(jax.random.key(0), fields.mask_valid.shape)
+    key = jax.random.key(1)
+
+    def encode(params):
+        variables = {"params": params, "constants": constants}
+        rngs = {"dropout": key}
+        return model.apply(variables, images, train=True, rngs=rngs, method=Sam.encode)
+
+    def encoder_gradients(params, cotangents):
+        return jax.vjp(encode, params)[1](cotangents)
+
+    def rounds_gradients(params, embeddings):
+        def loss(params, embeddings):
+            results = rounds(
+                params, constants, embeddings, keys, fields.masks_packed, fields.image_hw
+            )
+            return jnp.sum(results.loss.total)
+
+        return jax.grad(loss, argnums=(0, 1))(params, embeddings)
+
+    def update(grads, opt_state, params):
+        updates, opt_state = program.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    embeddings = jax.jit(encode)(params)
+    prompted = {part: params[part] for part in PROMPTED_PARTS}
+    parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "encoder": (encoder_gradients, (params, embeddings)),
+        "rounds": (rounds_gradients, (prompted, embeddings)),
+        "update": (update, (params, state.opt_state, params)),
+    }
+    seconds = {}
+    for name, (function, arguments) in parts.items():
+        compiled, compile_seconds = compile_for(jax.jit(function), *arguments)
+        call = functools.partial(compiled, *arguments)
+        timing = time_compiled(compiled, call, compile_seconds=compile_seconds, repeats=repeats)
+        seconds[name] = timing.best
+    return seconds
 
 
 def _on_devices(local: dict[str, Any], program: TrainProgram) -> dict[str, jax.Array]:

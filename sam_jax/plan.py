@@ -179,6 +179,14 @@ class Plan:
         return low, high
 
     @property
+    def device_hours(self) -> tuple[float, float] | None:
+        """Of all devices."""
+        if self.run_hours is None:
+            return None
+        low, high = (hours * self.num_devices for hours in self.run_hours)
+        return low, high
+
+    @property
     def mfu(self) -> tuple[float, float] | None:
         """Model FLOPs utilisation: the work's share of what the devices could do meanwhile."""
         if self.step_seconds is None or self.roofline_seconds is None:
@@ -203,9 +211,7 @@ class Plan:
             "compute_seconds": self.compute_seconds,
             "step_seconds": self.step_seconds,
             "run_hours": self.run_hours,
-            "chip_hours": None
-            if self.run_hours is None
-            else [hours * self.num_devices for hours in self.run_hours],
+            "chip_hours": self.device_hours,
             "mfu": self.mfu,
             "sent_bytes": self.sent_bytes,
         }
@@ -521,7 +527,7 @@ _ROWS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
     ("hours", lambda p: _range(p.run_hours, "{:.1f}")),
     (
         "device hours",
-        lambda p: _range(p.run_hours and tuple(h * p.num_devices for h in p.run_hours), "{:,.0f}"),
+        lambda p: _range(p.device_hours, "{:,.0f}"),
     ),
     ("compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
 )

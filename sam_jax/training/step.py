@@ -42,31 +42,23 @@ StepMetrics = dict[str, Float[Array, "..."]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def build_train_step(
-    model: Sam,
-    optimizer: optax.GradientTransformation,
-    prompt_config: PromptConfig,
-    loss_config: LossConfig,
-    *,
-    seed: int,
-    accumulate_steps: int = 1,
-    remat_rounds: bool = True,
-    ema_decay: float = 0.0,
-) -> TrainStep:
-    """The step as a pure function, to be jitted with shardings by the caller.
+Rounds = Callable[..., RoundResult]
 
-    Every random choice follows from ``seed`` and the state's step, so a step computed again gives
-    the same result.
+
+def build_rounds(
+    model: Sam, prompt_config: PromptConfig, loss_config: LossConfig, *, remat: bool = True
+) -> Rounds:
+    """All rounds of a batch, in which each device works on its own images and objects.
 
     Args:
-      model: the model.
-      optimizer: made for its parameters.
+      model: the model, placed.
       prompt_config: how the simulated user behaves.
       loss_config: what the losses weigh.
-      seed: of prompts, dropout and dropped paths.
-      accumulate_steps: parts into which the batch is cut; must divide every device's share.
-      remat_rounds: see ``rounds.run_rounds``.
-      ema_decay: see ``recipe.TrainConfig``; the state must keep an average if it is not 0.
+      remat: see ``rounds.run_rounds``.
+
+    Returns:
+      a function of the parameters of ``PROMPTED_PARTS``, the model's constants, embeddings, a key
+      for each object, packed masks, and sizes of the images.
     """
     placement = model.placement
     images, objects = placement.spec(BATCH), placement.spec(BATCH, TENSOR)
@@ -94,15 +86,44 @@ def build_train_step(
             mask_grid,
             prompt_config,
             loss_config,
-            remat=remat_rounds,
+            remat=remat,
             platform=placement.platform,
         )
 
-    rounds = placement.on_each_device(
+    return placement.on_each_device(
         rounds_of_device,
         [PartitionSpec(), PartitionSpec(), images, objects, objects, images],
         placement.spec(None, BATCH, TENSOR),
     )
+
+
+def build_train_step(
+    model: Sam,
+    optimizer: optax.GradientTransformation,
+    prompt_config: PromptConfig,
+    loss_config: LossConfig,
+    *,
+    seed: int,
+    accumulate_steps: int = 1,
+    remat_rounds: bool = True,
+    ema_decay: float = 0.0,
+) -> TrainStep:
+    """The step as a pure function, to be jitted with shardings by the caller.
+
+    Every random choice follows from ``seed`` and the state's step, so a step computed again gives
+    the same result.
+
+    Args:
+      model: the model.
+      optimizer: made for its parameters.
+      prompt_config: how the simulated user behaves.
+      loss_config: what the losses weigh.
+      seed: of prompts, dropout and dropped paths.
+      accumulate_steps: parts into which the batch is cut; must divide every device's share.
+      remat_rounds: see ``rounds.run_rounds``.
+      ema_decay: see ``recipe.TrainConfig``; the state must keep an average if it is not 0.
+    """
+    rounds = build_rounds(model, prompt_config, loss_config, remat=remat_rounds)
 
     def loss_sums(params, constants, batch: Batch, key):
         """Sum over all objects of the loss, and sums of what is reported."""
