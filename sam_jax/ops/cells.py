@@ -19,6 +19,7 @@ from einops import rearrange
 
 from sam_jax.arrays import Array, Bool, Float, GridShape, Int, Shaped, UInt8
 from sam_jax.errors import ConfigError
+from sam_jax.ops.images import valid_area
 
 SIDE = 4
 SUBPIXELS = SIDE * SIDE
@@ -58,10 +59,9 @@ class MaskGrid:
           ConfigError: if a sub-pixel would not have 1, 2 or 4 pixels along both sides.
         """
         for scale in _SCALES:
-            if all(
-                cells * SIDE * scale == size for cells, size in zip(grid, image_size, strict=True)
-            ):
-                return cls(grid, scale)
+            mask_grid = cls(grid, scale)
+            if mask_grid.image_size == tuple(image_size):
+                return mask_grid
         raise ConfigError(
             f"masks of {image_size[0]} x {image_size[1]} pixels on {grid[0]} x {grid[1]} cells: "
             f"patches must have a side of {', '.join(str(SIDE * scale) for scale in _SCALES)}"
@@ -82,18 +82,9 @@ class MaskGrid:
         rows = rearrange(parts, "... (h r y) (w c) -> y ... (r c) (h w)", r=SIDE, y=scale, c=SIDE)
         return sum(row << scale * (scale - 1 - y) for y, row in enumerate(rows))
 
-    def area(self, image_hw: Int[Array, "*batch 2"]) -> Int[Array, "*batch 16 cells"]:
+    def area(self, image_hw: Int[Array, "b 2"]) -> Int[Array, "b 16 cells"]:
         """Words of what is image and not padding."""
-        gh, gw = self.grid
-        rows, columns = (SIDE * self.scale * np.arange(cells) for cells in self.grid)
-        rows = rearrange(rows[None] + self.scale * np.arange(SIDE)[:, None], "r h -> r 1 h 1")
-        columns = rearrange(columns[None] + self.scale * np.arange(SIDE)[:, None], "c w -> 1 c 1 w")
-        height, width = (image_hw[..., axis][..., None, None, None, None] for axis in (0, 1))
-        words = jnp.zeros((*image_hw.shape[:-1], SIDE, SIDE, gh, gw), jnp.int32)
-        for bit, (y, x) in self.bits():
-            inside = (rows + y < height) & (columns + x < width)
-            words |= inside.astype(jnp.int32) << bit
-        return rearrange(words, "... r c h w -> ... (r c) (h w)")
+        return self.of_masks(valid_area(image_hw, self.image_size))
 
     def bits(self) -> list[tuple[int, tuple[int, int]]]:
         """Bits of a word, with row and column of their pixels inside the sub-pixel."""
@@ -181,13 +172,6 @@ def num_pixels(words: Int[Array, "*batch 16 cells"]) -> Float[Array, "*batch"]:
     """Pixels of masks."""
     counts = jax.lax.population_count(words)
     return jnp.sum(counts, axis=(-2, -1), dtype=jnp.int32).astype(jnp.float32)
-
-
-def mask_iou(
-    words: Int[Array, "*#batch 16 cells"], others: Int[Array, "*#batch 16 cells"]
-) -> Float[Array, "*#batch"]:
-    """Intersection over union; two empty masks have IoU 0 (the union is taken as at least 1)."""
-    return num_pixels(words & others) / jnp.maximum(num_pixels(words | others), 1.0)
 
 
 def _of_rank(counts: Int[Array, " k"], rank: Int[Array, ""]) -> tuple[Array, Array]:

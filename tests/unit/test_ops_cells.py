@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from sam_jax.errors import ConfigError
-from sam_jax.ops.cells import MaskGrid, bit_at, mask_iou, num_pixels, to_cells, to_image
+from sam_jax.ops.cells import MaskGrid, bit_at, num_pixels, to_cells, to_image
 from sam_jax.ops.images import valid_area
 
 GRIDS = [MaskGrid((2, 3), 1), MaskGrid((2, 3), 2), MaskGrid((3, 2), 4)]
@@ -67,17 +67,6 @@ def test_a_grid_fits_the_image_or_says_why_not() -> None:
     assert MaskGrid.of((4, 6), (32, 48)) == MaskGrid((4, 6), 2)
     with pytest.raises(ConfigError, match=r"28 x 42 pixels on 2 x 3 cells: .* side of 4, 8, 16"):
         MaskGrid.of((2, 3), (28, 42))
-
-
-def test_mask_iou_by_hand() -> None:
-    grid = MaskGrid((1, 2), 1)
-    empty = np.zeros((4, 8), bool)
-    left, middle = empty.copy(), empty.copy()
-    left[:3, :2] = True  # 6 pixels
-    middle[:2, 1:3] = True  # 4 pixels, 2 of them shared
-    masks = words_of(grid, np.stack([left, left, left, empty, ~left]))
-    others = words_of(grid, np.stack([left, middle, empty, empty, left]))
-    np.testing.assert_allclose(mask_iou(masks, others), [1, 2 / 8, 0, 0, 0], rtol=1e-6)
 
 
 def test_boxes_by_hand() -> None:

@@ -21,7 +21,7 @@ LOW = (8, 12)
 NUM_OBJECTS = 6
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def masks():
     masks = np.zeros((2, NUM_OBJECTS, *SIZE), bool)
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ class Recorder:
         return answer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recorded(masks):
     recorder = Recorder()
     results = run_rounds(
