@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
@@ -233,10 +234,9 @@ class MaskDownscaling(nn.Module):
 
         kernel, bias = weights("conv1", quarter, 4)
         # Each 2 x 2 of the 4 x 4 sub-pixels by itself: zeros for the others.
-        kernel = rearrange(kernel, "(i j) c -> i j c", i=2)
-        kernel = jnp.einsum(
-            "ijc,hH,wW->hiwjHWc", kernel, *(jnp.eye(2, dtype=self.dtype) for _ in range(2))
-        )
+        kernel = rearrange(kernel, "(i j) c -> 1 i 1 j 1 1 c", i=2)
+        places = np.eye(4, dtype=kernel.dtype).reshape(2, 1, 2, 1, 2, 2, 1)
+        kernel *= places
         kernel = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c")
         x = jnp.einsum("bpsn,sqc->bpqcn", mask_logits.astype(self.dtype), kernel)
         x = normalised("norm1", x + bias[:, None])

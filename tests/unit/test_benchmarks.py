@@ -93,7 +93,10 @@ def test_decoder_is_the_products_in_the_program(config: SamConfig, with_mask: bo
     )
     # Coordinates times frequencies are products too, of two numbers each.
     positions = 2 * config.image_encoder.output_dim * num_prompts * num_points
-    assert flops + positions == products
+    # The mask branch multiplies each sub-pixel with zeros for the three corners it is not in.
+    gh, gw = config.image_encoder.grid
+    zeros = 2 * num_prompts * gh * gw * 16 * 3 * (config.mask_channels // 4)
+    assert flops + positions + with_mask * zeros == products
 
 
 def test_a_step_is_three_forward_passes() -> None:
