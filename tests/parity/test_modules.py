@@ -108,7 +108,7 @@ def test_mask_downscaling(tiny: Pair) -> None:
     ours = run(
         MaskDownscaling(DIM, TINY.mask_channels),
         tiny.part("prompt_encoder", "mask_downscaling"),
-        to_cells(logits[:, 0][None]),
+        to_cells(jnp.asarray(logits[:, 0][None])),
     )
     official.assert_equal(ours[0], rearrange(theirs, "p d h w -> p (h w) d"))
 
