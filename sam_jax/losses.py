@@ -98,14 +98,18 @@ def mask_losses(
         objects = (jnp.swapaxes(logits, 0, 1), jnp.swapaxes(masks, 0, 1))
         found = _map_objects(some_objects, objects, config.prompts_per_chunk)
         sums = MaskSums(*(jnp.swapaxes(x, 0, 1) for x in found))
-    focal, probability, hit, errors = checkpoint_name(sums, WORTH_KEEPING)
-    masks, area = masks[:, :, None], area[:, None, None]
-    missed, union = num_pixels(masks & area & errors), num_pixels((masks & area) | errors)
-    inside = num_pixels(masks & area)
+    focal, probability, hit, errors = sums
+    masks = masks[:, :, None] & area[:, None, None]
+    inside = num_pixels(masks)
+    iou = (inside - num_pixels(masks & errors)) / jnp.maximum(num_pixels(masks | errors), 1.0)
+    # A few numbers of each mask, so that gradients need neither sums nor counts again.
+    focal, probability, hit, inside, iou = checkpoint_name(
+        (focal, probability, hit, inside, iou), WORTH_KEEPING
+    )
     return MaskLosses(
-        focal=focal / jnp.maximum(num_pixels(area), 1.0),
+        focal=focal / jnp.maximum(num_pixels(area)[:, None, None], 1.0),
         dice=1.0 - (2.0 * hit + 1.0) / (probability + inside + 1.0),
-        iou=(inside - missed) / jnp.maximum(union, 1.0),
+        iou=iou,
         errors=errors,
     )
 

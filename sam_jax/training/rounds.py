@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sam_jax.arrays import Array, Float, Int, UInt32
 from sam_jax.losses import LossConfig, RoundLoss, mask_losses, round_loss
@@ -132,10 +133,11 @@ def run_rounds(
         adds_click = mask_round != round_index
         if prompt_config.final_mask_round:
             adds_click &= round_index < prompt_config.num_rounds - 1
-        coords, labels = _of_each(
+        found = _of_each(
             lambda key, errors, mask, area: error_click(key, errors, mask, area, mask_grid),
             of_image=3,
         )(click_keys, before.errors, masks, area)
+        coords, labels = checkpoint_name(found, WORTH_KEEPING)
         # Slot 0 belongs to the first prompt even where that is a box.
         slot = jnp.arange(prompt_config.num_points) == 1 + before.num_clicks[..., None]
         slot &= adds_click[..., None]
