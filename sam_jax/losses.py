@@ -14,6 +14,7 @@ from sam_jax.errors import ConfigError
 from sam_jax.ops import mask_sums_kernel
 from sam_jax.ops.cells import MaskGrid, num_pixels
 from sam_jax.ops.mask_sums import MaskSums, mask_sums
+from sam_jax.ops.placement import Kernels
 from sam_jax.ops.tpu_kernel import WORTH_KEEPING
 
 
@@ -27,9 +28,10 @@ class LossConfig:
       all_iou_predictions: whether every candidate's predicted IoU is regressed, as in SAM 2, or
         only that of the candidate with the lowest mask loss. In a short run the others' predictions
         are otherwise noise, and the choice between candidates with them.
-      prompts_per_chunk: objects whose full-resolution logits exist at once. At 1024 x 1024 one
-        object's three candidates take 12 MB in float32, and several times that in the backward
-        pass. None takes all at once.
+      prompts_per_chunk: objects of a device whose full-resolution logits exist at once. At
+        1024 x 1024 one object's three candidates take 12 MB in float32, and several times that in
+        the backward pass. None takes all at once. Kernels for TPUs have no such logits and do not
+        ask.
     """
 
     focal_weight: float = 20.0
@@ -64,7 +66,7 @@ def mask_losses(
     area: Int[Array, "b 16 cells"],
     mask_grid: MaskGrid,
     config: LossConfig,
-    platform: str = "cpu",
+    kernels: Kernels = "none",
 ) -> MaskLosses:
     """Focal loss, dice loss and IoU of every candidate at the resolution of the masks.
 
@@ -78,7 +80,7 @@ def mask_losses(
       area: words of what is image and not padding.
       mask_grid: what the words mean.
       config: see there.
-      platform: what it will be compiled for.
+      kernels: see ``Placement.kernels``.
 
     Source: Lin et al. 2017; Milletari et al. 2016.
     """
@@ -90,9 +92,9 @@ def mask_losses(
         sums = mask_sums(logits, masks, area, mask_grid, **options)
         return MaskSums(*(jnp.swapaxes(x, 0, 1) for x in sums))
 
-    if platform == "tpu" and mask_sums_kernel.supports(mask_grid):
+    if kernels != "none" and mask_sums_kernel.supports(mask_grid):
         sums = mask_sums_kernel.mask_sums(
-            logits, masks, area, mask_grid, **options, interpret=False
+            logits, masks, area, mask_grid, **options, interpret=kernels == "interpreted"
         )
     else:
         objects = (jnp.swapaxes(logits, 0, 1), jnp.swapaxes(masks, 0, 1))
@@ -127,7 +129,7 @@ def _map_objects(
     if count % prompts_per_chunk:
         raise ConfigError(
             f"losses.prompts_per_chunk = {prompts_per_chunk} does not divide the {count} masks "
-            f"per image"
+            "of an image on each device"
         )
     chunked = jax.tree.map(lambda x: x.reshape(-1, prompts_per_chunk, *x.shape[1:]), objects)
     out = jax.lax.map(jax.checkpoint(function), chunked)

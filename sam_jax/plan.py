@@ -45,7 +45,7 @@ _PARTS = {
     "image_encoder": "image encoder",
     "prompt_encoder": "prompt encoder",
     "mask_decoder": "mask decoder",
-    "shard_map": "losses, clicks",
+    "rounds": "losses, clicks",
     "": "optimizer, others",
 }
 # Of a device's memory that the runtime keeps for itself.

@@ -23,6 +23,7 @@ from sam_jax.convert.files import (
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
+from sam_jax.ops.placement import Placement
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ENCODER, DECODER, SIGNATURE = "encoder.stablehlo", "decoder.stablehlo", "signature.json"
@@ -146,6 +147,9 @@ def _exported(
     gh, gw = model.config.image_encoder.grid
     dim = model.config.image_encoder.output_dim
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), variables)
+
+    # Kernels are one platform's, and know their shapes.
+    model = model.clone(placement=Placement(named_platform="cpu"))
 
     def encode(weights: Any, images: Float[Array, "b h w 3"]) -> Any:
         return model.apply(weights, images, method=Sam.encode)

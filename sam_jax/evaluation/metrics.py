@@ -18,7 +18,7 @@ UNITS_PER_IOU = 2**40
 def mask_iou(
     prediction: Bool[np.ndarray, "oh ow"], ground_truth: Bool[np.ndarray, "oh ow"]
 ) -> float:
-    """Intersection over union, in [0, 1]; 0 for two empty masks, as in ``ops.masks``."""
+    """Intersection over union, in [0, 1]; 0 for two empty masks."""
     intersection = int(np.count_nonzero(prediction & ground_truth))
     union = int(np.count_nonzero(prediction | ground_truth))
     return intersection / max(union, 1)

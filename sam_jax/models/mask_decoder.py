@@ -143,6 +143,12 @@ class MaskDecoder(nn.Module):
         tokens, tokens_valid = _with_output_tokens(
             jnp.broadcast_to(output_tokens, (b, p, *output_tokens.shape)), prompts
         )
+        if self.kernels != "none" and tokens.shape[2] % 2:
+            # Kernels take pairs of tokens; one that nobody attends to changes nothing.
+            tokens, tokens_valid = (
+                jnp.pad(x, ((0, 0), (0, 0), (0, 1), *((0, 0),) * (x.ndim - 3)))
+                for x in (tokens, tokens_valid)
+            )
         cells = image_embeddings[:, None].astype(self.dtype) + prompts.dense
         tokens, cells = self.transformer(
             tokens,

@@ -51,8 +51,7 @@ class TwoWayAttentionBlock(nn.Module):
         dropout_seeds: UInt32[Array, "b p"] | None,
     ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
         branch = itertools.count(_MOST_BRANCHES * self.index)
-        in_kernels = self.kernels != "none" and fits_kernels(tokens, cells, self.num_heads)
-        interpret = self.kernels == "interpreted"
+        in_kernels, interpret = self.kernels != "none", self.kernels == "interpreted"
 
         def dropout(x):
             return drop_some(x, dropout_seeds, next(branch), self.dropout_rate)
@@ -73,8 +72,6 @@ class TwoWayAttentionBlock(nn.Module):
             q = tokens + token_pe
             tokens = tokens + dropout(self_attention(q, q, tokens, tokens_valid))
         tokens = norm("norm1", tokens)
-        if in_kernels:
-            cells = jnp.broadcast_to(cells, (*tokens.shape[:2], *cells.shape[2:]))
 
         name = "cross_attn_token_to_image"
         if in_kernels:
@@ -143,6 +140,13 @@ class TwoWayTransformer(nn.Module):
           tokens_valid: tokens that exist; the others are attended to by nothing.
           dropout_seeds: of each object, in training; None for no dropout.
         """
+        kernels = self.kernels if fits_kernels(tokens, cells, self.num_heads) else "none"
+        if kernels != "none":
+            # They work on one object after the other, so each has its own.
+            objects = jnp.broadcast_shapes(tokens.shape[:2], cells.shape[:2])
+            tokens, tokens_valid, cells = (
+                jnp.broadcast_to(x, (*objects, *x.shape[2:])) for x in (tokens, tokens_valid, cells)
+            )
         token_pe = tokens
         for index in range(self.depth):
             tokens, cells = TwoWayAttentionBlock(
@@ -151,13 +155,13 @@ class TwoWayTransformer(nn.Module):
                 index=index,
                 dropout_rate=self.dropout_rate,
                 dtype=self.dtype,
-                kernels=self.kernels,
+                kernels=kernels,
                 name=f"layer_{index}",
             )(tokens, cells, token_pe, cell_pe, tokens_valid, dropout_seeds)
         name = "final_attn_token_to_image"
-        if self.kernels != "none" and fits_kernels(tokens, cells, self.num_heads):
+        if kernels != "none":
             weights = AttentionWeights(self.num_heads, 2, self.dtype, name=name)(tokens.shape[-1])
-            interpret = self.kernels == "interpreted"
+            interpret = kernels == "interpreted"
             looked, cells = ask_cells(
                 weights, tokens + token_pe, cells, cell_pe, interpret=interpret
             )

@@ -139,9 +139,9 @@ class MaskGrid:
     ) -> tuple[Int[Array, " 2"], Int[Array, " 3"]]:
         """One pixel ``(x, y)`` of a mask, every one equally likely, and its place among the words.
 
-        Both are zeros if the mask is empty. Draws a rank among the mask's pixels, then finds the
-        sub-pixel, the cell and the bit that hold it by running sums: never a random number per
-        pixel.
+        The first pixel of all if the mask is empty. Draws a rank among the mask's pixels, then
+        finds the sub-pixel, the cell and the bit that hold it by running sums: never a random
+        number per pixel.
 
         Returns:
           the pixel, and its sub-pixel, cell and bit, for ``bit_at``.
@@ -158,8 +158,9 @@ class MaskGrid:
         pixel = jnp.stack([self.scale * column + x, self.scale * row + y])
         place = jnp.stack([subpixel, cell, jnp.array(bits)[order]])
         exists = jnp.any(words != 0)
-        pixel, place = (jnp.where(exists, x, 0).astype(jnp.int32) for x in (pixel, place))
-        return pixel, place
+        first = jnp.array([0, 0, bits[0]])
+        pixel, place = jnp.where(exists, pixel, 0), jnp.where(exists, place, first)
+        return pixel.astype(jnp.int32), place.astype(jnp.int32)
 
 
 def bit_at(words: Int[Array, "16 cells"], place: Int[Array, " 3"]) -> Int[Array, ""]:

@@ -15,6 +15,7 @@ from sam_jax.losses import LossConfig, RoundLoss, mask_losses, round_loss
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.ops.cells import MaskGrid, bit_at, to_cells, to_image
+from sam_jax.ops.placement import Kernels
 from sam_jax.ops.tpu_kernel import WORTH_KEEPING
 from sam_jax.prompts import PromptConfig, error_click, mask_round_of, noisy_box
 
@@ -64,7 +65,7 @@ def run_rounds(
     loss_config: LossConfig,
     *,
     remat: bool = True,
-    platform: str = "cpu",
+    kernels: Kernels = "none",
 ) -> RoundResult:
     """Every object prompted, predicted and corrected for all rounds.
 
@@ -89,7 +90,7 @@ def run_rounds(
       loss_config: what the losses weigh.
       remat: whether each round is computed again in the backward pass: without, the memory of
         all rounds is needed at once, and the step is about a fifth faster.
-      platform: what it will be compiled for.
+      kernels: see ``Placement.kernels``.
 
     Source: Kirillov et al. 2023, appendix A, "Training algorithm".
     """
@@ -98,7 +99,7 @@ def run_rounds(
     def judge(prediction: MaskPrediction) -> tuple[RoundResult, Array, Array]:
         """The result of a round, and logits and errors of the masks that are carried on."""
         logits = to_cells(prediction.low_res_logits)
-        losses = mask_losses(logits, masks, area, mask_grid, loss_config, platform)
+        losses = mask_losses(logits, masks, area, mask_grid, loss_config, kernels)
         chosen = jnp.argmax(prediction.iou_predictions, axis=-1)[..., None]
 
         def of_chosen(x):

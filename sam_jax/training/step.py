@@ -11,6 +11,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
+from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
 from sam_jax.ops.cells import MaskGrid
@@ -40,8 +41,6 @@ class Batch:
 
 StepMetrics = dict[str, Float[Array, "..."]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-
-
 Rounds = Callable[..., RoundResult]
 
 
@@ -63,6 +62,7 @@ def build_rounds(
     placement = model.placement
     images, objects = placement.spec(BATCH), placement.spec(BATCH, TENSOR)
 
+    @jax.named_scope("rounds")
     def rounds_of_device(params, constants, embeddings, keys, masks_packed, image_hw):
         """All rounds of a device's own images and objects."""
         decoder = model.clone(placement=placement.inside)
@@ -87,14 +87,24 @@ def build_rounds(
             prompt_config,
             loss_config,
             remat=remat,
-            platform=placement.platform,
+            kernels=decoder.placement.kernels,
         )
 
-    return placement.on_each_device(
+    on_each_device = placement.on_each_device(
         rounds_of_device,
         [PartitionSpec(), PartitionSpec(), images, objects, objects, images],
         placement.spec(None, BATCH, TENSOR),
     )
+
+    def rounds(params, constants, embeddings, keys, masks_packed, image_hw):
+        if keys.shape[1] % placement.num_tensor:
+            raise ConfigError(
+                f"data.max_masks = {keys.shape[1]} does not divide by the {placement.num_tensor} "
+                "devices of sharding.tensor, which share the masks of an image"
+            )
+        return on_each_device(params, constants, embeddings, keys, masks_packed, image_hw)
+
+    return rounds
 
 
 def build_train_step(

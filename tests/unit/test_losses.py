@@ -117,6 +117,26 @@ def test_a_chunk_size_that_does_not_divide_is_refused():
         )
 
 
+def test_kernels_find_the_same_losses():
+    """Interpreted; values, words of the errors, and gradients."""
+    rng = np.random.default_rng(2)
+    mask_grid = MaskGrid((8, 16), 2)
+    logits = jnp.asarray(rng.normal(0, 3, (2, 2, 3, 16, 128)), jnp.float32)
+    masks = mask_grid.of_masks(jnp.asarray(rng.random((2, 2, *mask_grid.image_size)) < 0.5))
+    area = mask_grid.area(jnp.array([[50, 128], [64, 99]]))
+
+    def total(logits, kernels):
+        losses = mask_losses(logits, masks, area, mask_grid, LossConfig(), kernels)
+        return jnp.sum(losses.focal + 2 * losses.dice), losses
+
+    ours, theirs = (
+        jax.value_and_grad(total, has_aux=True)(logits, kernels)
+        for kernels in ("interpreted", "none")
+    )
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
+
+
 def test_small_masks_exist_at_the_resolution_of_the_loss():
     """A mask of four pixels at full resolution is a sixteenth of one low-resolution pixel's."""
     masks = jnp.zeros((1, 1, 32, 32), bool).at[0, 0, 4:6, 4:6].set(True)

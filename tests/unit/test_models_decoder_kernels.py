@@ -26,14 +26,20 @@ VALID = jnp.asarray(np.random.default_rng(0).random((1, 2, NUM_PROMPTS)) < 0.6)
 
 
 def prompts(sparse: jax.Array, dense: jax.Array) -> PromptEmbeddings:
-    return PromptEmbeddings(sparse, VALID, dense, normal(*GRID, DIM))
+    valid = VALID[:, :, : sparse.shape[2]]
+    return PromptEmbeddings(sparse, valid, dense, normal(*GRID, DIM))
 
 
-INPUTS = {
-    "embeddings": normal(1, *GRID, DIM),
-    "sparse": normal(1, 2, NUM_PROMPTS, DIM),
-    "dense": normal(1, 2, *GRID, DIM, seed=1),
-}
+def inputs(num_prompts: int, num_dense: int) -> dict[str, jax.Array]:
+    return {
+        "embeddings": normal(1, *GRID, DIM),
+        "sparse": normal(1, 2, num_prompts, DIM),
+        "dense": normal(1, num_dense, *GRID, DIM, seed=1),
+    }
+
+
+# Each object with a mask; none with one, and an odd number of tokens.
+INPUTS = [inputs(NUM_PROMPTS, 2), inputs(NUM_PROMPTS - 1, 1)]
 
 
 @functools.cache
@@ -42,8 +48,8 @@ def params() -> Any:
     shapes = jax.eval_shape(
         lambda: decoder.init(
             jax.random.key(0),
-            INPUTS["embeddings"],
-            prompts(INPUTS["sparse"], INPUTS["dense"]),
+            INPUTS[0]["embeddings"],
+            prompts(INPUTS[0]["sparse"], INPUTS[0]["dense"]),
             multimask_output=True,
         )
     )["params"]
@@ -58,7 +64,7 @@ def params() -> Any:
     return jax.tree_util.tree_map_with_path(weights, shapes)
 
 
-def run(kernels: Kernels, dtype: Any, multimask_output: bool) -> Any:
+def run(kernels: Kernels, dtype: Any, multimask_output: bool, given: Any) -> Any:
     """Logits and predictions, and gradients of a sum of them by all that has one."""
     decoder = MaskDecoder(CONFIG, DIM, dtype, kernels)
     seeds = jnp.array([[3, 4]], jnp.uint32)
@@ -76,20 +82,25 @@ def run(kernels: Kernels, dtype: Any, multimask_output: bool) -> Any:
         return mean + jnp.sum(jnp.square(out.iou_predictions)), out
 
     function = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-    (_, out), gradients = function(params(), INPUTS)
+    (_, out), gradients = function(params(), given)
     return out, gradients
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multimask_output", "tolerance"),
-    [(jnp.float32, False, 1e-4), (jnp.float32, True, 1e-4), (jnp.bfloat16, False, 0.1)],
+    ("dtype", "multimask_output", "given", "tolerance"),
+    [
+        (jnp.float32, False, INPUTS[0], 1e-4),
+        (jnp.float32, True, INPUTS[1], 1e-4),
+        (jnp.bfloat16, False, INPUTS[0], 0.1),
+    ],
+    ids=["masks", "no-masks", "bfloat16"],
 )
 def test_kernels_decode_as_the_plain_form_does(
-    dtype: Any, multimask_output: bool, tolerance: float
+    dtype: Any, multimask_output: bool, given: Any, tolerance: float
 ) -> None:
     """Values and gradients, dropout and all. In half precision, against single precision."""
-    out, gradients = run("interpreted", dtype, multimask_output)
-    expected, expected_gradients = run("none", jnp.float32, multimask_output)
+    out, gradients = run("interpreted", dtype, multimask_output, given)
+    expected, expected_gradients = run("none", jnp.float32, multimask_output, given)
     for name in ("low_res_logits", "iou_predictions"):
         ours, theirs = getattr(out, name), getattr(expected, name)
         assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
