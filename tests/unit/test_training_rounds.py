@@ -117,7 +117,8 @@ def test_the_mask_with_the_highest_predicted_iou_is_fed_back(recorded):
     for number, ((_, answer), (later, _)) in enumerate(itertools.pairwise(rounds)):
         best = np.asarray(answer.iou_predictions).argmax(-1)[..., None, None, None]
         expected = np.take_along_axis(np.asarray(answer.low_res_logits), best, 2)[:, :, 0]
-        np.testing.assert_array_equal(later.mask_logits, expected)
+        # The compiler may have computed the random answer twice, once fused with its noise's scale.
+        np.testing.assert_allclose(later.mask_logits, expected, rtol=1e-6)
         assert later.mask_valid.all()
         np.testing.assert_allclose(
             results.iou_prediction[number], answer.iou_predictions.max(-1), rtol=1e-6
