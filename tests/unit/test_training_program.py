@@ -11,6 +11,7 @@ import pytest
 
 from sam_jax import hlo
 from sam_jax.data.pipeline import train_iterator
+from sam_jax.errors import ConfigError
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe, read_config
 from sam_jax.training.state import TrainState
@@ -165,3 +166,9 @@ def test_an_average_is_the_sum_that_its_decay_says(on_eight: History) -> None:
         )
     ]
     assert np.mean(moved) > 0.9
+
+
+def test_masks_that_cannot_be_shared_are_refused() -> None:
+    program = build("sharding.data=4", "sharding.tensor=2")
+    with pytest.raises(ConfigError, match="max_masks = 3 does not divide by the 2 devices"):
+        program.step.lower(program.placed_state, program.placed_batch(BATCH_SIZE, 3))
