@@ -7,7 +7,6 @@ image's own resolution.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Literal
@@ -24,7 +23,7 @@ from sam_jax.evaluation.clicks import Click, center_click, correction_click, ran
 from sam_jax.evaluation.metrics import mask_iou
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.models.sam import Sam
+from sam_jax.models.sam import Sam, decode_on_each_device
 from sam_jax.ops.images import normalize_images
 from sam_jax.ops.placement import Placement
 
@@ -165,9 +164,7 @@ class CompiledModel:
     ):
         devices = devices or jax.local_devices()
         mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-        placement = Placement(mesh, ("rows",))
-        model = model.clone(placement=placement)
-        decoder = model.clone(placement=placement.inside)
+        model = model.clone(placement=Placement(mesh, ("rows",)))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_row = NamedSharding(mesh, PartitionSpec("rows"))
         self.image_size = model.image_size
@@ -178,15 +175,10 @@ class CompiledModel:
         def encode(variables, images, image_hw):
             return model.apply(variables, normalize_images(images, image_hw), method="encode")
 
+        decode_rows = decode_on_each_device(model)
+
         def decode(variables, embeddings, image_of_row, prompts, multimask_output):
-            decode_rows = placement.on_each_device(
-                functools.partial(
-                    decoder.apply, multimask_output=multimask_output, method="decode"
-                ),
-                [PartitionSpec(), PartitionSpec("rows"), PartitionSpec("rows")],
-                PartitionSpec("rows"),
-            )
-            return decode_rows(variables, embeddings[image_of_row], prompts)
+            return decode_rows(variables, embeddings[image_of_row], prompts, multimask_output)
 
         def propose(variables, embeddings, image_of_row, prompts):
             output = decode(variables, embeddings, image_of_row, prompts, True)

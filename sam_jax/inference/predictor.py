@@ -1,7 +1,6 @@
 """The predictor: any images, any prompts, a bounded number of compiled programs."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import zlib
@@ -23,7 +22,7 @@ from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_row
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
 from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
-from sam_jax.models.sam import Sam
+from sam_jax.models.sam import Sam, decode_on_each_device
 from sam_jax.ops.images import normalize_images
 from sam_jax.ops.placement import BATCH, Placement
 
@@ -169,24 +168,15 @@ class Predictor:
         self._variables = jax.device_put(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
-
         everywhere, by_image = PartitionSpec(), placement.spec(BATCH)
-
-        def decode_on_device(
-            variables: Any, features: Any, prompts: Prompts, multimask_output: bool
-        ) -> Any:
-            function = functools.partial(
-                self._decoder.apply, multimask_output=multimask_output, method=Sam.decode
-            )
-            specs = [everywhere, by_image, by_image]
-            return placement.on_each_device(function, specs, by_image)(variables, features, prompts)
-
         decode_points = placement.on_each_device(
             self._decode_points_on_device,
             [everywhere, by_image, by_image, by_image, everywhere],
             by_image,
         )
-        self._decode = jax.jit(decode_on_device, static_argnames="multimask_output")
+        self._decode = jax.jit(
+            decode_on_each_device(self._model), static_argnames="multimask_output"
+        )
         self._decode_points = jax.jit(decode_points)
         # Not a slice, which would be compiled anew for each place.
         self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)

@@ -1,10 +1,13 @@
 """Segment Anything: one encoder call per image, any number of prompts after it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, UInt32
@@ -17,7 +20,7 @@ from sam_jax.models.mask_decoder import (
 )
 from sam_jax.models.prompt_encoder import PromptEmbeddings, PromptEncoder, Prompts
 from sam_jax.ops.attention import Implementation
-from sam_jax.ops.placement import Placement
+from sam_jax.ops.placement import BATCH, Placement
 
 # The parts of ``Sam`` that answer prompts; the other is the image encoder.
 PROMPTED_PARTS = ("prompt_encoder", "mask_decoder")
@@ -173,6 +176,27 @@ class Sam(nn.Module):
     ) -> MaskPrediction:
         """``encode`` and ``decode`` in one call."""
         return self.decode(self.encode(images), prompts, multimask_output=multimask_output)
+
+
+def decode_on_each_device(model: Sam) -> Callable[..., MaskPrediction]:
+    """``Sam.decode``, by each device of the model's placement on its own images.
+
+    Returns:
+      a function of variables, embeddings, prompts and ``multimask_output``.
+    """
+    placement = model.placement
+    decoder = model.clone(placement=placement.inside)
+    by_image = placement.spec(BATCH)
+
+    def decode_on_device(variables, image_embeddings, prompts, multimask_output):
+        decode = placement.on_each_device(
+            functools.partial(decoder.apply, multimask_output=multimask_output, method="decode"),
+            [PartitionSpec(), by_image, by_image],
+            by_image,
+        )
+        return decode(variables, image_embeddings, prompts)
+
+    return decode_on_device
 
 
 def init_variables(model: Sam, key: Array) -> dict:

@@ -160,7 +160,7 @@ def _tokens_ask(w, queries, keys, values, keys_valid):
     fold = w.folding_pays(queries, keys)
     if fold:
         # The keys' bias adds the same to all logits of a query, which softmax does not see.
-        rows = jnp.einsum("bpsac,dac->bpsad", rows, w.k_kernel)
+        rows = _fold(rows, w.k_kernel)
     else:
         rows, keys = _alone(rows), _project_packed(keys, w.k_kernel, w.k_bias)
     logits = _split_heads(_meet("bpfd,bptd->bpft", _join_heads(rows), keys), num_heads)
@@ -171,11 +171,7 @@ def _tokens_ask(w, queries, keys, values, keys_valid):
     if not fold:
         values = _project_packed(values, w.v_kernel, w.v_bias)
     means = _split_heads(_meet("bpft,bptd->bpfd", probs, values, values.dtype), num_heads)
-    if fold:
-        heads = jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel) + w.v_bias
-    else:
-        heads = _own(means)
-    return jnp.einsum("bpsac,acd->bpsd", heads, w.out_kernel) + w.out_bias
+    return _project_out(w, _project_means(w, means) if fold else _own(means))
 
 
 def _cells_ask_tokens(w, queries, keys, values, keys_valid):
@@ -183,8 +179,8 @@ def _cells_ask_tokens(w, queries, keys, values, keys_valid):
     num_heads, head_dim = w.q_bias.shape
     k = _project(keys, w.k_kernel, w.k_bias)
     if w.folding_pays(keys, queries):
-        rows = jnp.einsum("bptac,dac->bptad", k, w.q_kernel)
-        logits = _split_heads(_meet("bpfd,bpsd->bpfs", _join_heads(rows), queries), num_heads)
+        rows = _join_heads(_fold(k, w.q_kernel))
+        logits = _split_heads(_meet("bpfd,bpsd->bpfs", rows, queries), num_heads)
         logits += jnp.einsum("ac,bptac->bpta", w.q_bias, k)[..., None]
     else:
         queries = _project_packed(queries, w.q_kernel, w.q_bias)
@@ -194,10 +190,8 @@ def _cells_ask_tokens(w, queries, keys, values, keys_valid):
     if keys_valid is not None:
         logits = jnp.where(keys_valid[:, :, :, None, None], logits, -jnp.inf)
     probs = _join_heads(jax.nn.softmax(logits, axis=2).astype(values.dtype))
-    v = _project(values, w.v_kernel, w.v_bias)
     # Unlike queries, what comes back is every object's own.
-    brought_out = _join_heads(jnp.einsum("bptac,acd->bptad", v, w.out_kernel))
-    return _meet("bpfs,bpfd->bpsd", probs, brought_out, values.dtype) + w.out_bias
+    return _meet("bpfs,bpfd->bpsd", probs, _bring_out(w, values), values.dtype) + w.out_bias
 
 
 # Few and many meet over one axis each: XLA's CPU compiler would copy the cells otherwise. Heads
@@ -213,6 +207,26 @@ def _split_heads(x, num_heads):
 
 def _project(x, kernel, bias):
     return jnp.einsum("bptd,dac->bptac", x, kernel) + bias
+
+
+def _fold(rows, kernel):
+    """Projected tokens, brought back through the projection of what they will meet."""
+    return jnp.einsum("bpsac,dac->bpsad", rows, kernel)
+
+
+def _project_means(w, means):
+    """Projected values of each head, from means of values that were not projected."""
+    return jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel) + w.v_bias
+
+
+def _project_out(w, heads):
+    return jnp.einsum("bpsac,acd->bpsd", heads, w.out_kernel) + w.out_bias
+
+
+def _bring_out(w, values):
+    """What each head of each token adds to whoever attends to it alone."""
+    v = _project(values, w.v_kernel, w.v_bias)
+    return _join_heads(jnp.einsum("bptac,acd->bptad", v, w.out_kernel))
 
 
 def _project_packed(x, kernel, bias):
@@ -271,13 +285,12 @@ def ask_cells(
     b = cells.shape[0]
     num_heads, head_dim = weights.q_bias.shape
     rows = _project(tokens, weights.q_kernel, weights.q_bias) * head_dim**-0.5
-    rows = _join_heads(jnp.einsum("bpsac,dac->bpsad", rows, weights.k_kernel))
+    rows = _join_heads(_fold(rows, weights.k_kernel))
     means, joined = cell_means_kernel.cell_means(
         _join_objects(rows), _join_objects(cells), cell_pe, interpret=interpret
     )
     means = _split_heads(rearrange(means, "(b p) f d -> b p f d", b=b), num_heads)
-    heads = jnp.einsum("bpsad,dac->bpsac", means, weights.v_kernel) + weights.v_bias
-    looked = jnp.einsum("bpsac,acd->bpsd", heads, weights.out_kernel) + weights.out_bias
+    looked = _project_out(weights, _project_means(weights, means))
     return looked, joined.reshape(cells.shape)
 
 
@@ -308,11 +321,10 @@ def answer_cells(
     b, _, _, dim = cells.shape
     num_heads, head_dim = weights.q_bias.shape
     k = _project(keys, weights.k_kernel, weights.k_bias) * head_dim**-0.5
-    rows = _join_heads(jnp.einsum("bptac,dac->bptad", k, weights.q_kernel))
+    rows = _join_heads(_fold(k, weights.q_kernel))
     biases = jnp.einsum("ac,bptac->bpta", weights.q_bias, k).astype(jnp.float32)
     biases = jnp.where(keys_valid[..., None], biases, -jnp.inf)
-    v = _project(values, weights.v_kernel, weights.v_bias)
-    brought_out = _join_heads(jnp.einsum("bptac,acd->bptad", v, weights.out_kernel))
+    brought_out = _bring_out(weights, values)
     rate = 0.0 if dropout_seeds is None else dropout_rate
     out = over_cells(
         CellFunction(

@@ -112,11 +112,7 @@ def _attend(shape: _Shape, qkv: Array, tables: Array) -> Array:
     return pl.pallas_call(
         functools.partial(_forward_kernel, shape),
         grid=(n,),
-        in_specs=[
-            _one_window(tokens, 3 * shape.dim),
-            _whole(LANES, shape.dim),
-            _whole(tokens, LANES),
-        ],
+        in_specs=_input_specs(shape, tokens),
         out_specs=_one_window(tokens, shape.dim),
         out_shape=jax.ShapeDtypeStruct((n, tokens, shape.dim), qkv.dtype),
         compiler_params=_compiler_params("parallel"),
@@ -136,12 +132,7 @@ def _attend_backward(shape, residuals, d_out):
     d_qkv, d_tables = pl.pallas_call(
         functools.partial(_backward_kernel, shape),
         grid=(n,),
-        in_specs=[
-            _one_window(tokens, 3 * shape.dim),
-            _whole(LANES, shape.dim),
-            _whole(tokens, LANES),
-            _one_window(tokens, shape.dim),
-        ],
+        in_specs=[*_input_specs(shape, tokens), _one_window(tokens, shape.dim)],
         out_specs=[_one_window(tokens, 3 * shape.dim), _whole(LANES, shape.dim)],
         out_shape=[
             jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
@@ -156,6 +147,15 @@ def _attend_backward(shape, residuals, d_out):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _input_specs(shape: _Shape, tokens: int) -> list[pl.BlockSpec]:
+    """Of projections, tables, and ones at keys."""
+    return [
+        _one_window(tokens, 3 * shape.dim),
+        _whole(LANES, shape.dim),
+        _whole(tokens, LANES),
+    ]
 
 
 def _one_window(tokens: int, width: int) -> pl.BlockSpec:
