@@ -23,10 +23,14 @@ from sam_jax.training.recipe import Recipe
 LOCAL = "local"
 # Of the operations that our own kernels say they take, the part of a v5e's peak that their
 # instructions come to, as its compiler schedules them: what it tells of a whole program counts
-# nothing for kernels. Losses are no products, so theirs is far below the others'.
+# nothing for kernels. Losses and norms are no products, so theirs is far below the others'.
 KERNEL_PEAK_RATES = {
     "window_attention": 0.10,
     "window_attention_backward": 0.11,
+    "norm_and_cut": 0.032,
+    "norm_and_cut_backward": 0.014,
+    "join_and_norm": 0.027,
+    "join_and_norm_backward": 0.015,
     "flash_attention": 0.36,
     "flash_attention_keys_backward": 0.47,
     "flash_attention_queries_backward": 0.48,
@@ -340,7 +344,9 @@ def _part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[s
         part = next(part for word, part in _PARTS.items() if word in instruction.source)
         rate = KERNEL_PEAK_RATES.get(instruction.kernel_name, _OTHER_KERNELS_PEAK_RATE)
         once = instruction.cycles / chip.clock_rate
-        once += instruction.kernel_flops / (rate * chip.peak_flops)
+        if instruction.is_kernel:
+            moving = instruction.moved_bytes / chip.memory_rate
+            once += max(instruction.kernel_flops / (rate * chip.peak_flops), moving)
         seconds[part] += instruction.trips * once
     return seconds
 

@@ -14,12 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
-from sam_jax.models.layers import Mlp, gelu, layer_norm
-from sam_jax.ops.attention import Implementation, grid_attention
+from sam_jax.models.layers import Dense, Mlp, NormWeights, gelu, layer_norm
+from sam_jax.ops import window_cut_kernel
+from sam_jax.ops.attention import Implementation, choose, grid_attention
 from sam_jax.ops.placement import BATCH, TENSOR, WEIGHTS, Placement, Spread
 from sam_jax.ops.resize import resize_positions
+from sam_jax.ops.window_cut_kernel import join_and_norm, norm_and_cut
 from sam_jax.ops.windows import window_partition, window_unpartition
 
+_NORM_EPSILON = 1e-6
 Remat: TypeAlias = Literal["none", "products", "blocks"]
 
 
@@ -81,7 +84,7 @@ class RelativePositionAttention(nn.Module):
         dim = tokens.shape[-1]
         head_dim = dim // self.num_heads
         num_heads = self.num_heads // self.placement.num_tensor
-        qkv = nn.Dense(3 * num_heads * head_dim, dtype=self.dtype, name="qkv")(tokens)
+        qkv = Dense(3 * num_heads * head_dim, dtype=self.dtype, name="qkv")(tokens)
         rel_pos_h, rel_pos_w = (
             self.param(name, nn.initializers.zeros, (2 * size - 1, head_dim))
             for name, size in zip(("rel_pos_h", "rel_pos_w"), self.table_grid, strict=True)
@@ -94,8 +97,8 @@ class RelativePositionAttention(nn.Module):
             implementation=self.implementation,
             placement=self.placement,
         )
-        out = nn.Dense(dim, dtype=self.dtype, name="proj")(checkpoint_name(out, "product"))
-        return self.placement.summed(out)
+        out = Dense(dim, dtype=self.dtype, name="proj")(checkpoint_name(out, "product"))
+        return self.placement.summed(checkpoint_name(out, "product"))
 
 
 class EncoderBlock(nn.Module):
@@ -135,18 +138,41 @@ class EncoderBlock(nn.Module):
             self.placement,
             name="attn",
         )
-        branch = layer_norm(1e-6, self.dtype, "norm1")(tokens)
-        if self.window_size:
-            windows = attention(window_partition(branch, self.window_size))
-            branch = window_unpartition(windows, tokens.shape[1:3])
-        else:
-            branch = attention(branch)
-        tokens = tokens + scaled(branch, 0)
-        branch = layer_norm(1e-6, self.dtype, "norm2")(tokens)
         dim = tokens.shape[-1]
+        if self._cuts_in_kernel(tokens):
+            norms = [NormWeights(name=name)(dim) for name in ("norm1", "norm2")]
+            interpret = self.placement.platform != "tpu"
+            options: Any = {"epsilon": _NORM_EPSILON, "interpret": interpret}
+            windows, tokens = norm_and_cut(tokens, *norms[0], self.window_size, **options)
+            by_image = (tokens.shape[0], -1, *windows.shape[2:])
+            windows = scaled(attention(windows).reshape(by_image), 0).reshape(windows.shape)
+            tokens, branch = join_and_norm(tokens, windows, *norms[1], **options)
+        else:
+            branch = layer_norm(_NORM_EPSILON, self.dtype, "norm1")(tokens)
+            if self.window_size:
+                windows = attention(window_partition(branch, self.window_size))
+                branch = window_unpartition(windows, tokens.shape[1:3])
+            else:
+                branch = attention(branch)
+            tokens = tokens + scaled(branch, 0)
+            branch = layer_norm(_NORM_EPSILON, self.dtype, "norm2")(tokens)
         hidden = int(dim * self.mlp_rate) // self.placement.num_tensor
         branch = Mlp((hidden, dim), gelu, self.dtype, name="mlp")(branch)
         return tokens + scaled(self.placement.summed(branch), 1)
+
+    def _cuts_in_kernel(self, tokens: Array) -> bool:
+        """Whether a kernel cuts windows: where another is their attention."""
+        _, *grid, dim = tokens.shape
+        if not self.window_size or not window_cut_kernel.supports(
+            (grid[0], grid[1]), self.window_size, dim
+        ):
+            return False
+        form = self.implementation
+        if form == "auto":
+            heads = self.num_heads // self.placement.num_tensor
+            window = (self.window_size, self.window_size)
+            form = choose(window, heads, dim // self.num_heads, self.dtype, self.placement)
+        return form == "window_kernel"
 
 
 def drop_paths(key: Array, rate: float, depth: int, num_images: int) -> Float[Array, "depth 2 b"]:
@@ -244,9 +270,9 @@ class ImageEncoderViT(nn.Module):
         x = nn.Conv(cfg.output_dim, (1, 1), use_bias=False, dtype=self.dtype, name="neck_conv1")(
             tokens
         )
-        x = layer_norm(1e-6, self.dtype, "neck_norm1")(x)
+        x = layer_norm(_NORM_EPSILON, self.dtype, "neck_norm1")(x)
         x = nn.Conv(cfg.output_dim, (3, 3), use_bias=False, dtype=self.dtype, name="neck_conv2")(x)
-        return layer_norm(1e-6, self.dtype, "neck_norm2")(x)
+        return layer_norm(_NORM_EPSILON, self.dtype, "neck_norm2")(x)
 
     def _block(self, index: int, **options: Any) -> EncoderBlock:
         cfg = self.config

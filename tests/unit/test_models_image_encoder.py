@@ -105,6 +105,41 @@ def test_scanned_and_recomputed_blocks_give_the_same(remat: Any) -> None:
         np.testing.assert_allclose(o, e, rtol=0, atol=2e-5 * np.abs(e).max(), err_msg=str(path))
 
 
+def test_kernels_give_the_same() -> None:
+    """Windows cut, attended and put together by a TPU's kernels, with dropped paths."""
+    config = dataclasses.replace(
+        TINY.image_encoder,
+        image_size=(256, 256),
+        embed_dim=128,
+        num_heads=2,
+        depth=2,
+        window_size=6,
+        global_attention_blocks=(),
+        drop_path_rate=0.5,
+    )
+    params = random_variables(dataclasses.replace(TINY, image_encoder=config))["params"]
+    pixels = images(2, *config.image_size)
+
+    def run(implementation: Any) -> Any:
+        encoder = ImageEncoderViT(config, remat="products", implementation=implementation)
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params: Any) -> jax.Array:
+            rngs = {"dropout": jax.random.key(3)}
+            return jnp.sum(encoder.apply({"params": params}, pixels, train=True, rngs=rngs) ** 2)
+
+        text = str(jax.make_jaxpr(loss)(params["image_encoder"]))
+        assert ("norm_and_cut" in text) == (implementation == "window_kernel")
+        return loss(params["image_encoder"])
+
+    plain, kernels = run("extended"), run("window_kernel")
+    for (path, e), o in zip(
+        jax.tree.leaves_with_path(plain), jax.tree.leaves(kernels), strict=True
+    ):
+        np.testing.assert_allclose(o, e, rtol=0, atol=2e-5 * np.abs(e).max(), err_msg=str(path))
+
+
 def test_every_parameter_has_a_finite_gradient() -> None:
     pixels = images(1, *CONFIG.image_size)
 

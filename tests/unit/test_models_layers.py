@@ -1,10 +1,14 @@
 """Shared layers against closed forms."""
 
+from typing import Any
+
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sam_jax.models.layers import Mlp, gelu, layer_norm
+from sam_jax.models.layers import Dense, Mlp, gelu, layer_norm
 
 
 def test_layer_norm_is_exact_far_from_zero() -> None:
@@ -41,3 +45,27 @@ def test_mlp_by_hand() -> None:
     ours = Mlp((2, 2, 1), jax.nn.relu).apply({"params": params}, jnp.array([[-3.0, 4.0]]))
     # (-3, 5) -> (0, 5) -> (1, -5) -> (1, 0) -> 1 - 9
     np.testing.assert_array_equal(ours, [[-8.0]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_is_the_known_one(dtype: Any) -> None:
+    """Parameters, values and gradients as linen's; the bias's is summed more exactly."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 7)).astype(dtype)
+    ours, linen = Dense(4, dtype=dtype), flax.linen.Dense(4, dtype=dtype)
+    variables = linen.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+    values, gradients = zip(
+        *(
+            jax.value_and_grad(
+                lambda v, layer=layer: jnp.sum(jnp.sin(layer.apply(v, x).astype(jnp.float32)))
+            )(variables)
+            for layer in (ours, linen)
+        ),
+        strict=True,
+    )
+    np.testing.assert_array_equal(*values)
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+    for o, e in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(o, e, rtol=0, atol=tolerance * np.abs(e).max())
