@@ -110,7 +110,6 @@ class MaskDecoder(nn.Module):
 
     def __call__(
         self,
-        image_embeddings: Float[Array, "b gh gw d"],
         prompts: PromptEmbeddings,
         *,
         multimask_output: bool,
@@ -118,7 +117,6 @@ class MaskDecoder(nn.Module):
     ) -> MaskPrediction:
         """Three candidates per object, or the single one, in float32."""
         attended = self.attend(
-            image_embeddings,
             prompts,
             multimask_output=multimask_output,
             dropout_seeds=dropout_seeds,
@@ -130,14 +128,13 @@ class MaskDecoder(nn.Module):
 
     def attend(
         self,
-        image_embeddings: Float[Array, "b gh gw d"],
         prompts: PromptEmbeddings,
         *,
         multimask_output: bool,
         dropout_seeds: UInt32[Array, "b p"] | None = None,
     ) -> Attended:
         """All but the masks: about two thirds of the arithmetic, and how good they would be."""
-        gh, gw = image_embeddings.shape[1:3]
+        gh, gw = prompts.cells.shape[2:4]
         b, p = prompts.sparse.shape[:2]
         output_tokens = self.output_tokens.astype(self.dtype)
         tokens, tokens_valid = _with_output_tokens(
@@ -149,10 +146,9 @@ class MaskDecoder(nn.Module):
                 jnp.pad(x, ((0, 0), (0, 0), (0, 1), *((0, 0),) * (x.ndim - 3)))
                 for x in (tokens, tokens_valid)
             )
-        cells = image_embeddings[:, None].astype(self.dtype) + prompts.dense
         tokens, cells = self.transformer(
             tokens,
-            rearrange(cells, "b p h w d -> b p (h w) d"),
+            rearrange(prompts.cells, "b q h w d -> b q (h w) d"),
             rearrange(prompts.image_pe, "h w d -> (h w) d"),
             tokens_valid,
             dropout_seeds=dropout_seeds,

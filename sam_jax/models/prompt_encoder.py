@@ -10,15 +10,20 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, DimSize, Float, GridShape, Int
+from sam_jax.arrays import Array, Bool, Float, Int
 from sam_jax.models.layers import NormWeights, Projection, gelu
+from sam_jax.ops import map_kernel
 from sam_jax.ops.cells import SUBPIXELS, to_cells
+from sam_jax.ops.placement import Kernels
 from sam_jax.ops.positional import fourier_features, grid_fourier_features
+from sam_jax.ops.tpu_kernel import kernel_gelu, product
 
 # What a point means. The model has one learned embedding for each of the four kinds from
 # BACKGROUND on, and another one for "not a point".
 NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
 NUM_POINT_KINDS = 4
+# Of the norms of the mask branch.
+_NORM_EPSILON = 1e-6
 
 
 @no_type_check  # JAX's transformations fill a pytree with placeholders
@@ -65,23 +70,24 @@ class PromptEmbeddings:
       sparse: one token per point, box corner or text token; the count of objects is 1 if there is
         no sparse prompt at all.
       sparse_valid: which of them exist.
-      dense: added to the image embeddings; the axis of objects has size 1 where all objects share
-        one embedding, so that nothing is copied per object.
+      cells: image embeddings with the dense embeddings of masks added; the axis of objects has size
+        1 where all objects share one embedding, so that nothing is copied per object.
       image_pe: positional encoding of the grid.
     """
 
     sparse: Float[Array, "b p t d"]
     sparse_valid: Bool[Array, "b p t"]
-    dense: Float[Array, "b q gh gw d"]
+    cells: Float[Array, "b q gh gw d"]
     image_pe: Float[Array, "gh gw d"]
 
 
 class PromptEncoder(nn.Module):
-    """Sparse and dense embeddings of prompts.
+    """Embeddings of prompts; those of masks are added to the image's.
 
     Attributes:
       embed_dim: channels of the embeddings, those of the image embeddings.
       mask_channels: channels in the middle of the mask branch.
+      kernels: see ``Placement.kernels``.
 
     Source: Kirillov et al. 2023, appendix A.
     """
@@ -89,6 +95,7 @@ class PromptEncoder(nn.Module):
     embed_dim: int = 256
     mask_channels: int = 16
     dtype: DTypeLike = jnp.float32
+    kernels: Kernels = "none"
 
     def setup(self) -> None:
         normal = nn.initializers.normal(1.0)
@@ -96,7 +103,7 @@ class PromptEncoder(nn.Module):
         self.not_a_point = self.param("not_a_point", normal, (self.embed_dim,))
         self.no_mask = self.param("no_mask", normal, (self.embed_dim,))
         self.mask_downscaling = MaskDownscaling(
-            self.embed_dim, self.mask_channels, self.dtype, name="mask_downscaling"
+            self.embed_dim, self.mask_channels, self.dtype, self.kernels, name="mask_downscaling"
         )
         # Not a parameter: an optimizer that decays weights would shrink it although it has no
         # gradient.
@@ -107,30 +114,33 @@ class PromptEncoder(nn.Module):
         )
 
     def __call__(
-        self, prompts: Prompts, grid: GridShape, image_size: tuple[int, int], batch_size: DimSize
+        self,
+        image_embeddings: Float[Array, "b gh gw d"],
+        prompts: Prompts,
+        image_size: tuple[int, int],
     ) -> PromptEmbeddings:
-        """Embeds the prompts for image embeddings of the given grid.
+        """Embeds the prompts for the decoder.
 
         Args:
+          image_embeddings: what masks are added to.
           prompts: see ``Prompts``.
-          grid: rows and columns of the image embeddings.
           image_size: height and width in pixels of the padded model input, the frame of the
             coordinates.
-          batch_size: number of images; prompts may say nothing of it if there are none.
 
         Raises:
           ValueError: if a kind of prompt comes without its validity, or points without labels.
         """
         _check_complete(prompts)
         sparse, valid = self._embed_sparse(prompts, image_size)
+        b, gh, gw, _ = image_embeddings.shape
         if not sparse:
-            sparse.append(jnp.zeros((batch_size, 1, 0, self.embed_dim), self.dtype))
-            valid.append(jnp.zeros((batch_size, 1, 0), bool))
-        image_pe = grid_fourier_features(grid, self.frequencies.value)
+            sparse.append(jnp.zeros((b, 1, 0, self.embed_dim), self.dtype))
+            valid.append(jnp.zeros((b, 1, 0), bool))
+        image_pe = grid_fourier_features((gh, gw), self.frequencies.value)
         return PromptEmbeddings(
             sparse=jnp.concatenate(sparse, axis=2).astype(self.dtype),
             sparse_valid=jnp.concatenate(valid, axis=2),
-            dense=self._embed_dense(prompts, grid, batch_size),
+            cells=self._add_masks(image_embeddings.astype(self.dtype), prompts),
             image_pe=image_pe.astype(self.dtype),
         )
 
@@ -172,17 +182,17 @@ class PromptEncoder(nn.Module):
         points = fourier_features(coords_01, self.frequencies.value) + kinds
         return jnp.where((labels == NOT_A_POINT)[..., None], self.not_a_point, points)
 
-    def _embed_dense(self, prompts: Prompts, grid: GridShape, batch_size: DimSize):
+    def _add_masks(self, image_embeddings, prompts: Prompts):
         no_mask = self.no_mask.astype(self.dtype)
         if prompts.mask_logits is None:
             if self.is_initializing():
                 self.mask_downscaling(jnp.zeros((1, 1, SUBPIXELS, 1)))
-            return jnp.broadcast_to(no_mask, (batch_size, 1, *grid, self.embed_dim))
+            return image_embeddings[:, None] + no_mask
         logits = _zero_invalid(to_cells(prompts.mask_logits), prompts.mask_valid)
-        embedded = rearrange(
-            self.mask_downscaling(logits), "b p (h w) d -> b p h w d", h=grid[0], w=grid[1]
-        )
-        return jnp.where(prompts.mask_valid[..., None, None, None], embedded, no_mask)
+        gh, gw = image_embeddings.shape[1:3]
+        shared = rearrange(image_embeddings, "b h w d -> b (h w) d")
+        cells = self.mask_downscaling.added_to(shared, logits, prompts.mask_valid, no_mask)
+        return rearrange(cells, "b p (h w) d -> b p h w d", h=gh, w=gw)
 
 
 def _zero_invalid(values: Float[Array, "b p ..."], valid: Bool[Array, "b p ..."]) -> Array:
@@ -216,32 +226,109 @@ class MaskDownscaling(nn.Module):
     embed_dim: int
     channels: int
     dtype: DTypeLike = jnp.float32
+    kernels: Kernels = "none"
 
-    @nn.compact
-    def __call__(self, mask_logits: Float[Array, "b p 16 cells"]) -> Float[Array, "b p cells d"]:
+    def setup(self) -> None:
         quarter = self.channels // 4
+        self.conv1 = Projection(quarter, dtype=self.dtype)
+        self.norm1 = NormWeights()
+        self.conv2 = Projection(self.channels, dtype=self.dtype)
+        self.norm2 = NormWeights()
+        self.conv3 = Projection(self.embed_dim, dtype=self.dtype)
 
-        def weights(name, features, input_dim):
-            return Projection(features, dtype=self.dtype, name=name)(input_dim)
+    def __call__(self, mask_logits: Float[Array, "b p 16 cells"]) -> Float[Array, "b p cells d"]:
+        """The embedding of each cell."""
+        (kernel1, bias1), norm1, (kernel2, bias2), norm2, (kernel3, bias3) = self._weights()
+        x = jnp.einsum("bpsn,sqc->bpqcn", mask_logits.astype(self.dtype), kernel1)
+        x = self._normalised(x + bias1[:, None], norm1)
+        x = jnp.einsum("bpqcn,qce->bpen", x, kernel2)
+        x = self._normalised(x + bias2[:, None], norm2)
+        return jnp.einsum("bpcn,cd->bpnd", x, kernel3) + bias3
 
-        def normalised(name, x):
-            """LayerNorm over the axis before the last, and GELU."""
-            scale, shift = (w[:, None] for w in NormWeights(name=name)(x.shape[-2]))
-            x = x.astype(jnp.float32)
-            x -= jnp.mean(x, axis=-2, keepdims=True)
-            variance = jnp.mean(jnp.square(x), axis=-2, keepdims=True)
-            return gelu((x * jax.lax.rsqrt(variance + 1e-6) * scale + shift).astype(self.dtype))
+    def _normalised(self, x, norm):
+        """LayerNorm over the axis before the last, and GELU."""
+        scale, shift = (w[:, None] for w in norm)
+        x = x.astype(jnp.float32)
+        x -= jnp.mean(x, axis=-2, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-2, keepdims=True)
+        x = x * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
+        return gelu(x.astype(self.dtype))
 
-        kernel, bias = weights("conv1", quarter, 4)
+    def _weights(self):
+        """Kernels and biases; ``s`` are a cell's sub-pixels, ``q`` its quarters."""
+        kernel, bias = self.conv1(4)
         # Each 2 x 2 of the 4 x 4 sub-pixels by itself: zeros for the others.
         kernel = rearrange(kernel, "(i j) c -> 1 i 1 j 1 1 c", i=2)
-        places = np.eye(4, dtype=kernel.dtype).reshape(2, 1, 2, 1, 2, 2, 1)
-        kernel *= places
-        kernel = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c")
-        x = jnp.einsum("bpsn,sqc->bpqcn", mask_logits.astype(self.dtype), kernel)
-        x = normalised("norm1", x + bias[:, None])
-        kernel, bias = weights("conv2", self.channels, self.channels)
-        x = jnp.einsum("bpqcn,qce->bpen", x, rearrange(kernel, "(q c) e -> q c e", q=4))
-        x = normalised("norm2", x + bias[:, None])
-        kernel, bias = weights("conv3", self.embed_dim, self.channels)
-        return jnp.einsum("bpcn,cd->bpnd", x, kernel) + bias
+        kernel *= np.eye(4, dtype=kernel.dtype).reshape(2, 1, 2, 1, 2, 2, 1)
+        first = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c"), bias
+        kernel, bias = self.conv2(self.channels)
+        second = rearrange(kernel, "(q c) e -> q c e", q=4), bias
+        norms = self.norm1(self.channels // 4), self.norm2(self.channels)
+        return first, norms[0], second, norms[1], self.conv3(self.channels)
+
+    def added_to(
+        self,
+        shared: Float[Array, "b cells d"],
+        mask_logits: Float[Array, "b p 16 cells"],
+        mask_valid: Bool[Array, "b p"],
+        no_mask: Float[Array, " d"],
+    ) -> Float[Array, "b p cells d"]:
+        """An image's cells, and what each object's mask, or that it has none, adds to them."""
+        num_cells = shared.shape[1]
+        if self.kernels == "none" or not map_kernel.supports(
+            num_cells, self.embed_dim, self.channels
+        ):
+            embedded = jnp.where(mask_valid[..., None, None], self(mask_logits), no_mask)
+            return shared[:, None] + embedded
+        (kernel1, bias1), norm1, (kernel2, bias2), norm2, (kernel3, bias3) = self._weights()
+        # The mean over channels is linear in the logits, so centred kernels make centred results.
+        kernel1, bias1, kernel2, bias2 = (
+            x - jnp.mean(x, axis=-1, keepdims=True)
+            for x in (y.astype(jnp.float32) for y in (kernel1, bias1, kernel2, bias2))
+        )
+        kernels = (
+            rearrange(kernel1, "s q c -> s (q c)"),
+            rearrange(kernel2, "q c e -> (q c) e"),
+            kernel3,
+        )
+        columns = (*(jnp.tile(x, 4) for x in (bias1, *norm1)), bias2, *norm2)
+        rows = (bias3, no_mask)
+        weights = (
+            *(x.astype(self.dtype) for x in kernels),
+            *(x.astype(jnp.float32)[:, None] for x in columns),
+            *(x.astype(jnp.float32)[None] for x in rows),
+        )
+        return map_kernel.add_of_maps(
+            map_kernel.MapFunction(
+                _embed_masks,
+                name="embed_masks",
+                flops_per_cell=2 * sum(x.size for x in kernels),
+            ),
+            weights,
+            mask_logits.astype(self.dtype),
+            shared,
+            mask_valid,
+            interpret=self.kernels == "interpreted",
+        )
+
+
+def _embed_masks(weights, logits, is_valid):
+    """Embeddings ``[cells, d]`` of some cells of one object; quarters are side by side."""
+    kernels, columns, (bias3, no_mask) = weights[:3], weights[3:9], weights[9:]
+    num_rows = columns[0].shape[0]
+    row, other = (
+        jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (num_rows,) * 2, axis), num_rows // 4)
+        for axis in (0, 1)
+    )
+    means = jnp.where(row == other, 4 / num_rows, 0.0)
+
+    def normalised(x, variance, scale, shift):
+        x = x * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
+        return kernel_gelu(x).astype(logits.dtype)
+
+    x = product(kernels[0], logits, (0, 0)) + columns[0]
+    x = normalised(x, product(means, jnp.square(x), (1, 0)), *columns[1:3])
+    x = product(kernels[1], x, (0, 0)) + columns[3]
+    x = normalised(x, jnp.mean(jnp.square(x), axis=0, keepdims=True), *columns[4:])
+    embedded = product(x, kernels[2], (0, 0)) + bias3
+    return jnp.where(is_valid, embedded, no_mask)

@@ -95,12 +95,9 @@ class Sam(nn.Module):
             self.dtype,
             self.placement,
         )
-        self.prompt_encoder = PromptEncoder(
-            cfg.image_encoder.output_dim, cfg.mask_channels, self.dtype
-        )
-        self.mask_decoder = MaskDecoder(
-            cfg.mask_decoder, cfg.image_encoder.output_dim, self.dtype, self.placement.kernels
-        )
+        dim, kernels = cfg.image_encoder.output_dim, self.placement.kernels
+        self.prompt_encoder = PromptEncoder(dim, cfg.mask_channels, self.dtype, kernels)
+        self.mask_decoder = MaskDecoder(cfg.mask_decoder, dim, self.dtype, kernels)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -139,10 +136,8 @@ class Sam(nn.Module):
             single prompt), or the one of the fourth token.
           dropout_seeds: of each object, in training; None for no dropout.
         """
-        embedded = self._embed(image_embeddings, prompts)
         return self.mask_decoder(
-            image_embeddings,
-            embedded,
+            self._embed(image_embeddings, prompts),
             multimask_output=multimask_output,
             dropout_seeds=dropout_seeds,
         )
@@ -156,20 +151,16 @@ class Sam(nn.Module):
     ) -> Attended:
         """The first part of ``decode``, which tells how good the masks would be."""
         embedded = self._embed(image_embeddings, prompts)
-        return self.mask_decoder.attend(
-            image_embeddings, embedded, multimask_output=multimask_output
-        )
+        return self.mask_decoder.attend(embedded, multimask_output=multimask_output)
 
     def draw(self, attended: Attended, *, multimask_output: bool) -> Float[Array, "b p m lh lw"]:
         """The second part of ``decode``: low-resolution logits, for those worth the work."""
         return self.mask_decoder.draw(attended, multimask_output=multimask_output)
 
     def _embed(self, image_embeddings: Array, prompts: Prompts) -> PromptEmbeddings:
-        grid = image_embeddings.shape[1:3]
         patch = self.config.image_encoder.patch_size
-        return self.prompt_encoder(
-            prompts, grid, (grid[0] * patch, grid[1] * patch), image_embeddings.shape[0]
-        )
+        gh, gw = image_embeddings.shape[1:3]
+        return self.prompt_encoder(image_embeddings, prompts, (gh * patch, gw * patch))
 
     def __call__(
         self, images: Float[Array, "b h w 3"], prompts: Prompts, *, multimask_output: bool

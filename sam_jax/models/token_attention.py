@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
@@ -156,13 +157,13 @@ def folding_pays(
 def _tokens_ask(w, queries, keys, values, keys_valid):
     """Few queries; keys may be many."""
     num_heads, head_dim = w.q_bias.shape
-    rows = _project(queries, w.q_kernel, w.q_bias)
     fold = w.folding_pays(queries, keys)
     if fold:
         # The keys' bias adds the same to all logits of a query, which softmax does not see.
-        rows = _fold(rows, w.k_kernel)
+        rows = _fold(_project(queries, w.q_kernel, w.q_bias), w.k_kernel)
     else:
-        rows, keys = _alone(rows), _project_packed(keys, w.k_kernel, w.k_bias)
+        rows = _in_place(_project_packed(queries, w.q_kernel, w.q_bias), num_heads)
+        keys = _project_packed(keys, w.k_kernel, w.k_bias)
     logits = _split_heads(_meet("bpfd,bptd->bpft", _join_heads(rows), keys), num_heads)
     logits = logits * head_dim**-0.5
     if keys_valid is not None:
@@ -184,7 +185,8 @@ def _cells_ask_tokens(w, queries, keys, values, keys_valid):
         logits += jnp.einsum("ac,bptac->bpta", w.q_bias, k)[..., None]
     else:
         queries = _project_packed(queries, w.q_kernel, w.q_bias)
-        logits = _meet("bpfd,bpsd->bpfs", _join_heads(_alone(k)), queries)
+        rows = _in_place(rearrange(k, "b p t a c -> b p t (a c)"), num_heads)
+        logits = _meet("bpfd,bpsd->bpfs", _join_heads(rows), queries)
         logits = _split_heads(logits, num_heads)
     logits = logits * head_dim**-0.5
     if keys_valid is not None:
@@ -215,12 +217,21 @@ def _fold(rows, kernel):
 
 
 def _project_means(w, means):
-    """Projected values of each head, from means of values that were not projected."""
-    return jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel) + w.v_bias
+    """Projected values, heads side by side, from means of values that were not projected."""
+    heads = jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel) + w.v_bias
+    return rearrange(heads, "b p s a c -> b p s (a c)")
 
 
 def _project_out(w, heads):
-    return jnp.einsum("bpsac,acd->bpsd", heads, w.out_kernel) + w.out_bias
+    return jnp.einsum("bpse,ed->bpsd", heads, _packed_out(w)) + w.out_bias
+
+
+def _packed(kernel):
+    return rearrange(kernel, "d a c -> d (a c)")
+
+
+def _packed_out(w):
+    return rearrange(w.out_kernel, "a c d -> (a c) d")
 
 
 def _bring_out(w, values):
@@ -230,22 +241,23 @@ def _bring_out(w, values):
 
 
 def _project_packed(x, kernel, bias):
-    """Heads of many cells side by side: alone, few channels would leave a TPU's lanes empty."""
-    kernel, bias = rearrange(kernel, "d a c -> d (a c)"), rearrange(bias, "a c -> (a c)")
-    return jnp.einsum("bptd,de->bpte", x, kernel) + bias
+    """Heads side by side: alone, few channels would leave a TPU's lanes empty."""
+    return jnp.einsum("bptd,de->bpte", x, _packed(kernel)) + rearrange(bias, "a c -> (a c)")
 
 
-def _alone(rows):
+def _in_place(packed, num_heads):
     """Each head of few tokens in its own place among zeros, to meet heads that are side by side."""
-    places = jnp.eye(rows.shape[3], dtype=rows.dtype)[:, :, None]
-    return rearrange(rows[:, :, :, :, None] * places, "b p s a e c -> b p s a (e c)")
+    return packed[:, :, :, None] * _places(num_heads, packed)
 
 
-def _own(means):
-    """The part of each row that belongs to its head, ``_alone``'s other way."""
-    num_heads = means.shape[3]
-    by_head = rearrange(means, "b p s a (e c) -> b p s a e c", e=num_heads)
-    return jnp.einsum("bpsaac->bpsac", by_head)
+def _own(rows):
+    """Of each head's row what is in its place, ``_in_place``'s other way."""
+    return jnp.sum(rows * _places(rows.shape[3], rows), axis=3)
+
+
+def _places(num_heads, like):
+    dim = like.shape[-1]
+    return jnp.asarray(np.kron(np.eye(num_heads), np.ones(dim // num_heads)), like.dtype)
 
 
 def _meet(equation, few, many, dtype=jnp.float32):
@@ -258,7 +270,9 @@ def _meet(equation, few, many, dtype=jnp.float32):
     return jnp.einsum(f"{left},{right}->{out}", few, many, preferred_element_type=dtype)
 
 
-# Kernels for TPUs, in which each cell of an object is read once.
+# Kernels for TPUs, in which each cell of an object is read once. The products of tokens before and
+# after them are of whole rows with zeros in them: a TPU multiplies the zeros faster than it would
+# put heads in an order in which there are none.
 
 
 def fits_kernels(
@@ -268,6 +282,11 @@ def fits_kernels(
     num_rows = _known(tokens.shape[2], 1) * num_heads
     num_cells, dim = (_known(size, 1) for size in cells.shape[2:])
     return num_heads == SUBLANES and cell_means_kernel.supports(num_cells, num_rows, dim)
+
+
+def _fold_in_place(rows, kernel):
+    """``_fold`` of rows that are in their places, joined."""
+    return _join_heads(jnp.einsum("bpsae,de->bpsad", rows, _packed(kernel)))
 
 
 def ask_cells(
@@ -284,14 +303,15 @@ def ask_cells(
     """
     b = cells.shape[0]
     num_heads, head_dim = weights.q_bias.shape
-    rows = _project(tokens, weights.q_kernel, weights.q_bias) * head_dim**-0.5
-    rows = _join_heads(_fold(rows, weights.k_kernel))
+    rows = _project_packed(tokens, weights.q_kernel, weights.q_bias) * head_dim**-0.5
+    rows = _fold_in_place(_in_place(rows, num_heads), weights.k_kernel)
     means, joined = cell_means_kernel.cell_means(
         _join_objects(rows), _join_objects(cells), cell_pe, interpret=interpret
     )
     means = _split_heads(rearrange(means, "(b p) f d -> b p f d", b=b), num_heads)
-    looked = _project_out(weights, _project_means(weights, means))
-    return looked, joined.reshape(cells.shape)
+    heads = _own(jnp.einsum("bpsad,de->bpsae", means, _packed(weights.v_kernel)))
+    heads += rearrange(weights.v_bias, "a c -> (a c)")
+    return _project_out(weights, heads), joined.reshape(cells.shape)
 
 
 def answer_cells(
@@ -320,11 +340,14 @@ def answer_cells(
     """
     b, _, _, dim = cells.shape
     num_heads, head_dim = weights.q_bias.shape
-    k = _project(keys, weights.k_kernel, weights.k_bias) * head_dim**-0.5
-    rows = _join_heads(_fold(k, weights.q_kernel))
-    biases = jnp.einsum("ac,bptac->bpta", weights.q_bias, k).astype(jnp.float32)
+    k = _project_packed(keys, weights.k_kernel, weights.k_bias) * head_dim**-0.5
+    k = _in_place(k, num_heads)
+    rows = _fold_in_place(k, weights.q_kernel)
+    biases = k.astype(jnp.float32) @ weights.q_bias.reshape(-1).astype(jnp.float32)
     biases = jnp.where(keys_valid[..., None], biases, -jnp.inf)
-    brought_out = _bring_out(weights, values)
+    brought_out = _in_place(_project_packed(values, weights.v_kernel, weights.v_bias), num_heads)
+    brought_out = jnp.einsum("bptae,ed->bptad", brought_out, _packed_out(weights))
+    brought_out = _join_heads(brought_out)
     rate = 0.0 if dropout_seeds is None else dropout_rate
     out = over_cells(
         CellFunction(

@@ -18,10 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, Int, Shaped
-from sam_jax.ops.tpu_kernel import LANES, VMEM_LIMIT_BYTES
-
-# Cells of a step, if they divide the grid.
-_BLOCKS = (512, 256, LANES)
+from sam_jax.ops.tpu_kernel import LANES, VMEM_LIMIT_BYTES, block_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +105,6 @@ class _Static:
     interpret: bool
 
 
-def block_of(cells: Float[Array, "objects cells d"]) -> int:
-    """Cells of a step of a kernel."""
-    return next(block for block in _BLOCKS if cells.shape[1] % block == 0)
-
-
 def each_object(shape: tuple[int, ...]) -> pl.BlockSpec:
     """All of an object's own array in every step that works on the object."""
     return pl.BlockSpec((1, *shape), lambda i, j: (i, 0, 0))
@@ -120,7 +112,7 @@ def each_object(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 def each_block(cells: Float[Array, "objects cells d"]) -> pl.BlockSpec:
     """The cells of a step."""
-    return pl.BlockSpec((1, block_of(cells), cells.shape[2]), lambda i, j: (i, j, 0))
+    return pl.BlockSpec((1, block_of(cells.shape[1]), cells.shape[2]), lambda i, j: (i, j, 0))
 
 
 def _same(x: Array) -> pl.BlockSpec:
@@ -131,7 +123,7 @@ def _input_specs(weights, own, cells, given):
     """In the tree of the inputs."""
     constants, positions, seeds = given
     of_object = each_object(seeds.shape[1:])
-    rows = pl.BlockSpec((block_of(cells), cells.shape[2]), lambda i, j: (j, 0))
+    rows = pl.BlockSpec((block_of(cells.shape[1]), cells.shape[2]), lambda i, j: (j, 0))
     return (
         tuple(_same(x) for x in weights),
         tuple(each_object(x.shape[1:]) for x in own),
@@ -145,7 +137,7 @@ def _output(static: _Static, cells: Array):
     rows = static.function.out_rows
     if rows is None:
         return jax.ShapeDtypeStruct((objects, num_cells, dim), static.out_dtype), each_block(cells)
-    spec = pl.BlockSpec((1, rows, block_of(cells)), lambda i, j: (i, 0, j))
+    spec = pl.BlockSpec((1, rows, block_of(cells.shape[1])), lambda i, j: (i, 0, j))
     return jax.ShapeDtypeStruct((objects, rows, num_cells), static.out_dtype), spec
 
 
@@ -157,7 +149,7 @@ def _call(static: _Static, kernel, inputs, in_specs, outputs, *, passes: int, na
     shapes = [shape for shape, _ in outputs]
     return pl.pallas_call(
         lambda *refs: kernel(jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]),
-        grid=(objects, num_cells // block_of(cells)),
+        grid=(objects, num_cells // block_of(cells.shape[1])),
         in_specs=jax.tree.leaves(in_specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
         out_specs=[spec for _, spec in outputs],
         out_shape=shapes,

@@ -14,8 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float
-from sam_jax.ops.cell_kernel import block_of, each_block, each_object
-from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, WORTH_KEEPING, product
+from sam_jax.ops.cell_kernel import each_block, each_object
+from sam_jax.ops.tpu_kernel import (
+    LANES,
+    SUBLANES,
+    VMEM_LIMIT_BYTES,
+    WORTH_KEEPING,
+    block_of,
+    product,
+)
 
 
 def supports(num_cells: int, num_rows: int, dim: int) -> bool:
@@ -53,7 +60,7 @@ def _forward(interpret, rows, cells, positions):
     objects, num_rows, dim = rows.shape
     return pl.pallas_call(
         _forward_kernel,
-        grid=(objects, cells.shape[1] // block_of(cells)),
+        grid=(objects, cells.shape[1] // block_of(cells.shape[1])),
         in_specs=_input_specs(rows, cells, positions),
         out_specs=[each_object((num_rows, dim)), each_object((num_rows, LANES))],
         out_shape=[
@@ -87,7 +94,7 @@ def _means_backward(interpret, residuals, cotangents):
     num_rows, dim = rows.shape[1:]
     d_rows, d_cells = pl.pallas_call(
         _backward_kernel,
-        grid=(rows.shape[0], cells.shape[1] // block_of(cells)),
+        grid=(rows.shape[0], cells.shape[1] // block_of(cells.shape[1])),
         in_specs=[
             *_input_specs(rows, cells, positions),
             each_object((num_rows, LANES)),
@@ -115,7 +122,7 @@ _means.defvjp(_means_forward, _means_backward)
 
 
 def _input_specs(rows, cells, positions):
-    of_step = pl.BlockSpec((block_of(cells), cells.shape[2]), lambda i, j: (j, 0))
+    of_step = pl.BlockSpec((block_of(cells.shape[1]), cells.shape[2]), lambda i, j: (j, 0))
     return [each_object(rows.shape[1:]), each_block(cells), of_step]
 
 

@@ -13,6 +13,13 @@ SUBLANES = 8
 WORTH_KEEPING = "worth keeping"
 # Of the memory beside a core: what is fetched for the next step, and a handful of blocks of logits.
 VMEM_LIMIT_BYTES = 100 * 2**20
+# Cells of a step: the more, the less they wait for one another.
+_BLOCKS = (2048, 1024, 512, 256, LANES)
+
+
+def block_of(num_cells: int) -> int:
+    """Cells of a step of a kernel: many, of which whole steps make all."""
+    return next(block for block in _BLOCKS if num_cells % block == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

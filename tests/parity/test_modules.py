@@ -115,7 +115,9 @@ def test_mask_downscaling(tiny: Pair) -> None:
 
 def embed_prompts(tiny: Pair, prompts: Any) -> PromptEmbeddings:
     encoder = PromptEncoder(DIM, TINY.mask_channels)
-    return jax.jit(lambda v, p: encoder.apply(v, p, GRID, ENCODER.image_size, 1))(
+    # Nothing but masks in the cells.
+    embeddings = jnp.zeros((1, *GRID, DIM))
+    return jax.jit(lambda v, p: encoder.apply(v, embeddings, p, ENCODER.image_size))(
         tiny.part("prompt_encoder"), native_prompts(prompts)
     )
 
@@ -132,7 +134,7 @@ def test_prompt_encoder(tiny: Pair, kinds: PromptKinds) -> None:
         assert tokens.shape == sparse[index].shape
         if sparse.size:
             official.assert_equal(tokens, sparse[index])
-    official.assert_equal(jnp.broadcast_to(ours.dense[0], dense.shape), dense)
+    official.assert_equal(jnp.broadcast_to(ours.cells[0], dense.shape), dense)
     image_pe = tiny.official.prompt_encoder.get_dense_pe()[0].permute(1, 2, 0)
     official.assert_equal(ours.image_pe, image_pe)
 
@@ -199,12 +201,12 @@ def test_mask_decoder(tiny: Pair, multimask_output: bool, num_tokens: int) -> No
     prompts = PromptEmbeddings(
         sparse=jnp.asarray(sparse)[None],
         sparse_valid=jnp.ones((1, *sparse.shape[:2]), bool),
-        dense=jnp.asarray(dense)[None],
+        cells=jnp.asarray(embedding + dense)[None],
         image_pe=jnp.asarray(image_pe),
     )
     decoder = MaskDecoder(DECODER, DIM)
-    ours = jax.jit(lambda v, e, p: decoder.apply(v, e, p, multimask_output=multimask_output))(
-        tiny.part("mask_decoder"), jnp.asarray(embedding)[None], prompts
+    ours = jax.jit(lambda v, p: decoder.apply(v, p, multimask_output=multimask_output))(
+        tiny.part("mask_decoder"), prompts
     )
     official.assert_equal(ours.low_res_logits[0], theirs[0])
     official.assert_equal(ours.iou_predictions[0], theirs[1])

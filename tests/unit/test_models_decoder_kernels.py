@@ -25,16 +25,15 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 VALID = jnp.asarray(np.random.default_rng(0).random((1, 2, NUM_PROMPTS)) < 0.6)
 
 
-def prompts(sparse: jax.Array, dense: jax.Array) -> PromptEmbeddings:
+def prompts(sparse: jax.Array, cells: jax.Array) -> PromptEmbeddings:
     valid = VALID[:, :, : sparse.shape[2]]
-    return PromptEmbeddings(sparse, valid, dense, normal(*GRID, DIM))
+    return PromptEmbeddings(sparse, valid, cells, normal(*GRID, DIM))
 
 
-def inputs(num_prompts: int, num_dense: int) -> dict[str, jax.Array]:
+def inputs(num_prompts: int, num_grids: int) -> dict[str, jax.Array]:
     return {
-        "embeddings": normal(1, *GRID, DIM),
         "sparse": normal(1, 2, num_prompts, DIM),
-        "dense": normal(1, num_dense, *GRID, DIM, seed=1),
+        "cells": normal(1, num_grids, *GRID, DIM, seed=1),
     }
 
 
@@ -48,8 +47,7 @@ def params() -> Any:
     shapes = jax.eval_shape(
         lambda: decoder.init(
             jax.random.key(0),
-            INPUTS[0]["embeddings"],
-            prompts(INPUTS[0]["sparse"], INPUTS[0]["dense"]),
+            prompts(**INPUTS[0]),
             multimask_output=True,
         )
     )["params"]
@@ -72,8 +70,7 @@ def run(kernels: Kernels, dtype: Any, multimask_output: bool, given: Any) -> Any
     def total(params: Any, inputs: Any) -> Any:
         out = decoder.apply(
             {"params": params},
-            inputs["embeddings"],
-            prompts(inputs["sparse"], inputs["dense"]),
+            prompts(**inputs),
             multimask_output=multimask_output,
             dropout_seeds=seeds,
         )

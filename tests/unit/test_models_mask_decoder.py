@@ -26,15 +26,14 @@ def normal(*shape: int) -> jax.Array:
 PROMPTS = PromptEmbeddings(
     sparse=normal(2, 3, 4, DIM),
     sparse_valid=jnp.ones((2, 3, 4), bool),
-    dense=normal(2, 3, *GRID, DIM),
+    cells=normal(2, 3, *GRID, DIM),
     image_pe=normal(*GRID, DIM),
 )
-EMBEDDINGS = normal(2, *GRID, DIM)
 
 
 def decode(params: Any, multimask_output: bool, dtype: Any = jnp.float32) -> MaskPrediction:
     return MaskDecoder(CONFIG, DIM, dtype).apply(
-        {"params": params}, EMBEDDINGS, PROMPTS, multimask_output=multimask_output
+        {"params": params}, PROMPTS, multimask_output=multimask_output
     )
 
 
@@ -94,9 +93,7 @@ def test_parameters_are_the_same_however_the_decoder_is_first_called(
 ) -> None:
     decoder = MaskDecoder(CONFIG, DIM)
     variables = jax.eval_shape(
-        lambda: decoder.init(
-            jax.random.key(0), EMBEDDINGS, PROMPTS, multimask_output=multimask_output
-        )
+        lambda: decoder.init(jax.random.key(0), PROMPTS, multimask_output=multimask_output)
     )
     shapes = jax.tree.map(lambda x: x.shape, variables["params"])
     assert shapes == jax.tree.map(lambda x: x.shape, PARAMS)

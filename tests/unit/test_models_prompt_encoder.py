@@ -24,11 +24,13 @@ LOW_RES = (4 * GRID[0], 4 * GRID[1])
 VARIABLES = {name: tree["prompt_encoder"] for name, tree in random_variables(TINY).items()}
 PARAMS = VARIABLES["params"]
 ENCODER = PromptEncoder(DIM, TINY.mask_channels)
+# Nothing but masks in the cells.
+EMBEDDINGS = jnp.zeros((2, *GRID, DIM))
 
 
 @jax.jit
 def embed(prompts: Prompts) -> PromptEmbeddings:
-    return ENCODER.apply(VARIABLES, prompts, GRID, SIZE, 2)
+    return ENCODER.apply(VARIABLES, EMBEDDINGS, prompts, SIZE)
 
 
 def features(x: float, y: float) -> jax.Array:
@@ -107,8 +109,8 @@ def test_text_tokens_are_appended_as_they_are() -> None:
 def test_no_mask_is_one_shared_vector() -> None:
     ours = embed(Prompts())
     assert ours.sparse.shape == (2, 1, 0, DIM)
-    assert ours.dense.shape == (2, 1, *GRID, DIM)
-    np.testing.assert_array_equal(ours.dense, jnp.broadcast_to(PARAMS["no_mask"], ours.dense.shape))
+    assert ours.cells.shape == (2, 1, *GRID, DIM)
+    np.testing.assert_array_equal(ours.cells, jnp.broadcast_to(PARAMS["no_mask"], ours.cells.shape))
     image_pe = fourier_features(
         jnp.asarray(grid_coords(GRID)), VARIABLES["constants"]["frequencies"]
     )
@@ -118,13 +120,61 @@ def test_no_mask_is_one_shared_vector() -> None:
 def test_masks_are_embedded_cell_by_cell() -> None:
     logits = jax.random.normal(jax.random.key(0), (2, 2, *LOW_RES))
     valid = jnp.array([[True, False], [True, True]])
-    ours = embed(Prompts(mask_logits=logits, mask_valid=valid)).dense
+    ours = embed(Prompts(mask_logits=logits, mask_valid=valid)).cells
     assert ours.shape == (2, 2, *GRID, DIM)
     np.testing.assert_array_equal(ours[0, 1], jnp.broadcast_to(PARAMS["no_mask"], (*GRID, DIM)))
-    changed = embed(Prompts(mask_logits=logits.at[1, 0, 7, 9].add(5.0), mask_valid=valid)).dense
+    changed = embed(Prompts(mask_logits=logits.at[1, 0, 7, 9].add(5.0), mask_valid=valid)).cells
     expected = np.zeros((2, 2, *GRID), bool)
     expected[1, 0, 7 // 4, 9 // 4] = True
     np.testing.assert_array_equal((changed != ours).any(-1), expected)
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_masks_are_added_to_the_image(has_masks: bool) -> None:
+    prompts = Prompts()
+    if has_masks:
+        logits = jax.random.normal(jax.random.key(0), (2, 3, *LOW_RES))
+        prompts = Prompts(mask_logits=logits, mask_valid=jnp.ones((2, 3), bool))
+    image = jax.random.normal(jax.random.key(1), EMBEDDINGS.shape)
+    ours = ENCODER.apply(VARIABLES, image, prompts, SIZE).cells
+    np.testing.assert_allclose(ours, image[:, None] + embed(prompts).cells, atol=1e-6)
+
+
+def test_kernel_adds_the_same() -> None:
+    """A TPU's kernel: values and gradients, of objects with masks and without, of two images."""
+    encoder = PromptEncoder(128, 16)
+    grid, key = (16, 24), jax.random.key(0)
+    image = jax.random.normal(key, (2, *grid, 128))
+    logits = 3 * jax.random.normal(key, (2, 3, 64, 96))
+    valid = jnp.array([[True, False, True], [True, True, True]])
+    variables = encoder.init(key, image, Prompts(), (256, 384))
+    noise = jax.random.normal(key, (128,))
+    params = jax.tree.map(lambda x: x + 0.3 * noise[: x.shape[-1]], variables["params"])
+    weights = jax.random.normal(jax.random.key(1), (2, 3, *grid, 128))
+
+    def run(kernels: Any) -> Any:
+        def total(params: Any, image: jax.Array, logits: jax.Array) -> Any:
+            cells = (
+                encoder.clone(kernels=kernels)
+                .apply(
+                    {**variables, "params": params},
+                    image,
+                    Prompts(mask_logits=logits, mask_valid=valid),
+                    (256, 384),
+                )
+                .cells
+            )
+            return jnp.sum(weights * cells), cells
+
+        grad = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+        text = str(jax.make_jaxpr(grad)(params, image, logits))
+        assert ("embed_masks_backward" in text) == (kernels != "none")
+        return grad(params, image, logits)
+
+    for (path, e), o in zip(
+        jax.tree.leaves_with_path(run("none")), jax.tree.leaves(run("interpreted")), strict=True
+    ):
+        np.testing.assert_allclose(o, e, rtol=0, atol=2e-5 * np.abs(e).max(), err_msg=str(path))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +189,7 @@ def test_masks_are_embedded_cell_by_cell() -> None:
 )
 def test_incomplete_prompts_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be given together"):
-        ENCODER.apply(VARIABLES, Prompts(**fields), GRID, SIZE, 1)
+        ENCODER.apply(VARIABLES, EMBEDDINGS[:1], Prompts(**fields), SIZE)
 
 
 def test_what_is_invalid_changes_no_output_and_no_gradient() -> None:
@@ -161,9 +211,9 @@ def test_what_is_invalid_changes_no_output_and_no_gradient() -> None:
                 lambda x, y: y if x.dtype == jnp.float32 else x, prompts, floats
             )
             variables = {**VARIABLES, "params": params}
-            out = ENCODER.apply(variables, everything, GRID, SIZE, 2)
+            out = ENCODER.apply(variables, EMBEDDINGS, everything, SIZE)
             valid_tokens = jnp.where(out.sparse_valid[..., None], out.sparse, 0.0)
-            return jnp.sum(valid_tokens**2) + jnp.sum(out.dense**2), (valid_tokens, out.dense)
+            return jnp.sum(valid_tokens**2) + jnp.sum(out.cells**2), (valid_tokens, out.cells)
 
         grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         return grad(params, prompts)
