@@ -319,11 +319,13 @@ def _draw_cells(num_masks, weights, own, cells, given):
     centred = product(cells, kernel, (1, 0)) + bias
     # Means over the channels of each sub-pixel, for each of its channels.
     variance = product(jnp.square(centred).astype(dtype), means, (1, 0))
-    x = kernel_gelu(centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift)
+    x = centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
+    x = kernel_gelu(x, dtype)
     half = x.shape[1] // 2
     halves = []
     for part in (x[:, :half], x[:, half:]):
-        pixels = kernel_gelu(product(part.astype(dtype), second_kernel, (1, 0)) + second_bias)
+        pixels = product(part.astype(dtype), second_kernel, (1, 0)) + second_bias
+        pixels = kernel_gelu(pixels, dtype)
         halves.append(product(filters, pixels.astype(dtype), (0, 1)))
     rows = SUBPIXELS // 2
     return jnp.concatenate(

@@ -324,7 +324,7 @@ def _embed_masks(weights, logits, is_valid):
 
     def normalised(x, variance, scale, shift):
         x = x * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
-        return kernel_gelu(x).astype(logits.dtype)
+        return kernel_gelu(x, logits.dtype).astype(logits.dtype)
 
     x = product(kernels[0], logits, (0, 0)) + columns[0]
     x = normalised(x, product(means, jnp.square(x), (1, 0)), *columns[1:3])

@@ -379,9 +379,9 @@ def _answer(num_heads, dropout_rate, weights, own, cells, given):
     added = product(probs.reshape(logits.shape).astype(cells.dtype), brought_out, (0, 0))
     added += out_bias
     if dropout_rate:
-        cell, channel = (jax.lax.broadcasted_iota(jnp.int32, added.shape, axis) for axis in (0, 1))
-        place = (given.first + cell) * added.shape[1] + channel
-        added = kept(added, keeps(given.seed, place, dropout_rate), dropout_rate)
+        rows = given.first + jax.lax.broadcasted_iota(jnp.int32, (added.shape[0], 1), 0)
+        keep = keeps(given.seed, rows, added.shape[1], dropout_rate)
+        added = kept(added, keep, dropout_rate)
     x = cells.astype(jnp.float32) + added
     x -= jnp.mean(x, axis=1, keepdims=True)
     variance = jnp.mean(jnp.square(x), axis=1, keepdims=True)

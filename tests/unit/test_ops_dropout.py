@@ -12,8 +12,8 @@ SEEDS = jax.random.bits(jax.random.key(0), (1, 40))
 
 def choices(branch: int, rate: float = 0.1) -> np.ndarray:
     """What is kept of 40 objects of 20,000 numbers."""
-    seeds = branch_seeds(SEEDS, branch).reshape(-1, 1)
-    return np.asarray(keeps(seeds, jnp.arange(20_000), rate))
+    seeds = branch_seeds(SEEDS, branch).reshape(-1, 1, 1)
+    return np.asarray(keeps(seeds, jnp.arange(80)[:, None], 250, rate)).reshape(40, -1)
 
 
 def test_numbers_are_dropped_at_the_rate_and_independently() -> None:
@@ -21,8 +21,9 @@ def test_numbers_are_dropped_at_the_rate_and_independently() -> None:
     of_objects = kept.sum(axis=1)
     spread = stats_of_counts(of_objects, kept.shape[1], 0.9)
     assert 0.01 < spread < 0.99
-    # Neighbours, objects, and branches that share seeds.
-    for other in (np.roll(kept, 1, axis=1), np.roll(kept, 1, axis=0), choices(1)):
+    # Neighbours, those that share bits, rows, objects, and branches that share seeds.
+    others = [np.roll(kept, by, axis=1) for by in (1, 125, 250)]
+    for other in (*others, np.roll(kept, 1, axis=0), choices(1)):
         assert abs(np.corrcoef(kept.ravel(), other.ravel())[0, 1]) < 4 / kept.size**0.5
 
 
@@ -46,6 +47,13 @@ def test_an_objects_choices_are_its_own_wherever_it_is() -> None:
     together = dropout(x, SEEDS, 5, 0.5)
     alone = dropout(x[:, 7:8], SEEDS[:, 7:8], 5, 0.5)
     np.testing.assert_array_equal(together[:, 7:8], alone)
+
+
+def test_rows_of_an_odd_length() -> None:
+    x = jnp.ones((1, 40, 3, 7))
+    out = dropout(x, SEEDS, 5, 0.5)
+    assert out.shape == x.shape
+    assert 0.4 < np.mean(np.asarray(out) == 0) < 0.6
 
 
 def test_without_seeds_nothing_is_dropped() -> None:
