@@ -9,6 +9,7 @@ registers of cells at a time.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, Int
 from sam_jax.ops.cells import SIDE, SUBPIXELS, MaskGrid
-from sam_jax.ops.mask_sums import MaskSums, pixel_terms
+from sam_jax.ops.mask_sums import MaskSums
 from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES
 
 # Cells at a time: a handful of maps of them fill the registers.
@@ -218,13 +219,40 @@ def _line(shape: _Shape, maps: Array, inside: Array, y: int) -> tuple[Array, Arr
     return left, line, right
 
 
-def _pixels(shape: _Shape, y: int, beside: tuple[Array, Array, Array], masks: Array, area: Array):
-    """Of a line's pixels: their bit, value, and 1 or 0 for whether mask and image have them."""
-    for bit, (row, x) in shape.mask_grid.bits():
-        if row == y:
-            value = _between(*beside, x, shape.mask_grid.scale)
-            inside = area >> bit & 1
-            yield bit, value, masks >> bit & inside, inside
+def _values(shape: _Shape, beside: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+    """Of a line's pixels, from left to right."""
+    scale = shape.mask_grid.scale
+    return tuple(_between(*beside, x, scale) for x in range(scale))
+
+
+def _bits(shape: _Shape, y: int) -> list[np.int32]:
+    """Of a line's pixels: the bits of words that tell of them."""
+    line = sorted((x, bit) for bit, (row, x) in shape.mask_grid.bits() if row == y)
+    return [np.int32(1 << bit) for _, bit in line]
+
+
+class _Missed(NamedTuple):
+    """Of pixels: the probability of what they are not, its complement, and what that costs."""
+
+    probability: Array
+    complement: Array
+    cross_entropy: Array
+
+
+def _missed(value: Array, on_mask: Array) -> _Missed:
+    """As ``ops.mask_sums.pixel_terms``, but by a hyperbolic tangent: divisions take a TPU long.
+
+    A probability within 1e-7 of 0 or 1 is taken for it.
+    """
+    against = jnp.where(on_mask, -value, value)
+    half = 0.5 * jnp.tanh(0.5 * against)
+    cross_entropy = jnp.maximum(against, 0.0) - jnp.log(0.5 + jnp.abs(half))
+    return _Missed(0.5 + half, 0.5 - half, cross_entropy)
+
+
+def _power(x: Array, exponent: float) -> Array:
+    # Integer powers are products.
+    return x ** (int(exponent) if exponent == int(exponent) else exponent)
 
 
 def _forward_kernel(shape, neighbours, logits, masks, area, sums, errors, left, line, right):
@@ -241,21 +269,19 @@ def _forward_kernel(shape, neighbours, logits, masks, area, sums, errors, left, 
             at = pl.ds(pl.multiple_of(index * shape.chunk, shape.chunk), shape.chunk)
             focal_sum, probability_sum, hit_sum = totals
             wrong = errors[0, 0, 0, :, at]
-            near = tuple(ref[:, at] for ref in beside)
-            for bit, value, mask, inside in _pixels(
-                shape, y, near, masks[0, 0, :, at], area[0, :, at]
-            ):
-                focal, probability = pixel_terms(
-                    value, mask != 0, alpha=shape.alpha, gamma=shape.gamma
-                )
-                weight = inside.astype(jnp.float32)
-                probability *= weight
-                focal_sum += focal * weight
-                probability_sum += probability
-                hit_sum += probability * mask.astype(jnp.float32)
-                found = jnp.where(value > 0, inside, 0)
-                wrong |= (found ^ mask) << bit
-            errors[0, 0, 0, :, at] = wrong
+            masks_here, area_here = masks[0, 0, :, at], area[0, :, at]
+            values = _values(shape, tuple(ref[:, at] for ref in beside))
+            for bit, value in zip(_bits(shape, y), values, strict=True):
+                on_mask, inside = masks_here & bit != 0, area_here & bit != 0
+                missed = _missed(value, on_mask)
+                weight = jnp.where(on_mask, shape.alpha, 1.0 - shape.alpha)
+                focal = weight * _power(missed.probability, shape.gamma) * missed.cross_entropy
+                probability = jnp.where(on_mask, missed.complement, missed.probability)
+                focal_sum += jnp.where(inside, focal, 0.0)
+                probability_sum += jnp.where(inside, probability, 0.0)
+                hit_sum += jnp.where(inside & on_mask, probability, 0.0)
+                wrong |= jnp.where((value > 0) ^ on_mask, bit, 0)
+            errors[0, 0, 0, :, at] = wrong & area_here
             return focal_sum, probability_sum, hit_sum
 
         totals = jax.lax.fori_loop(0, shape.num_cells // shape.chunk, add_cells, totals)
@@ -292,19 +318,24 @@ def _backward_kernel(
         def one_chunk(index, carry, y=y):
             at = pl.ds(pl.multiple_of(index * shape.chunk, shape.chunk), shape.chunk)
             masks_here, area_here = masks[0, 0, :, at], area[0, :, at]
-
-            def weighed(*near):
-                total = jnp.zeros((SUBPIXELS, shape.chunk), jnp.float32)
-                for _, value, mask, inside in _pixels(shape, y, near, masks_here, area_here):
-                    focal, probability = pixel_terms(
-                        value, mask != 0, alpha=shape.alpha, gamma=shape.gamma
-                    )
-                    of_hit = d_probability + d_hit * mask.astype(jnp.float32)
-                    total += inside.astype(jnp.float32) * (d_focal * focal + of_hit * probability)
-                return total
-
-            found, pull = jax.vjp(weighed, *(ref[:, at] for ref in beside))
-            for ref, gradient in zip(d_beside, pull(jnp.ones_like(found)), strict=True):
+            values, pull = jax.vjp(
+                lambda *beside: _values(shape, beside), *(ref[:, at] for ref in beside)
+            )
+            d_values = []
+            for bit, value in zip(_bits(shape, y), values, strict=True):
+                on_mask = masks_here & bit != 0
+                missed = _missed(value, on_mask)
+                # Of the cross-entropy, the slope is what is missed.
+                d_against = shape.gamma * missed.complement * missed.cross_entropy
+                d_against += missed.probability
+                d_against *= _power(missed.probability, shape.gamma)
+                d_value = d_against * jnp.where(
+                    on_mask, -shape.alpha * d_focal, (1.0 - shape.alpha) * d_focal
+                )
+                of_probability = jnp.where(on_mask, d_probability + d_hit, d_probability)
+                d_value += of_probability * missed.probability * missed.complement
+                d_values.append(jnp.where(area_here & bit != 0, d_value, 0.0))
+            for ref, gradient in zip(d_beside, pull(tuple(d_values)), strict=True):
                 ref[:, at] = gradient
             return carry
 
