@@ -31,7 +31,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = [su](?:32|64)\[\]\S* constant\((\d+)\)")
 _CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|calls)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_KERNEL_NAME = re.compile(r"(\w+)/pallas_call$")
+_KERNEL_NAME = re.compile(r"(\w+)\)*/pallas_call$")
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 
 

@@ -23,7 +23,7 @@ from sam_jax.ops.mask_sums import MaskSums
 from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES
 
 # Cells at a time: a handful of maps of them fill the registers.
-_MOST_CELLS = 512
+MOST_CELLS = 512
 # Bits of what ``_neighbours_inside`` says of each number of a map.
 _ROW_ABOVE, _ROW_BELOW, _COLUMN_LEFT, _COLUMN_RIGHT = 1, 2, 4, 8
 _CELL_ABOVE, _CELL_BELOW, _CELL_LEFT, _CELL_RIGHT = 16, 32, 64, 128
@@ -46,7 +46,7 @@ class _Shape:
     @property
     def chunk(self) -> int:
         """Cells at a time."""
-        return next(size for size in (_MOST_CELLS, 256, LANES) if self.num_cells % size == 0)
+        return next(size for size in (MOST_CELLS, 256, LANES) if self.num_cells % size == 0)
 
 
 def supports(mask_grid: MaskGrid) -> bool:

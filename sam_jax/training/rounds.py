@@ -89,7 +89,8 @@ def run_rounds(
       prompt_config: how the user behaves.
       loss_config: what the losses weigh.
       remat: whether each round is computed again in the backward pass: without, the memory of
-        all rounds is needed at once, and the step is about a fifth faster.
+        all rounds is needed at once, and the step is about a fifth faster on a CPU. It is slower
+        on a TPU by its compiler's count, where keeping takes longer than computing again.
       kernels: see ``Placement.kernels``.
 
     Source: Kirillov et al. 2023, appendix A, "Training algorithm".

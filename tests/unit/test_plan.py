@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sam_jax import hlo
 from sam_jax import plan as planning
 from sam_jax.cli import app
 from sam_jax.errors import ConfigError
@@ -75,6 +76,37 @@ def test_an_average_is_divided_with_the_parameters() -> None:
     made = example(memory=dataclasses.replace(example().memory, params=50, ema=50))
     assert made.memory.total == 800
     assert planning.fewest_devices(made) == 4
+
+
+def test_a_kernel_takes_what_its_instructions_take_or_its_memory() -> None:
+    """Loops by their trips, beside what the compiler counts; a v6e's cores are others."""
+
+    def kernel(moved_bytes: int) -> hlo.Instruction:
+        return hlo.Instruction(
+            kind="custom-call",
+            result="",
+            source="jit(step)/rounds/mask_decoder/jvp(draw_cells)/pallas_call",
+            trips=11,
+            cycles=0,
+            moved_bytes=moved_bytes,
+            text='"tpu_custom_call", {"cost_estimate":{"flops":"1000000000"}}',
+        )
+
+    fusion = hlo.Instruction(
+        "fusion", "", "jit(step)/image_encoder/add", 2, 1_500_000, 10**12, "fusion"
+    )
+    v5e, v6e = planning.CHIPS["v5e"], planning.CHIPS["v6e"]
+    found = planning.part_seconds([kernel(0), fusion], v5e)
+    assert found is not None
+    assert found["image encoder"] == pytest.approx(2 * 1e-3)
+    rates = planning.KERNEL_PEAK_RATES["draw_cells"]
+    assert found["mask decoder"] == pytest.approx(11 * 1e9 / (rates[0] * 197e12))
+    newer = planning.part_seconds([kernel(0)], v6e)
+    assert newer is not None
+    assert newer["mask decoder"] == pytest.approx(11 * 1e9 / (rates[1] * 918e12))
+    bound = planning.part_seconds([kernel(819 * 10**6)], v5e)
+    assert bound is not None
+    assert bound["mask decoder"] == pytest.approx(11 * 1e-3)
 
 
 def test_what_is_not_known_is_not_made_up() -> None:
