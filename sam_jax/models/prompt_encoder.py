@@ -274,41 +274,38 @@ class MaskDownscaling(nn.Module):
         no_mask: Float[Array, " d"],
     ) -> Float[Array, "b p cells d"]:
         """An image's cells, and what each object's mask, or that it has none, adds to them."""
-        num_cells = shared.shape[1]
-        if self.kernels == "none" or not map_kernel.supports(
-            num_cells, self.embed_dim, self.channels
-        ):
+        supported = map_kernel.supports(shared.shape[1], self.embed_dim, self.channels)
+        if self.kernels == "none" or not supported:
             embedded = jnp.where(mask_valid[..., None, None], self(mask_logits), no_mask)
             return shared[:, None] + embedded
+        return map_kernel.add_of_maps(
+            map_kernel.MapFunction(
+                _embed_masks,
+                name="embed_masks",
+                flops_per_cell=2 * self.channels * (2 * SUBPIXELS + self.embed_dim),
+            ),
+            (*self._matrices(), no_mask.astype(jnp.float32)[None]),
+            mask_logits.astype(self.dtype),
+            shared,
+            mask_valid,
+            interpret=self.kernels == "interpreted",
+        )
+
+    def _matrices(self):
+        """What ``_embed_masks`` takes: three kernels, six columns, and a row."""
         (kernel1, bias1), norm1, (kernel2, bias2), norm2, (kernel3, bias3) = self._weights()
         # The mean over channels is linear in the logits, so centred kernels make centred results.
         kernel1, bias1, kernel2, bias2 = (
             x - jnp.mean(x, axis=-1, keepdims=True)
             for x in (y.astype(jnp.float32) for y in (kernel1, bias1, kernel2, bias2))
         )
-        kernels = (
-            rearrange(kernel1, "s q c -> s (q c)"),
-            rearrange(kernel2, "q c e -> (q c) e"),
-            kernel3,
-        )
+        kernel1 = rearrange(kernel1, "s q c -> s (q c)")
+        kernel2 = rearrange(kernel2, "q c e -> (q c) e")
         columns = (*(jnp.tile(x, 4) for x in (bias1, *norm1)), bias2, *norm2)
-        rows = (bias3, no_mask)
-        weights = (
-            *(x.astype(self.dtype) for x in kernels),
+        return (
+            *(x.astype(self.dtype) for x in (kernel1, kernel2, kernel3)),
             *(x.astype(jnp.float32)[:, None] for x in columns),
-            *(x.astype(jnp.float32)[None] for x in rows),
-        )
-        return map_kernel.add_of_maps(
-            map_kernel.MapFunction(
-                _embed_masks,
-                name="embed_masks",
-                flops_per_cell=2 * sum(x.size for x in kernels),
-            ),
-            weights,
-            mask_logits.astype(self.dtype),
-            shared,
-            mask_valid,
-            interpret=self.kernels == "interpreted",
+            bias3.astype(jnp.float32)[None],
         )
 
 
