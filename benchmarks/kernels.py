@@ -105,31 +105,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
+def kernels_of(case: Case) -> dict[str, int]:
+    """Steps of the grids of the kernels of a function and of its gradients, by name."""
+    gradients, *arguments = _gradients(case, case.arguments)
+    return dict(_grids(jax.make_jaxpr(gradients)(*arguments).jaxpr))
+
+
+def _gradients(case: Case, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A function of what has gradients, and of the rest, and both."""
+
+    def is_float(tree: Any) -> bool:
+        return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(tree))
+
+    def loss(some: Any, others: Any) -> jax.Array:
+        given = {**some, **others}
+        outputs = jax.tree.leaves(case.function(*(given[name] for name in case.arguments)))
+        outputs = [x for x in outputs if is_float(x)]
+        return jnp.sum(jnp.stack([jnp.sum(jnp.square(x.astype(jnp.float32))) for x in outputs]))
+
+    some = {name: x for name, x in arguments.items() if is_float(x)}
+    others = {name: x for name, x in arguments.items() if not is_float(x)}
+    return jax.jit(jax.grad(loss)), some, others
+
+
 def _count(case: Case, device: Any, folder: Path) -> dict[str, Count]:
     """Of the kernels of a function and of its gradients."""
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments
     )
-    floats = [
-        name
-        for name, tree in arguments.items()
-        if all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(tree))
-    ]
-
-    def loss(some: Any, others: Any) -> jax.Array:
-        outputs = jax.tree.leaves(
-            case.function(*({**some, **others}[name] for name in case.arguments))
-        )
-        floats = (x for x in outputs if jnp.issubdtype(x.dtype, jnp.floating))
-        return jnp.sum(jnp.stack([jnp.sum(jnp.square(x.astype(jnp.float32))) for x in floats]))
-
-    some = {name: arguments[name] for name in floats}
-    others = {name: x for name, x in arguments.items() if name not in floats}
-    gradients = jax.jit(jax.grad(loss))
-    steps = dict(_grids(jax.make_jaxpr(gradients)(some, others).jaxpr))
-    for old in folder.iterdir():
-        old.unlink()
+    gradients, some, others = _gradients(case, arguments)
+    steps = kernels_of(case)
+    _empty(folder)
     text = gradients.lower(some, others).compile().as_text() or ""
     bundles = _bundles(folder)
     if "mask_sums" in steps:
@@ -146,12 +153,16 @@ def _count(case: Case, device: Any, folder: Path) -> dict[str, Count]:
     }
 
 
+def _empty(folder: Path) -> None:
+    for old in folder.iterdir():
+        old.unlink()
+
+
 def _with_trips(bundles: dict[str, int], gradients, some, others, folder: Path) -> dict[str, int]:
     """Of kernels that loop over cells: from two lengths of the loop's body, what all trips take."""
     cells = mask_sums_kernel.MOST_CELLS
     mask_sums_kernel.MOST_CELLS = cells // 2
-    for old in folder.iterdir():
-        old.unlink()
+    _empty(folder)
     jax.clear_caches()
     gradients.lower(some, others).compile()
     mask_sums_kernel.MOST_CELLS = cells

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from benchmarks import (
     decoder,
     encoder,
     input,
+    kernels,
     limits,
     published,
     recipe,
@@ -34,6 +36,7 @@ from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS
+from sam_jax.plan import KERNEL_PEAK_RATES
 from sam_jax.prompts import PromptConfig
 from tests.golden.tiny import TINY
 
@@ -400,3 +403,20 @@ def test_the_fast_peer_is_the_published_model() -> None:
         strict=True,
     ):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_every_kernel_of_a_plan_can_be_counted() -> None:
+    """What a plan knows of kernels is what ``benchmarks.kernels`` counts, name by name."""
+    found = [name for case in kernels.CASES.values() for name in kernels.kernels_of(case())]
+    assert sorted(found) == sorted(KERNEL_PEAK_RATES)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+def test_kernels_are_counted(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    kernels.main(["--only", "embed", "--out", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert set(record) == {"embed_masks", "embed_masks_backward"}
+    assert all(0 < kernel["peak_rate"] < 1 for kernel in record.values())
