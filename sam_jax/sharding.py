@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.errors import ConfigError
@@ -56,6 +57,9 @@ class ShardingConfig:
 def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh with axes ``data``, ``fsdp`` and ``tensor`` over all devices.
 
+    Devices that share weights or images are close to each other. Slices of TPUs that only a network
+    joins each have a part of ``data``.
+
     Raises:
       ConfigError: if the devices do not divide as the config says.
     """
@@ -67,12 +71,21 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
             f"sharding.data = {config.data}, sharding.fsdp = {config.fsdp} and sharding.tensor = "
             f"{config.tensor} do not multiply to the {len(devices)} devices there are"
         )
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % num_slices:
+        raise ConfigError(
+            f"a mesh with data = {data} does not divide by {num_slices} slices: those that share "
+            "weights or images must be on one"
+        )
+    shape = (data // num_slices, config.fsdp, config.tensor)
+    if num_slices == 1:
+        # Groups need not be whole sides of a slice: 8 devices are half of two sides of 4 x 4 x 4.
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            shape, (num_slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

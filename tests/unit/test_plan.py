@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jax.experimental import topologies
 from typer.testing import CliRunner
 
 from sam_jax import hlo
 from sam_jax import plan as planning
 from sam_jax.cli import app
 from sam_jax.errors import ConfigError
+from sam_jax.sharding import ShardingConfig, make_mesh
 from sam_jax.training.recipe import Recipe, read_config
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
@@ -164,6 +166,29 @@ def test_a_topology_that_does_not_exist_is_named(topology: str) -> None:
 def test_without_the_compiler_it_says_what_to_install() -> None:
     with pytest.raises(planning.TopologyError, match=r"pip install 'sam-jax\[tpu\]'"):
         planning.devices_of("v5e:4x4")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "fsdp"), [("v5e:16x16", 16), ("v5p:4x4x4", 8), ("v5p:4x4x4", 16), ("v6e:4x4", 2)]
+)
+def test_groups_of_any_size_fit_into_a_slice(topology: str, fsdp: int) -> None:
+    devices, _ = planning.devices_of(topology)
+    mesh = make_mesh(ShardingConfig(fsdp=fsdp), devices)
+    assert mesh.shape == {"data": len(devices) // fsdp, "fsdp": fsdp, "tensor": 1}
+
+
+@needs_compiler
+def test_slices_share_no_weights() -> None:
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:4x4", num_slices=2
+    ).devices
+    mesh = make_mesh(ShardingConfig(fsdp=4), devices)
+    assert mesh.shape == {"data": 8, "fsdp": 4, "tensor": 1}
+    for group in mesh.devices.reshape(8, 4):
+        assert len({device.slice_index for device in group}) == 1
+    with pytest.raises(ConfigError, match="2 slices"):
+        make_mesh(ShardingConfig(fsdp=32), devices)
 
 
 @needs_compiler
