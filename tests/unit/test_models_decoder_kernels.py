@@ -84,29 +84,37 @@ def run(kernels: Kernels, dtype: Any, multimask_output: bool, given: Any) -> Any
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multimask_output", "given", "tolerance"),
+    ("dtype", "multimask_output", "given"),
     [
-        (jnp.float32, False, INPUTS[0], 1e-4),
-        (jnp.float32, True, INPUTS[1], 1e-4),
-        (jnp.bfloat16, False, INPUTS[0], 0.1),
+        (jnp.float32, False, INPUTS[0]),
+        (jnp.float32, True, INPUTS[1]),
+        (jnp.bfloat16, False, INPUTS[0]),
     ],
     ids=["masks", "no-masks", "bfloat16"],
 )
 def test_kernels_decode_as_the_plain_form_does(
-    dtype: Any, multimask_output: bool, given: Any, tolerance: float
+    dtype: Any, multimask_output: bool, given: Any
 ) -> None:
-    """Values and gradients, dropout and all. In half precision, against single precision."""
+    """Values and gradients, dropout and all; in half precision no worse than the plain form's."""
     out, gradients = run("interpreted", dtype, multimask_output, given)
     expected, expected_gradients = run("none", jnp.float32, multimask_output, given)
+    is_half = dtype == jnp.bfloat16
+    plain, plain_gradients = run("none", dtype, multimask_output, given) if is_half else (None,) * 2
     for name in ("low_res_logits", "iou_predictions"):
         ours, theirs = getattr(out, name), getattr(expected, name)
-        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
+        limit = 1e-4 * np.abs(theirs).max()
+        if is_half:
+            limit = 0.01 * np.abs(theirs).max() + 1.5 * np.abs(getattr(plain, name) - theirs).max()
+        assert np.abs(ours - theirs).max() <= limit, name
     ours, theirs = (jax.tree.leaves_with_path(x) for x in (gradients, expected_gradients))
+    rounded = jax.tree.leaves(plain_gradients) if is_half else [other for _, other in theirs]
     wrong = []
     # Biases of keys change nothing but through rounding.
     largest = max(float(jnp.linalg.norm(x)) for _, x in theirs)
-    for (path, mine), (_, other) in zip(ours, theirs, strict=True):
+    tolerance = 0.02 if is_half else 1e-4
+    for (path, mine), (_, other), half in zip(ours, theirs, rounded, strict=True):
         error = float(jnp.linalg.norm(mine - other))
-        if error > tolerance * float(jnp.linalg.norm(other)) + 1e-5 * tolerance * largest:
+        limit = tolerance * float(jnp.linalg.norm(other)) + 1e-5 * tolerance * largest
+        if error > limit + 1.5 * float(jnp.linalg.norm(half - other)):
             wrong.append((jax.tree_util.keystr(path), error, float(jnp.linalg.norm(other))))
     assert not wrong
