@@ -19,7 +19,6 @@ from sam_jax.ops import window_cut_kernel
 from sam_jax.ops.attention import Implementation, choose, grid_attention
 from sam_jax.ops.placement import BATCH, TENSOR, WEIGHTS, Placement, Spread
 from sam_jax.ops.resize import resize_positions
-from sam_jax.ops.window_cut_kernel import join_and_norm, norm_and_cut
 from sam_jax.ops.windows import window_partition, window_unpartition
 
 _NORM_EPSILON = 1e-6
@@ -143,10 +142,12 @@ class EncoderBlock(nn.Module):
             norms = [NormWeights(name=name)(dim) for name in ("norm1", "norm2")]
             interpret = self.placement.platform != "tpu"
             options: Any = {"epsilon": _NORM_EPSILON, "interpret": interpret}
-            windows, tokens = norm_and_cut(tokens, *norms[0], self.window_size, **options)
+            windows, tokens = window_cut_kernel.norm_and_cut(
+                tokens, *norms[0], self.window_size, **options
+            )
             by_image = (tokens.shape[0], -1, *windows.shape[2:])
             windows = scaled(attention(windows).reshape(by_image), 0).reshape(windows.shape)
-            tokens, branch = join_and_norm(tokens, windows, *norms[1], **options)
+            tokens, branch = window_cut_kernel.join_and_norm(tokens, windows, *norms[1], **options)
         else:
             branch = layer_norm(_NORM_EPSILON, self.dtype, "norm1")(tokens)
             if self.window_size:

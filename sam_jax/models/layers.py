@@ -10,7 +10,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
-from sam_jax.ops.tpu_kernel import SUBLANES
+from sam_jax.ops.tpu_kernel import SUBLANES, product
 
 
 def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
@@ -53,12 +53,7 @@ def _add_bias_backward(_, d_out):
     rows = d_out.reshape(-1, d_out.shape[-1])
     # A single row would be made a sum again.
     ones = jnp.ones((SUBLANES, rows.shape[0]), rows.dtype)
-    d_bias = jnp.matmul(
-        ones,
-        rows,
-        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )[0]
+    d_bias = product(ones, rows, (1, 0))[0]
     return d_out, d_bias.astype(d_out.dtype)
 
 

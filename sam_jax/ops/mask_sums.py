@@ -77,10 +77,13 @@ def pixel_terms(
     cross_entropy = jnp.maximum(against, 0.0) - jnp.log(most)
     least = decay * most
     missed = jnp.where(against >= 0, most, least)
-    # Integer powers are products.
-    missed = missed ** (int(gamma) if gamma == int(gamma) else gamma)
-    focal = jnp.where(on_mask, alpha, 1.0 - alpha) * missed * cross_entropy
+    focal = jnp.where(on_mask, alpha, 1.0 - alpha) * power(missed, gamma) * cross_entropy
     return focal, jnp.where(values >= 0, most, least)
+
+
+def power(x: Array, exponent: float) -> Array:
+    """``x ** exponent``, as products where that is a whole number."""
+    return x ** (int(exponent) if exponent == int(exponent) else exponent)
 
 
 def _sum_over(

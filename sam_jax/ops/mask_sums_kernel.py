@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, Int
 from sam_jax.ops.cells import SIDE, SUBPIXELS, MaskGrid
-from sam_jax.ops.mask_sums import MaskSums
+from sam_jax.ops.mask_sums import MaskSums, power
 from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES
 
 # Cells at a time: a handful of maps of them fill the registers.
@@ -250,11 +250,6 @@ def _missed(value: Array, on_mask: Array) -> _Missed:
     return _Missed(0.5 + half, 0.5 - half, cross_entropy)
 
 
-def _power(x: Array, exponent: float) -> Array:
-    # Integer powers are products.
-    return x ** (int(exponent) if exponent == int(exponent) else exponent)
-
-
 def _forward_kernel(shape, neighbours, logits, masks, area, sums, errors, left, line, right):
     beside = (left, line, right)
     errors[...] = jnp.zeros_like(errors)
@@ -275,7 +270,7 @@ def _forward_kernel(shape, neighbours, logits, masks, area, sums, errors, left, 
                 on_mask, inside = masks_here & bit != 0, area_here & bit != 0
                 missed = _missed(value, on_mask)
                 weight = jnp.where(on_mask, shape.alpha, 1.0 - shape.alpha)
-                focal = weight * _power(missed.probability, shape.gamma) * missed.cross_entropy
+                focal = weight * power(missed.probability, shape.gamma) * missed.cross_entropy
                 probability = jnp.where(on_mask, missed.complement, missed.probability)
                 focal_sum += jnp.where(inside, focal, 0.0)
                 probability_sum += jnp.where(inside, probability, 0.0)
@@ -328,7 +323,7 @@ def _backward_kernel(
                 # Of the cross-entropy, the slope is what is missed.
                 d_against = shape.gamma * missed.complement * missed.cross_entropy
                 d_against += missed.probability
-                d_against *= _power(missed.probability, shape.gamma)
+                d_against *= power(missed.probability, shape.gamma)
                 d_value = d_against * jnp.where(
                     on_mask, -shape.alpha * d_focal, (1.0 - shape.alpha) * d_focal
                 )

@@ -23,21 +23,19 @@ def block_of(num_cells: int) -> int:
     return next(block for block in _BLOCKS if num_cells % block == 0)
 
 
-_PRECISION = {True: jax.lax.Precision.HIGHEST, False: jax.lax.Precision.DEFAULT}
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     """A product in float32; ``contracted`` are the axes that are summed over.
 
     Its gradients are products of operands of the same type.
     """
+    precisions = jax.lax.Precision
     return jax.lax.dot_general(
         a,
         b,
         (((contracted[0],), (contracted[1],)), ((), ())),
         # Said of both, as what JAX is told to take by default may be what a kernel cannot.
-        precision=_PRECISION[a.dtype == jnp.float32],
+        precision=precisions.HIGHEST if a.dtype == jnp.float32 else precisions.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 
