@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, Int, Shaped
-from sam_jax.ops.tpu_kernel import LANES, VMEM_LIMIT_BYTES, block_of
+from sam_jax.ops.tpu_kernel import LANES, block_of, call_on_trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,25 +144,16 @@ def _call(static: _Static, kernel, inputs, in_specs, outputs, *, passes: int, na
     """``kernel`` of references to trees of inputs and outputs, for each block of each object."""
     cells = inputs[2]
     objects, num_cells, _ = cells.shape
-    leaves, tree = jax.tree.flatten(inputs)
-    shapes = [shape for shape, _ in outputs]
-    return pl.pallas_call(
-        lambda *refs: kernel(jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]),
-        grid=(objects, num_cells // block_of(cells.shape[1])),
-        in_specs=jax.tree.leaves(in_specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
-        out_specs=[spec for _, spec in outputs],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=passes * static.function.flops_per_cell * objects * num_cells,
-            transcendentals=0,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*leaves, *shapes)),
-        ),
+    return call_on_trees(
+        kernel,
+        inputs,
+        in_specs,
+        outputs,
+        grid=(objects, num_cells // block_of(num_cells)),
+        flops=passes * static.function.flops_per_cell * objects * num_cells,
         interpret=static.interpret,
         name=name,
-    )(*leaves)
+    )
 
 
 def _values(inputs):

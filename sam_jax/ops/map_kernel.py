@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Bool, Float
-from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, block_of
+from sam_jax.ops.tpu_kernel import LANES, SUBLANES, block_of, call_on_trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,27 +81,17 @@ def _call(static: _Static, kernel: Any, inputs: Any, specs: Any, outputs: Any, *
 
     Objects come last, so that an image's cells stay where they are until all have been there.
     """
-    b, p, _, num_cells = (maps := inputs[1]).shape
-    leaves, tree = jax.tree.flatten(inputs)
-    shapes = [shape for shape, _ in outputs]
-    return pl.pallas_call(
-        lambda *refs: kernel(jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]),
-        grid=(b, num_cells // block_of(maps.shape[3]), p),
-        in_specs=jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
-        out_specs=[spec for _, spec in outputs],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT_BYTES,
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=passes * static.function.flops_per_cell * b * p * num_cells,
-            transcendentals=b * p * num_cells,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*leaves, *shapes)),
-        ),
+    b, p, _, num_cells = inputs[1].shape
+    return call_on_trees(
+        kernel,
+        inputs,
+        specs,
+        outputs,
+        grid=(b, num_cells // block_of(num_cells), p),
+        flops=passes * static.function.flops_per_cell * b * p * num_cells,
         interpret=static.interpret,
         name=static.function.name + ("_backward" if passes > 1 else ""),
-    )(*leaves)
+    )
 
 
 def _same(x: Array) -> pl.BlockSpec:

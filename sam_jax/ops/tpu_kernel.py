@@ -1,10 +1,14 @@
 """What kernels for TPUs share."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 # Numbers in a row of a vector register, and rows.
@@ -21,6 +25,53 @@ _BLOCKS = (2048, 1024, 512, 256, LANES)
 def block_of(num_cells: int) -> int:
     """Cells of a step of a kernel: many, of which whole steps make all."""
     return next(block for block in _BLOCKS if num_cells % block == 0)
+
+
+def call_on_trees(
+    kernel: Callable[[Any, Any], None],
+    inputs: Any,
+    in_specs: Any,
+    outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+    *,
+    grid: tuple[int, ...],
+    flops: int,
+    interpret: bool,
+    name: str,
+) -> Sequence[jax.Array]:
+    """``kernel`` of references to a tree of inputs, and to the outputs, for each step of a grid.
+
+    Steps along the last axis of the grid follow one another; the others may be any core's.
+
+    Args:
+      kernel: what to do.
+      inputs: a tree of arrays.
+      in_specs: their blocks, in the same tree.
+      outputs: shapes and blocks.
+      grid: steps.
+      flops: of all steps.
+      interpret: whether to run it without a TPU, slowly.
+      name: of the kernel.
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    shapes = [shape for shape, _ in outputs]
+    return pl.pallas_call(
+        lambda *refs: kernel(jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]),
+        grid=grid,
+        in_specs=jax.tree.leaves(in_specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
+        out_specs=[spec for _, spec in outputs],
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(*("parallel",) * (len(grid) - 1), "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops,
+            transcendentals=0,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*leaves, *shapes)),
+        ),
+        interpret=interpret,
+        name=name,
+    )(*leaves)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
