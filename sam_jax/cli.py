@@ -241,7 +241,7 @@ def predict(
     """Segments one object of a picture from clicks, a box, or both."""
     import numpy as np
 
-    from sam_jax.inference.images import open_image
+    from sam_jax.images import read_image
     from sam_jax.inference.predictor import Predictor
     from sam_jax.inference.prompts import Prompt
     from sam_jax.visualize import draw_boxes, draw_points, overlay_masks, save_picture
@@ -253,7 +253,7 @@ def predict(
         labels=[click[2] if len(click) == 3 else 1.0 for click in clicks],
         box=corners,
     )
-    pixels = open_image(image)
+    pixels = read_image(image)
     with _progress() as say:
         say(f"reading {checkpoint}")
         predictor = Predictor.load(checkpoint, step=step, ema=ema, decoder_heads=decoder_heads)
@@ -336,7 +336,6 @@ def masks(
 
     from sam_jax.inference import folder
     from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions
-    from sam_jax.inference.images import allow_large_pictures
     from sam_jax.inference.predictor import Buckets, Predictor, use_compilation_cache
 
     named: dict[str, Any] = {
@@ -354,7 +353,6 @@ def masks(
             f"{', '.join(sorted(twice))}: given as an option of its own and by --option"
         )
     options = dataclasses.replace(start, **changes, **others)
-    allow_large_pictures()
     folder.list_pictures(source)  # before minutes are spent on loading
     if compilation_cache is not None:
         use_compilation_cache(compilation_cache)

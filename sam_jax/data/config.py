@@ -14,6 +14,7 @@ from sam_jax.data.sources.synthetic import SyntheticSource
 from sam_jax.data.sources.tfds import TfdsSource
 from sam_jax.data.transforms import TrainTransform
 from sam_jax.errors import ConfigError
+from sam_jax.images import Orientation
 
 SourceKind = Literal["synthetic", "coco", "sa1b", "tfds", "mask_folder"]
 
@@ -42,6 +43,9 @@ class SourceConfig:
         masks: mask_folder: the folder of masks.
         split: tfds: which split, as in "train" or "train[:100]".
         cache_dir: sa1b: where tar indices are kept.
+        orientation: coco, sa1b, tfds, mask_folder: which way up pictures are
+            that EXIF turns, where the sizes of their masks do not tell:
+            "upright" (the default) or "stored". Mask files likewise.
         num_images: synthetic: how many.
         image_size: synthetic: (h, w) in pixels.
         num_objects: synthetic: fewest and most objects in an image.
@@ -58,6 +62,7 @@ class SourceConfig:
     masks: str | None = None
     split: str | None = None
     cache_dir: str | None = None
+    orientation: Orientation | None = None
     num_images: int | None = None
     image_size: tuple[int, int] | None = None
     num_objects: tuple[int, int] | None = None
@@ -69,6 +74,10 @@ class SourceConfig:
             raise ValueError(f"kind must be one of {get_args(SourceKind)}: {self.kind}")
         if not self.weight > 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
+        if self.orientation not in (None, *get_args(Orientation)):
+            raise ValueError(
+                f"orientation must be one of {get_args(Orientation)}: {self.orientation!r}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SourceConfig":

@@ -34,6 +34,8 @@ class CorruptionLog:
         num_seen: samples so far, good and corrupt.
         corrupt_counts: skipped samples by reason.
         dropped_mask_counts: masks left out of good samples by reason.
+        remark_counts: good samples by what was decided about them, see
+            `samples.remarks`.
     """
 
     max_corrupt_rate: float
@@ -41,17 +43,21 @@ class CorruptionLog:
     num_seen: int = 0
     corrupt_counts: collections.Counter = field(default_factory=collections.Counter)
     dropped_mask_counts: collections.Counter = field(default_factory=collections.Counter)
+    remark_counts: collections.Counter = field(default_factory=collections.Counter)
     _num_in_a_row: int = 0
     _examples: collections.deque = field(
         default_factory=lambda: collections.deque(maxlen=_NUM_EXAMPLES)
     )
 
-    def record_good(self, name: str, dropped: Iterable[DroppedMask] = ()) -> None:
+    def record_good(
+        self, name: str, dropped: Iterable[DroppedMask] = (), remarks: Iterable[str] = ()
+    ) -> None:
         """Counts a sample that was used, and the masks it lost.
 
         Args:
             name: the sample, for the log.
             dropped: from `TrainTransform.with_report`.
+            remarks: of each, the first is logged.
         """
         self.num_seen += 1
         self._num_in_a_row = 0
@@ -60,6 +66,11 @@ class CorruptionLog:
             if mask.reason not in _FILTERS:
                 count = self.dropped_mask_counts[mask.reason]
                 _warn("mask", mask.reason, count, f"{name}: {mask.detail}")
+
+        for remark in remarks:
+            self.remark_counts[remark] += 1
+            if self.remark_counts[remark] == 1:
+                _log.warning("%s: %s; said once, counted on", name, remark)
 
     def record_corrupt(self, error: CorruptSampleError) -> None:
         """Counts a sample that was skipped.
@@ -90,6 +101,7 @@ class CorruptionLog:
             "num_seen": self.num_seen,
             "corrupt_counts": dict(self.corrupt_counts),
             "dropped_mask_counts": dict(self.dropped_mask_counts),
+            "remark_counts": dict(self.remark_counts),
             "num_in_a_row": self._num_in_a_row,
             "examples": list(self._examples),
         }
@@ -99,6 +111,7 @@ class CorruptionLog:
         self.num_seen = state["num_seen"]
         self.corrupt_counts = collections.Counter(state["corrupt_counts"])
         self.dropped_mask_counts = collections.Counter(state["dropped_mask_counts"])
+        self.remark_counts = collections.Counter(state.get("remark_counts", {}))
         self._num_in_a_row = state["num_in_a_row"]
         self._examples = collections.deque(state["examples"], maxlen=_NUM_EXAMPLES)
 
@@ -110,6 +123,7 @@ def sum_of_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         total.num_seen += state["num_seen"]
         total.corrupt_counts.update(state["corrupt_counts"])
         total.dropped_mask_counts.update(state["dropped_mask_counts"])
+        total.remark_counts.update(state.get("remark_counts", {}))
     return total.get_state()
 
 

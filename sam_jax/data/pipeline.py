@@ -22,7 +22,7 @@ from sam_jax.data.corruption import (
     TooManyCorruptSamplesError,
     sum_of_states,
 )
-from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, mask_runs
+from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, mask_runs, remarks
 from sam_jax.data.sources import Source
 from sam_jax.data.transforms import DroppedMask, PackedExample, TrainTransform, no_valid_mask
 from sam_jax.errors import ConfigError
@@ -53,6 +53,7 @@ class _Loaded(NamedTuple):
     name: str
     dropped: tuple[DroppedMask, ...] = ()
     error: CorruptSampleError | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class _Load(grain.transforms.RandomMap):
             # A copy: the original's traceback holds the image's bytes.
             error = CorruptSampleError(error.name, error.reason, error.detail)
             return _Loaded(None, error.name, error=error)
-        return _Loaded(example, sample.name, dropped)
+        found = tuple(f"{sample.dataset}: {remark}" for remark in remarks(sample))
+        return _Loaded(example, sample.name, dropped, remarks=found)
 
 
 def train_iterator(
@@ -199,6 +201,11 @@ class TrainIterator(grain.DatasetIterator):
         """Masks left out of good samples so far, by reason."""
         return dict(self.get_state()["skipped"]["dropped_mask_counts"])
 
+    @property
+    def remark_counts(self) -> dict[str, int]:
+        """Samples used so far about which something was decided, by what."""
+        return dict(self.get_state()["skipped"].get("remark_counts", {}))
+
 
 class _Batches(grain.IterDataset):
     """Puts good examples into batches; skips and counts the others."""
@@ -235,7 +242,7 @@ class _BatchIterator(grain.DatasetIterator):
             if loaded.error is not None:
                 self._log.record_corrupt(loaded.error)
             else:
-                self._log.record_good(loaded.name, loaded.dropped)
+                self._log.record_good(loaded.name, loaded.dropped, loaded.remarks)
                 loaded.example.unpack_into({key: array[row] for key, array in batch.items()})
                 row += 1
         return batch
@@ -338,7 +345,7 @@ class EvalSamples:
             except CorruptSampleError as error:
                 self._log.record_corrupt(error)
                 continue
-            self._log.record_good(sample.name, dropped)
+            self._log.record_good(sample.name, dropped, remarks(sample))
             yield example
 
     @property
@@ -350,6 +357,11 @@ class EvalSamples:
     def dropped_mask_counts(self) -> dict[str, int]:
         """Masks left out of good samples so far, by reason."""
         return dict(self._log.dropped_mask_counts)
+
+    @property
+    def remark_counts(self) -> dict[str, int]:
+        """Samples used so far about which something was decided, by what."""
+        return dict(self._log.remark_counts)
 
 
 def eval_samples(

@@ -18,14 +18,8 @@ from jaxtyping import Bool, Float64, Int32, Shaped, UInt8
 from PIL import Image
 
 from sam_jax.data import rle
-from sam_jax.data.samples import (
-    CorruptSampleError,
-    ReducedImage,
-    Sample,
-    image_hw,
-    mask_runs,
-    open_reduced,
-)
+from sam_jax.data.samples import CorruptSampleError, Sample, image_hw, mask_runs, open_reduced
+from sam_jax.images import ReducedImage
 
 # Luma weights of the colour jitter's grey axis (ITU-R BT.601).
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -50,8 +44,11 @@ class DroppedMask(NamedTuple):
 
 def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> CorruptSampleError:
     """The error of a sample that lost all its masks, to be raised."""
+    dropped = tuple(dropped)
     counts = collections.Counter(mask.reason for mask in dropped)
     detail = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    if examples := [mask.detail for mask in dropped if mask.detail]:
+        detail += f"; e.g. {examples[0]}"
     return CorruptSampleError(sample.name, "no valid mask", detail or "no annotation")
 
 

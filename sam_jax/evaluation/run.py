@@ -235,6 +235,8 @@ class Evaluator:
                     progress.advance(task)
                 for reason, number in samples.corrupt_counts.items():
                     totals.count(source.name, f"images ({reason})", number)
+                for remark, number in samples.remark_counts.items():
+                    totals.count(source.name, f"images ({remark})", number)
                 for reason, number in samples.dropped_mask_counts.items():
                     totals.count(source.name, f"masks ({reason})", number)
 

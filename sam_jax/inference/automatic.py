@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
+from sam_jax.images import ImageError, as_rgb
 from sam_jax.inference.candidates import (
     EDGE_TOLERANCE,
     Candidate,
@@ -26,7 +27,7 @@ from sam_jax.inference.candidates import (
     nms_by_region,
     record_of,
 )
-from sam_jax.inference.images import ImageEmbeddings, ImageError, as_rgb
+from sam_jax.inference.images import ImageEmbeddings
 from sam_jax.inference.predictor import Predictor
 from sam_jax.inference.regions import Box, Region, crop_boxes, point_grid, tile_boxes
 from sam_jax.inference.restore import restore_logits

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
 from sam_jax.arrays import UInt8
 from sam_jax.convert.files import written_whole
 from sam_jax.data import rle
 from sam_jax.data.transforms import resize_image
 from sam_jax.errors import ConfigError
+from sam_jax.images import PICTURE_SUFFIXES, ImageError, read_header, read_image, upright_copy
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.candidates import label_map
-from sam_jax.inference.images import ImageError, open_image
 from sam_jax.inference.predictor import Predictor
 from sam_jax.visualize import overlay_masks, palette, save_picture
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ANNOTATIONS_FOLDER = "annotations"
 OVERLAYS_FOLDER = "overlays"
 LABELS_FOLDER = "labels"
@@ -139,7 +137,7 @@ def annotate_folder(
         of 16 bits.
       link_pictures: links the pictures beside their annotations, which makes ``annotations`` a
         folder to train on. Masks are of upright pictures: of those that are stored turned, as
-        their EXIF says, an upright copy is written.
+        their EXIF says, an upright copy is written, see ``images.upright_copy``.
       on_progress: called after each picture.
 
     Raises:
@@ -272,7 +270,7 @@ def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
 
     def read(path: Path) -> Any:
         try:
-            return open_image(path)
+            return read_image(path)
         except ImageError as error:
             return error
 
@@ -321,12 +319,11 @@ def _put_beside(path: Path, beside: Path) -> None:
     """Links a picture, or copies it upright if it is stored turned: its masks are upright."""
     if beside.exists() and not beside.is_symlink():
         return
-    with Image.open(path) as stored:
-        is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        if is_turned:
-            with written_whole(beside) as unfinished:
-                ImageOps.exif_transpose(stored).save(unfinished, format=stored.format)
-            return
+    content = path.read_bytes()
+    if read_header(content, str(path)).orientation != 1:
+        with written_whole(beside) as unfinished:
+            unfinished.write_bytes(upright_copy(content, str(path)))
+        return
     beside.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first, since another process may do the same.
     link = beside.with_name(f".{beside.name}.{os.getpid()}")

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.convert.checkpoints import load
-from sam_jax.inference.images import ImageEmbeddings, as_rgb, model_input
+from sam_jax.images import as_rgb
+from sam_jax.inference.images import ImageEmbeddings, model_input
 from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_rows, rows_of
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction

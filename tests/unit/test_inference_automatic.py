@@ -9,9 +9,9 @@ import pytest
 
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
+from sam_jax.images import ImageError
 from sam_jax.inference import automatic
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks, generate_masks_of_many
-from sam_jax.inference.images import ImageError
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import PromptError
 from sam_jax.models.sam import Sam

@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 from sam_jax.data.rle import BadRleError, check_size
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.errors import ConfigError
+from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,13 @@ class CocoSource:
     so are images without any other annotation. Classes are not read.
     """
 
-    def __init__(self, path: str | Path, images: str | Path | None = None, name: str = "coco"):
+    def __init__(
+        self,
+        path: str | Path,
+        images: str | Path | None = None,
+        name: str = "coco",
+        orientation: Orientation = "upright",
+    ):
         """Reads the annotation file.
 
         Args:
@@ -30,6 +37,7 @@ class CocoSource:
             images: the folder of the images; None means `images` beside the
                 JSON. A file_name may repeat the folder's own name.
             name: what `Sample.dataset` says.
+            orientation: see `Sample`.
 
         Raises:
             FileNotFoundError: the JSON or the folder does not exist.
@@ -37,6 +45,7 @@ class CocoSource:
         """
         path = Path(path)
         self.name = name
+        self._orientation = orientation
         self._folder = Path(images) if images is not None else path.parent / "images"
         if not self._folder.is_dir():
             raise FileNotFoundError(f"no image folder {self._folder}; say where with images=")
@@ -84,7 +93,9 @@ class CocoSource:
                 masks_rle.append(segmentation_to_rle(segmentation, [height, width]))
             except BadRleError as error:
                 unusable.append(str(error))
-        return Sample(image, tuple(masks_rle), self.name, str(path), tuple(unusable))
+        return Sample(
+            image, tuple(masks_rle), self.name, str(path), tuple(unusable), self._orientation
+        )
 
 
 def segmentation_to_rle(segmentation: Any, size: Any) -> dict[str, Any]:

@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sam_jax.data import rle
-from sam_jax.data.samples import DECODE_ERRORS, CorruptSampleError, Sample
+from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.errors import ConfigError
+from sam_jax.images import DECODE_ERRORS, PICTURE_SUFFIXES, Orientation, open_as_it_is
 
 _log = logging.getLogger(__name__)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # Lossy formats smear labels into each other at every outline.
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 # More labels than this is a photograph in the wrong folder.
@@ -32,13 +31,21 @@ class MaskFolderSource:
       not 0 (black).
     """
 
-    def __init__(self, path: str | Path, masks: str | Path, name: str = "mask_folder"):
+    def __init__(
+        self,
+        path: str | Path,
+        masks: str | Path,
+        name: str = "mask_folder",
+        orientation: Orientation = "upright",
+    ):
         """Matches the files; none is opened yet.
 
         Args:
             path: the folder (tree) of images.
             masks: the folder (tree) of masks, in PNG, BMP or TIFF.
             name: what `Sample.dataset` says.
+            orientation: see `Sample`; masks that are stored turned are taken
+                by it.
 
         Raises:
             FileNotFoundError: a folder does not exist.
@@ -46,8 +53,9 @@ class MaskFolderSource:
                 belongs to any image.
         """
         self.name = name
+        self._orientation = orientation
         images: dict[str, Path] = {}
-        for stem, image in _files(path, _IMAGE_SUFFIXES):
+        for stem, image in _files(path, PICTURE_SUFFIXES):
             if stem in images:
                 raise ConfigError(f"{images[stem]} and {image} would share their masks")
             images[stem] = image
@@ -90,7 +98,7 @@ class MaskFolderSource:
         masks_rle, unusable = [], []
         for is_label_map, file in mask_files:
             try:
-                labels = _read_labels(file)
+                labels = _read_labels(file, self._orientation)
             except DECODE_ERRORS as error:
                 unusable.append(f"{file}: {error}")
                 continue
@@ -100,7 +108,9 @@ class MaskFolderSource:
                 detail = f"{file} has {count} labels; is it a photograph?"
                 raise CorruptSampleError(str(path), "too many labels", detail)
             masks_rle += rle.from_labels(labels)
-        return Sample(image, tuple(masks_rle), self.name, str(path), tuple(unusable))
+        return Sample(
+            image, tuple(masks_rle), self.name, str(path), tuple(unusable), self._orientation
+        )
 
 
 def _files(folder: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
@@ -127,9 +137,9 @@ def _owner(stem: str, images: dict[str, Path]) -> str | None:
     return stem or None
 
 
-def _read_labels(path: Path) -> np.ndarray:
+def _read_labels(path: Path, orientation: Orientation) -> np.ndarray:
     """The label of each pixel, integers [h, w]; 0 is background."""
-    with Image.open(path) as image:
+    with open_as_it_is(path.read_bytes(), str(path), orientation) as image:
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             image = image.convert("RGB")
         labels = np.asarray(image)

@@ -22,10 +22,12 @@ import numpy as np
 
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.errors import ConfigError
+from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _BLOCK = tarfile.BLOCKSIZE
+# Goes up when the scan finds other pairs, so that older indices are made anew.
+_INDEX_VERSION = 2
 # Scanning waits for storage, not for the processor.
 _SCAN_THREADS = 8
 _MAX_OPEN_TARS = 128
@@ -43,6 +45,7 @@ class Sa1bSource:
         path: str | Path | Sequence[str | Path],
         cache_dir: str | Path | None = None,
         name: str = "sa1b",
+        orientation: Orientation = "upright",
     ):
         """Finds the pairs; scans tars that have no current index yet.
 
@@ -51,6 +54,7 @@ class Sa1bSource:
                 a glob pattern of any of these, or several such.
             cache_dir: where the indices are kept; None is beside each tar.
             name: what `Sample.dataset` says.
+            orientation: see `Sample`.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -58,6 +62,7 @@ class Sa1bSource:
                 all of it, or an index cannot be kept where it should be.
         """
         self.name = name
+        self._orientation = orientation
         parts = [path] if isinstance(path, (str, Path)) else path
         tars, folders = _find(parts)
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
@@ -87,7 +92,7 @@ class Sa1bSource:
         within = index - int(self._ends[number]) + len(shard)
         name, image, annotation = shard.read(within)
         masks_rle, unusable = parse_annotation(name, annotation)
-        return Sample(image, masks_rle, self.name, name, unusable)
+        return Sample(image, masks_rle, self.name, name, unusable, self._orientation)
 
 
 def parse_annotation(
@@ -183,7 +188,7 @@ def _pair_up(pairs: dict[str, list], path: str, value: Any, absent: Any) -> None
     """Files an image or json under its path without suffix; ignores others."""
     suffix = PurePosixPath(path).suffix
     stem = path.removesuffix(suffix)
-    if suffix.lower() in _IMAGE_SUFFIXES:
+    if suffix.lower() in PICTURE_SUFFIXES:
         pairs.setdefault(stem, [absent, absent])[0] = value
     elif suffix.lower() == ".json":
         pairs.setdefault(stem, [absent, absent])[1] = value
@@ -260,7 +265,7 @@ def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
     folder = tar.parent if cache_dir is None else Path(cache_dir)
     # Tars of one name from two folders may share a cache.
     origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
-    state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{_INDEX_VERSION}"
     path = folder / f"{tar.name}.{origin}.{state}.npy"
     if not path.exists():
         index = scan_tar(tar)
