@@ -148,6 +148,11 @@ def annotate_folder(
     pictures = list_pictures(source)
     root = source if source.is_dir() else source.parent
     _check_apart(source, root, target)
+    if link_pictures and pictures[0].suffix.lower() not in PICTURE_SUFFIXES:
+        raise ConfigError(
+            f"{source} has no picture's ending: beside its masks nobody would find it; rename it "
+            f"({', '.join(PICTURE_SUFFIXES)}), or leave link_pictures out"
+        )
     made_by = {"weights": predictor.fingerprint(), "source": str(root.resolve())}
     _keep_settings(target, {**made_by, **dataclasses.asdict(options)})
     files = {
