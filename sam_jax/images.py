@@ -54,6 +54,7 @@ DECODE_ERRORS = (
     KeyError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -261,19 +262,19 @@ def decode(
         return ReducedImage(_turned(image, _to_rgb(image, content), exif, turned), reduction)
 
 
-@contextlib.contextmanager
-def open_as_it_is(
+def decode_in_own_mode(
     content: bytes, name: str, orientation: Orientation = "upright"
-) -> Iterator[Image.Image]:
-    """A picture in its own mode, as label maps need it: only turned as its EXIF says.
+) -> Image.Image:
+    """The picture in a file in its own mode, as label maps need it: only turned as EXIF says.
 
     Raises:
-      UnreadableImageError: if it is damaged, too large, or no picture; also from within.
+      UnreadableImageError: if it is damaged, too large, or no picture.
     """
     with _opened(content, name) as image:
         exif = _orientation(image, content)
         image.load()
-        yield _turned(image, image, exif, orientation == "upright" and exif != 1)
+        # A copy, since the file is closed behind it.
+        return _turned(image, image.copy(), exif, orientation == "upright" and exif != 1)
 
 
 def upright_copy(content: bytes, name: str) -> bytes:

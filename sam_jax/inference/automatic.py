@@ -149,7 +149,7 @@ def generate_masks(
 
     Args:
       predictor: of the model.
-      image: see ``images.as_rgb``.
+      image: see ``sam_jax.images.as_rgb``.
       options: how to search.
       output_mode: a boolean array, run lengths as a list, or COCO's compressed string.
       embeddings: of the whole image, if they are at hand; only without crops and tiles.

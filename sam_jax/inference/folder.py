@@ -137,7 +137,8 @@ def annotate_folder(
         of 16 bits.
       link_pictures: links the pictures beside their annotations, which makes ``annotations`` a
         folder to train on. Masks are of upright pictures: of those that are stored turned, as
-        their EXIF says, an upright copy is written, see ``images.upright_copy``.
+        their EXIF says, an upright copy is written, see
+        ``sam_jax.images.upright_copy``.
       on_progress: called after each picture.
 
     Raises:

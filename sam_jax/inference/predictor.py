@@ -209,7 +209,7 @@ class Predictor:
         """Embeds images, which may differ in size.
 
         Args:
-          images: 8-bit RGB, RGBA or grey arrays, see ``images.as_rgb``.
+          images: RGB, RGBA or grey arrays, or Pillow's images, see ``sam_jax.images.as_rgb``.
 
         Raises:
           ImageError: if an image cannot be used; it is named by its number.

@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from sam_jax import images
 from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, open_reduced
@@ -281,8 +282,9 @@ def test_stored_pictures_are_turned_in_every_format(
         np.testing.assert_array_equal(found, upright)
     as_stored = images.decode(content, "x", orientation="stored").image
     np.testing.assert_array_equal(np.asarray(as_stored), stored)
-    with images.open_as_it_is(content, "x") as opened:
-        np.testing.assert_array_equal(np.asarray(opened), upright)
+    for key, expected in (("upright", upright), ("stored", stored)):
+        found = images.decode_in_own_mode(content, "x", key)
+        np.testing.assert_array_equal(np.asarray(found), expected)
     # The upright copy needs no turning, and has the same pixels, or nearly.
     copy = images.upright_copy(content, "x")
     assert images.read_header(copy, "x")[:2] == (upright.shape[:2], 1)
@@ -292,6 +294,44 @@ def test_stored_pictures_are_turned_in_every_format(
     difference = np.abs(found.astype(int) - upright)
     assert difference.max() <= {"JPEG": 12, "AVIF": 4}.get(kind, 0)
     assert difference.mean() < 1.5
+
+
+def png_with(chunk: bytes, data: bytes, *, at_the_end: bool = False) -> bytes:
+    content = saved(Image.fromarray(RGB), "PNG")
+    at = len(content) - 12 if at_the_end else 33
+    checked = chunk + data
+    part = struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+    return content[:at] + part + content[at:]
+
+
+def test_wherever_files_say_how_they_are_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    image = Image.fromarray(RGB)
+    for content in (
+        png_with(b"eXIf", exif.tobytes()[6:]),
+        png_with(b"eXIf", exif.tobytes()[6:], at_the_end=True),
+        png_with(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        saved(image, "TIFF", 6, compression="tiff_lzw"),
+        saved(image, "TIFF", 6, compression="tiff_adobe_deflate"),
+        saved(image, "JPEG", xmp=xmp, quality=100, subsampling=0),
+        saved(image, "MPO", 6, quality=100, subsampling=0, save_all=True, append_images=[image]),
+    ):
+        for found in routes(content, tmp_path / "x"):
+            assert np.abs(found.astype(int) - TURNS[6](RGB)).max() <= 4
+    # As Pillow hands it on, and once it is turned.
+    image = Image.open(io.BytesIO(saved(image, "PNG", 6)))
+    np.testing.assert_array_equal(as_rgb(image.convert("RGB")), TURNS[6](RGB))
+    np.testing.assert_array_equal(as_rgb(ImageOps.exif_transpose(image)), TURNS[6](RGB))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_costs_no_picture(tmp_path: Path) -> None:
+    for damaged in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        content = saved(Image.fromarray(RGB), "JPEG", exif=damaged)
+        for found in routes(content, tmp_path / "x"):
+            assert found.shape == (*HW, 3)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])

@@ -10,7 +10,7 @@ import numpy as np
 from sam_jax.data import rle
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.errors import ConfigError
-from sam_jax.images import DECODE_ERRORS, PICTURE_SUFFIXES, Orientation, open_as_it_is
+from sam_jax.images import DECODE_ERRORS, PICTURE_SUFFIXES, Orientation, decode_in_own_mode
 
 _log = logging.getLogger(__name__)
 # Lossy formats smear labels into each other at every outline.
@@ -139,10 +139,10 @@ def _owner(stem: str, images: dict[str, Path]) -> str | None:
 
 def _read_labels(path: Path, orientation: Orientation) -> np.ndarray:
     """The label of each pixel, integers [h, w]; 0 is background."""
-    with open_as_it_is(path.read_bytes(), str(path), orientation) as image:
-        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            image = image.convert("RGB")
-        labels = np.asarray(image)
+    image = decode_in_own_mode(path.read_bytes(), str(path), orientation)
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        image = image.convert("RGB")
+    labels = np.asarray(image)
     if labels.ndim == 3:
         labels = labels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     return labels
