@@ -407,3 +407,9 @@ def test_reduced_pictures_are_turned(hw: tuple[int, int], orientation: int) -> N
     h, w = whole.shape[0] // reduction, whole.shape[1] // reduction
     blocks = whole[: h * reduction, : w * reduction].reshape(h, reduction, w, reduction, 3)
     assert np.abs(np.asarray(reduced)[:h, :w] - blocks.mean(axis=(1, 3))).mean() < 3
+
+
+def test_the_table_names_every_ending() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text(encoding="utf-8")
+    for suffix in images.PICTURE_SUFFIXES:
+        assert f"{suffix} " in table.replace("`", " ")
