@@ -543,8 +543,9 @@ def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.n
     Those bits must agree: they tell whether both decoders mean the same by this file.
     """
     refusal = _RefusedError(f"has {bits} bits a channel in a form that is not read; {_EIGHT_BITS}")
-    if image.format == "PPM":
-        raise refusal  # Pillow has scaled it, not cut
+    # Of portable maps Pillow scales the values, and of other modes there is nothing to compare.
+    if image.format == "PPM" or image.mode not in ("LA", "RGB", "RGBA", "RGBX"):
+        raise refusal
     try:
         deep = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:

@@ -19,6 +19,7 @@ from sam_jax.data.samples import (
 )
 from sam_jax.data.transforms import TrainTransform
 from tests.unit.data_fixtures import box_mask, compress, encode_image, gradient_image, make_sample
+from tests.unit.test_images import KINDS
 
 IMAGE = gradient_image((5, 7))
 
@@ -225,10 +226,7 @@ def test_the_error_survives_a_process_boundary() -> None:
 # Pillow's remarks on damaged metadata and sizes.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@hypothesis.given(
-    data=st.data(),
-    kind=st.sampled_from(["JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "PPM"]),
-)
+@hypothesis.given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_damaged_files_are_images_or_corrupt(data: st.DataObject, kind: str) -> None:
     content = bytearray(encode_image(gradient_image((13, 17)), kind))
     for _ in range(data.draw(st.integers(1, 6))):
