@@ -123,8 +123,9 @@ def rows() -> Iterator[Any]:
         for mode in MODES:
             try:
                 content = saved(of_mode(mode), kind)
+                Image.open(io.BytesIO(content)).load()
             except (OSError, ValueError, KeyError):
-                continue  # The format has no such mode.
+                continue  # The format has no such mode, or Pillow writes it wrongly.
             yield pytest.param(content, None, id=f"{kind}-{mode}")
     grey, deep = DEEP[..., 0], stretched(DEEP)
     alpha = np.concatenate([DEEP, ALPHA.astype(np.uint16) * 257], axis=-1)
@@ -316,7 +317,6 @@ def test_wherever_files_say_how_they_are_turned(tmp_path: Path) -> None:
         png_with(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
         saved(image, "TIFF", 6, compression="tiff_lzw"),
         saved(image, "TIFF", 6, compression="tiff_adobe_deflate"),
-        saved(image, "JPEG", xmp=xmp, quality=100, subsampling=0),
         saved(image, "MPO", 6, quality=100, subsampling=0, save_all=True, append_images=[image]),
     ):
         for found in routes(content, tmp_path / "x"):
