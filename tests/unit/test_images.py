@@ -104,7 +104,7 @@ def routes(content: bytes, path: Path) -> Iterator[Any]:
     yield outcome(lambda: decode_image(sample))
     yield outcome(lambda: read_image(path))
     ((_, found),) = folder._read_ahead([path])
-    yield found.detail if isinstance(found, ImageError) else found
+    yield found.detail if isinstance(found, images.UnreadableImageError) else found
     try:
         with Image.open(path) as image:
             yield outcome(lambda: as_rgb(image))
@@ -284,7 +284,11 @@ def test_stored_pictures_are_turned_in_every_format(
         np.testing.assert_array_equal(found, upright)
     as_stored = images.decode(content, "x", orientation="stored").image
     np.testing.assert_array_equal(np.asarray(as_stored), stored)
-    for key, expected in (("upright", upright), ("stored", stored)):
+    expected_by_key: list[tuple[images.Orientation, np.ndarray]] = [
+        ("upright", upright),
+        ("stored", stored),
+    ]
+    for key, expected in expected_by_key:
         found = images.decode_in_own_mode(content, "x", key)
         np.testing.assert_array_equal(np.asarray(found), expected)
     # The upright copy needs no turning, and has the same pixels, or nearly.
