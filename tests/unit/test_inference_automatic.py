@@ -218,7 +218,7 @@ def test_tiny_images_have_masks(predictor: Predictor, size: tuple[int, int]) -> 
 
 
 def test_what_came_before_a_bad_image_is_answered(predictor: Predictor) -> None:
-    images = [np.zeros((9, 9, 3), np.uint8)] * 2 + [np.zeros((9, 9), np.float32)]
+    images = [np.zeros((9, 9, 3), np.uint8)] * 2 + [np.zeros((9, 9, 3), np.float32)]
     answered: list[Any] = []
     together = dataclasses.replace(EVERYTHING, regions_per_batch=4)
     with pytest.raises(ImageError, match="image 2 has type float32"):
