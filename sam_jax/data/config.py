@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from sam_jax.configuration import from_mapping
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.coco import CocoSource, Crowd
 from sam_jax.data.sources.mask_folder import MaskFolderSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.data.sources.synthetic import SyntheticSource
@@ -39,7 +39,12 @@ class SourceConfig:
             its size does not matter.
         name: what samples say they come from; None means the kind.
         images: coco: the image folder.
+        crowd: coco: "skip" leaves annotations with iscrowd out, "keep" takes
+            them for objects.
         masks: mask_folder: the folder of masks.
+        background: mask_folder: the label of what is no object; see there.
+        ignore_labels: mask_folder: labels that are neither object nor
+            background, such as outlines.
         split: tfds: which split, as in "train" or "train[:100]".
         cache_dir: sa1b: where tar indices are kept.
         num_images: synthetic: how many.
@@ -55,7 +60,10 @@ class SourceConfig:
     weight: float = 1.0
     name: str | None = None
     images: str | None = None
+    crowd: Crowd | None = None
     masks: str | None = None
+    background: int | None = None
+    ignore_labels: tuple[int, ...] | None = None
     split: str | None = None
     cache_dir: str | None = None
     num_images: int | None = None
@@ -65,6 +73,8 @@ class SourceConfig:
     seed: int | None = None
 
     def __post_init__(self):
+        if self.crowd is not None and self.crowd not in get_args(Crowd):
+            raise ValueError(f"crowd must be one of {get_args(Crowd)}: {self.crowd!r}")
         if self.kind not in get_args(SourceKind):
             raise ValueError(f"kind must be one of {get_args(SourceKind)}: {self.kind}")
         if not self.weight > 0:

@@ -32,19 +32,13 @@ DECODE_ERRORS = (
 )
 
 
-class CorruptSampleError(Exception):
-    """An image or mask of the dataset that cannot be used.
-
-    Data errors only: a wrong path in a config or a bug raises something else
-    and stops the run.
+class SkippedSampleError(Exception):
+    """A sample of the dataset that is not used.
 
     Attributes:
         name: the sample, as in `Sample.name`.
-        reason: a short fixed phrase, by which occurrences are counted:
-            "missing image", "truncated image", "unreadable image",
-            "missing json", "malformed json", "bad rle", "size mismatch",
-            "no valid mask", "truncated tar", ...
-        detail: what exactly was wrong, for the log.
+        reason: a short fixed phrase, by which occurrences are counted.
+        detail: what exactly was found, for the log.
     """
 
     def __init__(self, name: str, reason: str, detail: str = ""):
@@ -56,6 +50,23 @@ class CorruptSampleError(Exception):
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
         return f"{self.name}: {self.reason}{detail}"
+
+
+class CorruptSampleError(SkippedSampleError):
+    """An image or mask of the dataset that cannot be used.
+
+    Data errors only: a wrong path in a config or a bug raises something else
+    and stops the run. Reasons are "missing image", "truncated image",
+    "unreadable image", "missing json", "malformed json", "bad rle",
+    "size mismatch", "no valid mask", "truncated tar", ...
+    """
+
+
+class NoObjectError(SkippedSampleError):
+    """An image in which nothing is marked, or nothing that the filters let pass: no damage.
+
+    Reasons are "no annotation", "only empty masks" and "only filtered masks".
+    """
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class Sample:
         name: the file, or tar::member, for messages and results.
         unusable_masks: what was wrong with each annotation that the source
             could not express as an RLE at all.
+        remarks: (reason, detail) of what was left out or changed about masks
+            that are used, such as a part of a polygon.
     """
 
     image: bytes | np.ndarray
@@ -78,6 +91,7 @@ class Sample:
     dataset: str
     name: str
     unusable_masks: tuple[str, ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:

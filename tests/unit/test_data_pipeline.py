@@ -322,7 +322,7 @@ def test_too_many_corrupt_samples_stop_the_run(opened: Any, tmp_path: Path) -> N
     with pytest.raises(TooManyCorruptSamplesError) as caught:
         take(iterator, 1000)
     message = str(caught.value)
-    assert "'missing image': " in message
+    assert "missing image, e.g. " in message
     assert "tolerated: 19.0%" in message
     assert "9.png: missing image" in message
     # Two of ten are more than 19 %, however they are spread over an epoch.
@@ -355,7 +355,7 @@ def test_logging_thins_out(opened: Any, tmp_path: Path, caplog: pytest.LogCaptur
         take(iterator, 40)
     assert 39 <= iterator.corrupt_counts["missing image"] <= 41
     # 1 to 16, and 32.
-    assert len(caplog.records) == 17
+    assert sum("sample skipped" in record.message for record in caplog.records) == 17
 
 
 def test_evaluation_reads_in_order_and_skips_what_is_corrupt(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 
 # ArrayRecord checks sums, so damage shows as an error of reading.
@@ -61,6 +62,7 @@ class TfdsSource:
                 'again with file_format="array_record"'
             ) from error
         self.name = name
+        self.left_out = Tally()
         self._path = str(path)
 
     def __len__(self) -> int:
