@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sam_jax.data.samples import CorruptSampleError, NoObjectError, SkippedSampleError
+from sam_jax.data.samples import NoObjectError, SkippedSampleError
 from sam_jax.data.tally import Tally
 from sam_jax.data.transforms import FILTERS, DroppedMask
 from sam_jax.errors import UserError

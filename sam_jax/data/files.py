@@ -140,7 +140,7 @@ class NamedFiles:
 
     def _list(self, folder: Path) -> list[dict[str, list[str]]]:
         try:
-            names = sorted(os.listdir(folder))
+            names = sorted(path.name for path in folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             names = []
         listing: list[dict[str, list[str]]] = [{} for _ in _SPELLINGS]

@@ -131,7 +131,9 @@ def _check_form(image: Image.Image) -> None:
     pages = getattr(image, "n_frames", 1)
     if pages > 1:
         raise LabelMapError(f"it has {pages} pages; save each as a file of its own")
-    if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in image.tile):
+    if image.mode in ("RGB", "RGBA", "LA") and any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", [])
+    ):
         raise LabelMapError(
             f"it has 16 bits in each channel of {image.mode}, of which 8 would be lost; save "
             "labels as 16-bit grey"
@@ -254,12 +256,17 @@ def _soft_edge(stored: _Stored, ignored: set[int]) -> int | None:
     solid_objects = set(values[is_solid].tolist()) - {stored.background} - ignored
     num_thin = len(values) - int(is_solid.sum())
     is_cut_out = solid_objects == {stored.whitest}
-    if num_thin >= (1 if is_cut_out else _MIN_BLENDS) and num_thin > len(solid_objects) - is_cut_out:
+    if (
+        num_thin >= (1 if is_cut_out else _MIN_BLENDS)
+        and num_thin > len(solid_objects) - is_cut_out
+    ):
         between = _between(stored.channels, ~thin)
         if between[thin].mean() >= _BLEND_RATE:
             if len(solid_objects) == 1 and stored.channels.shape[-1] == 1:
                 return solid_objects.pop()
-            raise LabelMapError(f"{num_thin} labels lie between others along their outlines: {_SMEARED}")
+            raise LabelMapError(
+                f"{num_thin} labels lie between others along their outlines: {_SMEARED}"
+            )
     if num_thin > max(_MIN_SMOOTH_LABELS, len(solid_objects)) and _is_scattered(ranks, is_solid):
         raise LabelMapError(f"{num_thin} labels are specks all over: {_SMEARED}")
     if len(values) > _MIN_SMOOTH_LABELS:
@@ -306,7 +313,7 @@ def _ranked(
 def _between(
     channels: Shaped[np.ndarray, "h w c"], solid: Bool[np.ndarray, "h w"]
 ) -> Bool[np.ndarray, "h w"]:
-    """Where a pixel lies between the least and the greatest solid value near it, in all channels."""
+    """Where a pixel lies between the least and the greatest solid value near it, by channel."""
     window = np.ones((2 * _REACH_PX + 1, 2 * _REACH_PX + 1), np.uint8)
     between = np.ones(solid.shape, bool)
     for channel in np.moveaxis(channels.astype(np.float32), -1, 0):

@@ -123,6 +123,6 @@ def test_what_may_mean_two_files_is_refused(
     fill(tmp_path, *files)
     for file in files:
         assert NamedFiles(tmp_path).find(file) == tmp_path / file
-    with pytest.raises(ConfigError, match="may mean .* or .*: write it as") as caught:
+    with pytest.raises(ConfigError, match=r"may mean .* or .*: write it as") as caught:
         NamedFiles(tmp_path).find(name)
     assert all(str(tmp_path / file) in str(caught.value) for file in files)

@@ -214,9 +214,7 @@ def test_white_beside_other_labels_is_remarked(tmp_path: Path) -> None:
         (DISK * np.int32(5) - 1, -1),
     ],
 )
-def test_the_background_may_be_another_label(
-    tmp_path: Path, image: Any, background: int
-) -> None:
+def test_the_background_may_be_another_label(tmp_path: Path, image: Any, background: int) -> None:
     suffix = ".tif" if isinstance(image, np.ndarray) else ".png"
     labels, _ = read(tmp_path, image, suffix, background=background)
     (mask,) = objects(labels)

@@ -420,7 +420,11 @@ def test_reasons_reach_the_last_message(opened: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(TooManyCorruptSamplesError) as caught:
         take(opened(make_config(coco(path), corrupt_grace=5)), 1)
-    for part in ("5 no valid mask, e.g. ", "1 size mismatch, e.g. mask 0 is [30, 2", "the image [2"):
+    for part in (
+        "5 no valid mask, e.g. ",
+        "1 size mismatch, e.g. mask 0 is [30, 2",
+        "the image [2",
+    ):
         assert part in str(caught.value)
 
 

@@ -140,9 +140,7 @@ def _find(path: Path, images: list[CocoImage], folder: Path) -> list[Path | None
     return paths
 
 
-def segmentation_to_rle(
-    segmentation: Any, size: Any
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def segmentation_to_rle(segmentation: Any, size: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A COCO `segmentation` as an RLE: {"size": [h, w], "counts": ...}.
 
     RLEs pass through as they are (and are validated where they are decoded);

@@ -99,7 +99,10 @@ class MaskFolderSource:
             self.left_out.add("hidden files", str(hidden[0]), len(hidden))
         # The same letters may be stored composed or not, as in zips from other systems.
         return sorted(
-            (unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()), path)
+            (
+                unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()),
+                path,
+            )
             for path in found
         )
 
