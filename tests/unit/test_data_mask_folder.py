@@ -182,3 +182,19 @@ def test_what_was_decided_about_a_file_is_remarked(folders: tuple[Path, Path]) -
     np.testing.assert_array_equal(all_masks(sample), [LEFT, RIGHT])
     sample = MaskFolderSource(*folders, background=2, ignore_labels=(255, 0))[0]
     np.testing.assert_array_equal(all_masks(sample), [LEFT])
+
+
+def test_names_that_differ_in_case_belong_together_if_no_other_does(
+    folders: tuple[Path, Path],
+) -> None:
+    images, masks = folders
+    for name in ("Cat.jpg", "CAT_2.jpg"):
+        add_image(images, name)
+    for name in ("cat.png", "cat_2_1.png", "CAT_2_2.png"):
+        add(masks, name, (LEFT * 255).astype(np.uint8))
+    source = MaskFolderSource(*folders)
+    assert [Path(source[i].name).name for i in range(2)] == ["CAT_2.jpg", "Cat.jpg"]
+    assert [len(source[i].masks_rle) for i in range(2)] == [2, 1]
+    add_image(images, "cAt.jpg")
+    with pytest.raises(ConfigError, match=r"cat\.png may belong to .*C?at\.jpg or "):
+        MaskFolderSource(*folders)

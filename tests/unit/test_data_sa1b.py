@@ -294,6 +294,15 @@ def test_only_rles_are_segmentations(segmentation: Any) -> None:
     assert (len(masks_rle), len(unusable)) == (1, 1)
 
 
+@pytest.mark.parametrize("annotation", [{}, None, 5, [], {"bbox": [1, 2, 3, 4]}])
+def test_one_bad_annotation_costs_only_itself(annotation: Any) -> None:
+    content = json.loads(sa1b_json([box_mask((9, 12), 1, 4, 1, 5)] * 2, 1))
+    content["annotations"].insert(1, annotation)
+    masks_rle, unusable = parse_annotation("a.jpg", json.dumps(content).encode())
+    assert len(masks_rle) == 2
+    assert unusable[0].startswith("annotations[1]: ")
+
+
 def test_the_released_annotation_form(shared_data: Path) -> None:
     content = (shared_data / "sa1b" / "sa_226381_partial.json").read_bytes()
     masks_rle, unusable = parse_annotation("sa_226381.jpg", content)

@@ -88,7 +88,8 @@ class CocoSource:
         if size is None and any(isinstance(mask, list) for _, mask in record.segmentations):
             size = image_hw(Sample(image, (), self.name, str(path)))
         masks_rle, unusable, remarks = [], [], []
-        for where, segmentation in record.segmentations:
+        for number, segmentation in record.segmentations:
+            where = f"annotations[{number}]"
             try:
                 mask, bad_parts = segmentation_to_rle(segmentation, size)
             except BadRleError as error:

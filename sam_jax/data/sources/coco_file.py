@@ -24,12 +24,12 @@ class CocoImage(NamedTuple):
     Attributes:
         file_name: as it stands there.
         hw: height and width in pixels; None where the file does not say.
-        segmentations: of the annotations in use, with what to call each in messages.
+        segmentations: of the annotations in use, with the number of each in the file.
     """
 
     file_name: str
     hw: tuple[int, int] | None
-    segmentations: list[tuple[str, Any]]
+    segmentations: list[tuple[int, Any]]
 
 
 def read_coco(path: Path, keep_crowds: bool) -> tuple[list[CocoImage], Tally]:
@@ -102,7 +102,7 @@ def _read(content: Any, keep_crowds: bool) -> tuple[list[CocoImage], Tally]:
         if reason:
             left_out.add(reason, f"{where} with image_id {image_id!r}")
         else:
-            images[image_id].segmentations.append((where, annotation["segmentation"]))
+            images[image_id].segmentations.append((number, annotation["segmentation"]))
     used = [image for image in images.values() if image.segmentations]
     for image in images.values():
         if not image.segmentations:

@@ -3,7 +3,7 @@
 import collections
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +66,27 @@ class MaskFolderSource:
             if stem in images:
                 raise ConfigError(f"{images[stem]} and {image} would share their masks")
             images[stem] = image
+        # Where no name is the same, one that differs in case only is.
+        folded: dict[str, list[str]] = collections.defaultdict(list)
+        for stem in images:
+            folded[stem.casefold()].append(stem)
         # Per image: (is it a label map, the file).
         found: dict[str, list[tuple[bool, Path]]] = collections.defaultdict(list)
         num_masks = 0
         for stem, mask in self._files(masks, _MASK_SUFFIXES):
             num_masks += 1
             owner = _owner(stem, images)
+            if owner is None and (alike := _owner(stem.casefold(), folded)):
+                owner, *others = folded[alike]
+                if others:
+                    raise ConfigError(
+                        f"{mask} may belong to {images[owner]} or {images[others[0]]}: write its "
+                        "name as the image's is"
+                    )
             if owner is None:
                 self.left_out.add("mask files without an image", str(mask))
             else:
-                found[owner].append((stem == owner, mask))
+                found[owner].append((stem.casefold() == owner.casefold(), mask))
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(
@@ -137,7 +148,7 @@ class MaskFolderSource:
         )
 
 
-def _owner(stem: str, images: dict[str, Path]) -> str | None:
+def _owner(stem: str, images: Container[str]) -> str | None:
     """The image a mask belongs to; of `cat` and `cat_2`, the longer match."""
     folder = stem.rpartition("/")[0]
     if stem not in images and folder in images:

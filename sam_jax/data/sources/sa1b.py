@@ -112,14 +112,18 @@ def parse_annotation(
     """
     try:
         annotations = json.loads(content)["annotations"]
-        segmentations = [annotation["segmentation"] for annotation in annotations]
+        if not isinstance(annotations, list):
+            raise TypeError(f"annotations is {annotations!r:.80}, not a list")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptSampleError(name, "malformed json", repr(error)) from error
-    usable = tuple(rle for rle in segmentations if isinstance(rle, dict))
-    unusable = tuple(
-        f"segmentation is {rle!r:.80}" for rle in segmentations if not isinstance(rle, dict)
-    )
-    return usable, unusable
+    usable, unusable = [], []
+    for number, annotation in enumerate(annotations):
+        rle = annotation.get("segmentation") if isinstance(annotation, dict) else annotation
+        if isinstance(rle, dict) and isinstance(annotation, dict):
+            usable.append(rle)
+        else:
+            unusable.append(f"annotations[{number}]: segmentation is {rle!r:.80}")
+    return tuple(usable), tuple(unusable)
 
 
 def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
