@@ -36,6 +36,7 @@ _SMEARED = (
 # A label in so many pieces on average, none of them large, is what a lossy format left.
 _MANY_PIECES = 4
 _LABELS_LOOKED_AT = 16
+_PIXELS_LOOKED_AT = 1 << 20
 # Pixels to either side in which the two sides of a soft outline are found.
 _REACH_PX = 16
 
@@ -54,13 +55,13 @@ class LabelMap(NamedTuple):
     """The labels of a file.
 
     Attributes:
-        labels: 0 is background, every other value an object, in the order of
-            the labels in the file.
+        labels: 0 is background, 1, 2, ... are the objects, in the order of
+            their labels in the file.
         remarks: what about the file had to be decided, each one of the
             phrases of this module.
     """
 
-    labels: Int64[np.ndarray, "h w"]
+    labels: UInt16[np.ndarray, "h w"]
     remarks: tuple[str, ...] = ()
 
 
@@ -76,7 +77,7 @@ class _Stored(NamedTuple):
         remarks: what had to be decided.
     """
 
-    labels: Int64[np.ndarray, "h w"]
+    labels: Shaped[np.ndarray, "h w"]
     channels: Shaped[np.ndarray, "h w c"]
     background: int = _BLACK
     void: tuple[int, ...] = ()
@@ -102,14 +103,15 @@ def read_label_map(
     with Image.open(path) as image:
         _check_form(image)
         stored = _stored(image, background)
-    labels, remarks = stored.labels, list(stored.remarks)
+    remarks = list(stored.remarks)
     ignored = set(ignore_labels)
-    soft = _soft_edge(stored, ignored)
+    values, ranks = _ranked(stored.labels)
+    soft = _soft_edge(stored, values, ranks, ignored)
     if soft is not None:
         remarks.append(SOFT_EDGE)
-        is_object = np.abs(labels - soft) <= np.abs(labels - stored.background)
-        labels = np.where(is_object, soft, stored.background)
-    present = set(_ranked(labels)[0].tolist())
+        is_object = np.abs(values - soft) <= np.abs(values - stored.background)
+        values = np.where(is_object, soft, stored.background)
+    present = set(values.tolist())
     void = {label for label in stored.void if label in present} - ignored
     if void:
         remarks.append(VOID)
@@ -123,8 +125,9 @@ def read_label_map(
         remarks.append(NO_BACKGROUND)
     if stored.whitest == 255 and 255 in objects and len(objects) > 1:
         remarks.append(WHITE_BESIDE_LABELS)
-    no_object = np.isin(labels, [stored.background, *ignored, *void])
-    return LabelMap(np.where(no_object, 0, labels + 1), tuple(remarks))
+    numbers = {label: number for number, label in enumerate(sorted(objects), start=1)}
+    table = np.array([numbers.get(label, 0) for label in values.tolist()], np.uint16)
+    return LabelMap(table[ranks], tuple(remarks))
 
 
 def _check_form(image: Image.Image) -> None:
@@ -147,7 +150,7 @@ def _stored(image: Image.Image, background: int | None) -> _Stored:
     if mode == "F":
         return _of_grey(_whole(np.asarray(image)), background, None)
     if mode in ("1", "L") or mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image, np.uint8 if mode == "1" else None)
         whitest = {"1": 1, "L": 255}.get(mode, 65_535)
         if "transparency" not in image.info:
             return _of_grey(values, background, whitest)
@@ -159,7 +162,7 @@ def _stored(image: Image.Image, background: int | None) -> _Stored:
 
 
 def _of_grey(
-    values: Int64[np.ndarray, "h w"], background: int | None, whitest: int | None
+    values: Shaped[np.ndarray, "h w"], background: int | None, whitest: int | None
 ) -> _Stored:
     return _Stored(values, values[..., None], background or 0, whitest=whitest)
 
@@ -232,7 +235,12 @@ def _codes(colors: Int64[np.ndarray, "*shape 3"]) -> Int64[np.ndarray, "*shape"]
     return colors @ np.array([1 << 16, 1 << 8, 1], np.int64)
 
 
-def _soft_edge(stored: _Stored, ignored: set[int]) -> int | None:
+def _soft_edge(
+    stored: _Stored,
+    values: Int64[np.ndarray, "n"],
+    ranks: Shaped[np.ndarray, "h w"],
+    ignored: set[int],
+) -> int | None:
     """The value of the only object of a mask whose outline is smoothed; None for a map of labels.
 
     Smoothing, resizing and JPEG leave values between those of both sides along each outline, in
@@ -242,17 +250,17 @@ def _soft_edge(stored: _Stored, ignored: set[int]) -> int | None:
         LabelMapError: outlines between several objects are smoothed, so that it is lost which
             pixels belong to which; or nothing but a photograph is to be seen.
     """
-    values, ranks = _ranked(stored.labels)
     if len(values) <= 2:
         return None
     if len(values) > _MAX_LABELS:
         raise LabelMapError(f"it has {len(values):,} labels; is it a photograph?")
+    if len(values) > _MIN_SMOOTH_LABELS:
+        _check_constant(stored.labels, len(values))
     window = np.ones((3, 3), np.uint8)
     is_flat = cv2.erode(ranks, window) == cv2.dilate(ranks, window)
     is_solid = np.zeros(len(values), bool)
     is_solid[ranks[is_flat]] = True
     is_solid[values == stored.whitest] = True
-    thin = ~is_solid[ranks]
     solid_objects = set(values[is_solid].tolist()) - {stored.background} - ignored
     num_thin = len(values) - int(is_solid.sum())
     is_cut_out = solid_objects == {stored.whitest}
@@ -260,7 +268,8 @@ def _soft_edge(stored: _Stored, ignored: set[int]) -> int | None:
         num_thin >= (1 if is_cut_out else _MIN_BLENDS)
         and num_thin > len(solid_objects) - is_cut_out
     ):
-        between = _between(stored.channels, ~thin)
+        thin = ~is_solid[ranks]
+        between = _between(stored.channels, ~thin, stored.labels == stored.background)
         if between[thin].mean() >= _BLEND_RATE:
             if len(solid_objects) == 1 and stored.channels.shape[-1] == 1:
                 return solid_objects.pop()
@@ -269,8 +278,6 @@ def _soft_edge(stored: _Stored, ignored: set[int]) -> int | None:
             )
     if num_thin > max(_MIN_SMOOTH_LABELS, len(solid_objects)) and _is_scattered(ranks, is_solid):
         raise LabelMapError(f"{num_thin} labels are specks all over: {_SMEARED}")
-    if len(values) > _MIN_SMOOTH_LABELS:
-        _check_constant(stored.labels, len(values))
     return None
 
 
@@ -281,11 +288,15 @@ def _is_scattered(ranks: Shaped[np.ndarray, "h w"], is_solid: Bool[np.ndarray, "
     return float(np.mean(pieces)) >= _MANY_PIECES
 
 
-def _check_constant(labels: Int64[np.ndarray, "h w"], count: int) -> None:
+def _check_constant(labels: Shaped[np.ndarray, "h w"], count: int) -> None:
     """Refuses photographs and smooth maps, in which a value is no object."""
-    steps = [np.abs(np.diff(labels, axis=axis)).reshape(-1) for axis in (0, 1)]
-    changes = np.concatenate([step[step > 0] for step in steps])
-    if changes.size > _MAX_CHANGE_RATE * 2 * labels.size:
+    # Some rows and columns of a large picture tell as much.
+    stride = 1 + labels.size // _PIXELS_LOOKED_AT
+    rows, columns = labels[::stride].astype(np.int64), labels[:, ::stride].astype(np.int64)
+    across, down = np.diff(rows, axis=1), np.diff(columns, axis=0)
+    steps = np.abs(np.concatenate([across.reshape(-1), down.reshape(-1)]))
+    changes = steps[steps > 0]
+    if changes.size > _MAX_CHANGE_RATE * steps.size:
         raise LabelMapError(
             f"it has {count} values that change from pixel to pixel; is it a photograph?"
         )
@@ -297,7 +308,7 @@ def _check_constant(labels: Int64[np.ndarray, "h w"], count: int) -> None:
 
 
 def _ranked(
-    labels: Int64[np.ndarray, "*shape"],
+    labels: Shaped[np.ndarray, "*shape"],
 ) -> tuple[Int64[np.ndarray, "n"], UInt16[np.ndarray, "*shape"] | Int64[np.ndarray, "*shape"]]:
     """The values there are, rising, and the position of each pixel's among them."""
     if labels.size and labels.min() >= 0 and labels.max() < 1 << 16:
@@ -307,17 +318,25 @@ def _ranked(
         return np.flatnonzero(is_there), ranks[labels]
     values, ranks = np.unique(labels, return_inverse=True)
     kind = np.uint16 if len(values) <= 1 << 16 else np.int64
-    return values, ranks.reshape(labels.shape).astype(kind)
+    return values.astype(np.int64), ranks.reshape(labels.shape).astype(kind)
 
 
 def _between(
-    channels: Shaped[np.ndarray, "h w c"], solid: Bool[np.ndarray, "h w"]
+    channels: Shaped[np.ndarray, "h w c"],
+    solid: Bool[np.ndarray, "h w"],
+    background: Bool[np.ndarray, "h w"],
 ) -> Bool[np.ndarray, "h w"]:
-    """Where a pixel lies between the least and the greatest solid value near it, by channel."""
+    """Where a pixel lies between solid values near it, or one and the background, by channel.
+
+    Background may be near without being solid, as a gap between objects.
+    """
     window = np.ones((2 * _REACH_PX + 1, 2 * _REACH_PX + 1), np.uint8)
     between = np.ones(solid.shape, bool)
     for channel in np.moveaxis(channels.astype(np.float32), -1, 0):
         least = cv2.erode(np.where(solid, channel, np.float32(np.inf)), window)
         greatest = cv2.dilate(np.where(solid, channel, np.float32(-np.inf)), window)
+        if background.any():
+            ground = channel[background][0]
+            least, greatest = np.minimum(least, ground), np.maximum(greatest, ground)
         between &= (least <= channel) & (channel <= greatest) & (least < greatest)
     return between
