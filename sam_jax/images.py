@@ -131,11 +131,13 @@ class Header(NamedTuple):
       stored_hw: height and width of the pixels in the file.
       orientation: EXIF's, 1 to 8; 1 is upright.
       has_frames: whether other frames or pages follow the first.
+      bits: of a channel.
     """
 
     stored_hw: tuple[int, int]
     orientation: int
     has_frames: bool
+    bits: int
 
     @property
     def upright_hw(self) -> tuple[int, int]:
@@ -228,7 +230,8 @@ def read_header(content: bytes, name: str) -> Header:
         if _is_tiff(image):
             # Pillow gives the size that the picture has once it is turned.
             width, height = _tag(image, Base.ImageWidth), _tag(image, Base.ImageLength)
-        return Header((height, width), _orientation(image, content), _has_frames(image))
+        exif, bits = _orientation(image, content), _bits(image, content)
+        return Header((height, width), exif, _has_frames(image), bits)
 
 
 def decode(

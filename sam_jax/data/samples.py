@@ -15,19 +15,13 @@ from sam_jax.data import rle as rle_codec
 from sam_jax.images import Orientation, ReducedImage
 
 
-class CorruptSampleError(Exception):
-    """An image or mask of the dataset that cannot be used.
-
-    Data errors only: a wrong path in a config or a bug raises something else
-    and stops the run.
+class SkippedSampleError(Exception):
+    """A sample of the dataset that is not used.
 
     Attributes:
         name: the sample, as in `Sample.name`.
-        reason: a short fixed phrase, by which occurrences are counted:
-            "missing image", "truncated image", "unreadable image",
-            "missing json", "malformed json", "bad rle", "size mismatch",
-            "no valid mask", "truncated tar", ...
-        detail: what exactly was wrong, for the log.
+        reason: a short fixed phrase, by which occurrences are counted.
+        detail: what exactly was found, for the log.
     """
 
     def __init__(self, name: str, reason: str, detail: str = ""):
@@ -39,6 +33,23 @@ class CorruptSampleError(Exception):
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
         return f"{self.name}: {self.reason}{detail}"
+
+
+class CorruptSampleError(SkippedSampleError):
+    """An image or mask of the dataset that cannot be used.
+
+    Data errors only: a wrong path in a config or a bug raises something else
+    and stops the run. Reasons are "missing image", "truncated image",
+    "unreadable image", "missing json", "malformed json", "bad rle",
+    "size mismatch", "no valid mask", "truncated tar", ...
+    """
+
+
+class NoObjectError(SkippedSampleError):
+    """An image in which nothing is marked, or nothing that the filters let pass: no damage.
+
+    Reasons are "no annotation", "only empty masks" and "only filtered masks".
+    """
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class Sample:
             could not express as an RLE at all.
         orientation: how an image that is stored turned is taken where the
             sizes of its masks do not tell; see `is_turned`.
+        remarks: (reason, detail) of what the source decided or changed about
+            masks that are used, such as a part of a polygon; see
+            `all_remarks`.
     """
 
     image: bytes | np.ndarray
@@ -63,6 +77,7 @@ class Sample:
     name: str
     unusable_masks: tuple[str, ...] = ()
     orientation: Orientation = "upright"
+    remarks: tuple[tuple[str, str], ...] = ()
 
     @functools.cached_property
     def header(self) -> images.Header:
@@ -160,8 +175,20 @@ def _fitting_orientation(sample: Sample) -> Orientation | None:
     return "upright" if upright > stored else "stored"
 
 
-def remarks(sample: Sample) -> tuple[str, ...]:
-    """What was decided about the picture and should be known, in short fixed phrases.
+def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
+    """What was decided about masks and picture and should be known: (reason, detail).
+
+    Reasons are short fixed phrases, by which occurrences are counted.
+
+    Raises:
+        CorruptSampleError: the bytes are no readable image.
+    """
+    # What the source asked about the picture is not counted twice.
+    return tuple(dict.fromkeys((*sample.remarks, *picture_remarks(sample))))
+
+
+def picture_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
+    """What was decided about the picture, as `all_remarks` has it.
 
     Raises:
         CorruptSampleError: the bytes are no readable image.
@@ -171,12 +198,13 @@ def remarks(sample: Sample) -> tuple[str, ...]:
     found = []
     if sample.header.orientation != 1 and _fitting_orientation(sample) is None:
         way = "turned upright" if sample.orientation == "upright" else "taken as stored"
-        found.append(
+        reason = (
             f"{way}; EXIF turns it, and the sizes of its masks do not tell whether they are of "
             "the upright picture (orientation decides)"
         )
+        found.append((reason, ""))
     if sample.header.has_frames:
-        found.append("the first of several frames or pages")
+        found.append(("the first of several frames or pages", ""))
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from sam_jax.arrays import UInt8
 from sam_jax.convert.files import written_whole
 from sam_jax.data import rle
+from sam_jax.data.files import data_files
 from sam_jax.data.transforms import resize_image
 from sam_jax.errors import ConfigError
 from sam_jax.images import PICTURE_SUFFIXES, ImageError, read_header, read_image, upright_copy
@@ -24,6 +26,7 @@ from sam_jax.inference.candidates import label_map
 from sam_jax.inference.predictor import Predictor
 from sam_jax.visualize import overlay_masks, palette, save_picture
 
+_log = logging.getLogger(__name__)
 ANNOTATIONS_FOLDER = "annotations"
 OVERLAYS_FOLDER = "overlays"
 LABELS_FOLDER = "labels"
@@ -70,7 +73,7 @@ class Summary:
 
 
 def list_pictures(source: Path) -> list[Path]:
-    """A picture file itself, or all those below a folder, sorted; links are followed.
+    """A picture file itself, or all those below a folder, as `data_files` has them.
 
     Raises:
       ConfigError: if there is none, or two differ in their suffix alone.
@@ -80,31 +83,18 @@ def list_pictures(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist")
-    found = [path for path in _files_below(source) if path.suffix.lower() in PICTURE_SUFFIXES]
+    found, hidden = data_files(source, PICTURE_SUFFIXES)
     if not found:
-        raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
-    found.sort()
+        but = f", but {len(hidden)} hidden files such as {hidden[0]}" if hidden else ""
+        raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)}){but}")
+    if hidden:
+        _log.warning("%s: %d hidden files left out, e.g. %s", source, len(hidden), hidden[0])
     by_stem: dict[Path, Path] = {}
     for path in found:
         other = by_stem.setdefault(path.with_suffix(""), path)
         if other is not path:
             raise ConfigError(f"{other} and {path} would share one annotation file; rename one")
     return found
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        # A link may lead back to where it is.
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(parent, name) for name in names)
 
 
 def annotate_folder(

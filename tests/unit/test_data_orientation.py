@@ -112,7 +112,7 @@ def test_what_sizes_do_not_tell_is_said_once_and_counted(
         for _ in range(2):
             next(iterator)
         ((remark, count),) = iterator.remark_counts.items()
-    assert remark.startswith("mine: turned upright; EXIF turns it")
+    assert remark.startswith("turned upright; EXIF turns it")
     assert count == 8
     assert caplog.text.count("EXIF turns it") == 1
     fresh = train_iterator(config)

@@ -15,7 +15,7 @@ from sam_jax.data.samples import (
     decode_masks,
     image_hw,
     open_reduced,
-    remarks,
+    picture_remarks,
 )
 from sam_jax.data.transforms import TrainTransform
 from tests.unit.data_fixtures import box_mask, compress, encode_image, gradient_image, make_sample
@@ -100,9 +100,11 @@ def test_masks_decide_which_way_up_a_picture_is() -> None:
             wanted = by_key if expected is None else expected
             np.testing.assert_array_equal(decode_image(sample), wanted)
             assert image_hw(sample) == wanted.shape[:2]
-            assert bool(remarks(sample)) == (expected is None)
+            assert bool(picture_remarks(sample)) == (expected is None)
     # In no file that says nothing of it, there is nothing to decide.
-    assert remarks(encoded(Image.fromarray(IMAGE))) == remarks(sample_of(IMAGE)) == ()
+    assert (
+        picture_remarks(encoded(Image.fromarray(IMAGE))) == picture_remarks(sample_of(IMAGE)) == ()
+    )
 
 
 def test_sizes_that_fit_neither_way_up_are_explained() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam_jax.configuration import from_mapping
+from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.protocols import (
     CompiledModel,
@@ -312,6 +313,29 @@ def evaluator(sources, model=None, devices=ONE_DEVICE, **changes):
     return Evaluator(model or ColorSam(CONFIG), config, devices=devices)
 
 
+def test_what_a_source_leaves_out_is_in_the_report(two_sources):
+    path = Path(two_sources[0]["path"])
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 99, "file_name": "d.png", "height": 4, "width": 4})
+    content["annotations"].append({"image_id": 77, "segmentation": [[0, 0, 4, 0, 4, 4]]})
+    path.write_text(json.dumps(content))
+    report = evaluator(two_sources[:1])(variables())
+    assert report.datasets[0].skipped == {
+        "annotations of an image that is not in the file": 1,
+        "images without an annotation in use": 1,
+    }
+    assert "'d.png'" in report.datasets[0].examples["images without an annotation in use"]
+
+
+def test_a_dataset_without_any_mask_is_an_error(two_sources):
+    path = Path(two_sources[1]["path"])
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][1:]
+    path.write_text(json.dumps(content))
+    with pytest.raises(NoObjectsError, match=r"(?s)others: none of 1 samples .*1 only empty masks"):
+        evaluator(two_sources)(variables())
+
+
 def test_report_by_hand(two_sources):
     report = evaluator(two_sources, baselines=("box_filled", "disk"))(variables())
     stripes, others = report.datasets
@@ -319,6 +343,8 @@ def test_report_by_hand(two_sources):
     assert (others.name, others.num_images, others.num_masks) == ("others", 1, 1)
     assert stripes.skipped == {}
     assert others.skipped == {"masks (empty)": 1}
+    assert list(others.examples) == ["masks (empty)"]
+    assert others.examples["masks (empty)"].endswith("a.png: mask 1")
     # Masks of two or three stripes start with the widest: 16 / 36, 24 / 32 and 16 / 24.
     assert stripes.miou["center_1"] == pytest.approx((4 + 16 / 36 + 24 / 32 + 16 / 24) / 7)
     assert stripes.miou["center_2"] == pytest.approx((6 + 28 / 36) / 7)

@@ -253,3 +253,19 @@ def test_linked_folders_are_followed_once(
     (elsewhere / "back").symlink_to(pictures)
     names = [str(path.relative_to(pictures)) for path in folder.list_pictures(pictures)]
     assert names == ["a.png", "b.jpg", "link/d.png", "more/c.JPEG"]
+
+
+def test_hidden_files_are_no_pictures(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [str(path) for path in folder.list_pictures(pictures)]
+    for name in ("._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/more/._c.JPEG"):
+        path = pictures / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no picture")
+    assert [str(path) for path in folder.list_pictures(pictures)] == names
+    assert "3 hidden files left out" in caplog.text
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._a.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds no picture .* but 1 hidden files such as"):
+        folder.list_pictures(tmp_path / "empty")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.images import Orientation
 
@@ -69,6 +70,7 @@ class TfdsSource:
                 'again with file_format="array_record"'
             ) from error
         self.name = name
+        self.left_out = Tally()
         self._orientation = orientation
         self._path = str(path)
 
