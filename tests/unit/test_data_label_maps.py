@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
@@ -19,6 +18,7 @@ from sam_jax.data.label_maps import (
     LabelMapError,
     read_label_map,
 )
+from tests.unit.test_images import deep_file, saved
 
 HW = (96, 128)
 DISKS = ((30, 30, 20), (90, 40, 25), (50, 75, 15))
@@ -192,12 +192,21 @@ def test_further_pages_are_refused(tmp_path: Path) -> None:
             read_label_map(tmp_path / f"a{suffix}")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_channels_of_16_bits_are_refused(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a{suffix}"
-    assert cv2.imwrite(str(path), np.stack([TWO * np.uint16(300)] * 3, axis=-1))
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("written_as", [".png", ".tif", ".jp2"])
+def test_channels_of_16_bits_are_refused(tmp_path: Path, written_as: str, channels: int) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(deep_file(written_as, np.stack([TWO * np.uint16(300)] * channels, axis=-1)))
     with pytest.raises(LabelMapError, match="16 bits in each channel"):
         read_label_map(path)
+
+
+def test_grey_of_16_bits_is_turned_in_full(tmp_path: Path) -> None:
+    labels = np.asarray(drawn((1, 2))).astype(np.uint16) * 300
+    (tmp_path / "a.tif").write_bytes(saved(Image.fromarray(labels), "TIFF", 6))
+    for orientation, expected in (("upright", np.rot90(TWO, -1)), ("stored", TWO)):
+        found = read_label_map(tmp_path / "a.tif", orientation=orientation).labels
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_labels_without_background_are_remarked(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.pipeline import DataConfig, eval_samples, train_iterator
 from sam_jax.data.samples import decode_image, decode_masks, is_turned
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.coco import PART_LEFT_OUT, CocoSource
 from sam_jax.data.sources.mask_folder import MaskFolderSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.errors import ConfigError
@@ -136,3 +136,31 @@ def test_other_orientations_are_refused() -> None:
         SourceConfig.from_dict({"kind": "coco", "orientation": "upside down"})
     with pytest.raises(ConfigError, match=r"superfluous: \['orientation'\]"):
         build_source(SourceConfig.from_dict({"kind": "synthetic", "orientation": "stored"}))
+
+
+def test_polygons_without_a_size_are_of_the_picture_as_it_is_taken(tmp_path: Path) -> None:
+    """Of them nothing tells which way up they were drawn, but RLEs beside them may."""
+    (tmp_path / "images").mkdir()
+    stored = Image.fromarray(gradient_image((12, 20)))
+    (tmp_path / "images" / "a.png").write_bytes(saved(stored, "PNG", 6))
+    polygon = [[1, 1, 9, 1, 9, 9, 1, 9], [1, 1]]
+    rle = compress(np.ones((12, 20), bool))
+    for key, segmentations, hw, is_decided in (
+        ("upright", [polygon], (20, 12), False),
+        ("stored", [polygon], (12, 20), False),
+        ("upright", [polygon, rle], (12, 20), True),
+    ):
+        content = {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "annotations": [{"image_id": 1, "segmentation": s} for s in segmentations],
+        }
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        samples = eval_samples(CocoSource(tmp_path / "x.json", orientation=key))
+        (example,) = samples
+        assert example.image.shape[:2] == example.masks.shape[1:] == hw
+        remarks = samples.remark_counts
+        assert remarks.pop(PART_LEFT_OUT) == 1
+        assert [reason.split("; ")[0] for reason in remarks] == (
+            [] if is_decided else ["turned upright" if key == "upright" else "taken as stored"]
+        )
+        assert not samples.dropped_mask_counts

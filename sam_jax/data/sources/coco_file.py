@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from sam_jax.data.rle import MAX_SIDE_PX
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
+from sam_jax.images import MAX_SIDE_PX
 
 Id: TypeAlias = int | str
 
