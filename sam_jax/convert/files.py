@@ -166,7 +166,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             named = ", ".join(objects[:3]) or re.sub(r"^.*rror: ", "", str(error).splitlines()[-1])
             raise WeightsError(
                 f"{path} is refused: it is damaged, or holds objects besides tensors, whose "
-                f"loading could run code ({named}); nothing in it was run. If you trust it, load it where it was made, and save the tensors alone: "
+                f"loading could run code ({named}); nothing in it was run. If you trust it, load "
+                "it where it was made, and save the tensors alone: "
                 "torch.save(model.state_dict(), path)."
             ) from None
         # Damaged bytes end in errors of every kind, IndexError and struct.error among them.

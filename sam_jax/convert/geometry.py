@@ -9,7 +9,7 @@ import numpy as np
 
 from sam_jax.convert.files import WeightsError
 from sam_jax.convert.names import Scheme, foreign_names
-from sam_jax.convert.strangers import what_tensors_are, without_wrapping
+from sam_jax.convert.strangers import which_model, which_part, without_wrapping
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
 from sam_jax.models.sam import SamConfig
@@ -38,7 +38,7 @@ def detect_scheme(
             f"{where} holds {len(found)} tensors of {len(tensors)} names, as soon as wrapping "
             "layers (module, _orig_mod) are left out: several models in one file"
         )
-    if what := what_tensors_are(tensors):
+    if what := which_model(tensors):
         raise WeightsError(f"{where} holds {what}")
     for scheme, landmark in _LANDMARKS:
         for name in tensors:
@@ -49,6 +49,8 @@ def detect_scheme(
                 if scheme == "mae" and "cls_token" not in stripped:
                     continue
                 return scheme, stripped
+    if what := which_part(tensors):
+        raise WeightsError(f"{where} holds {what}")
     some = ", ".join(list(tensors)[:6])
     raise WeightsError(
         f"{where} holds no checkpoint of Segment Anything or of MAE: none of its {len(tensors)} "

@@ -18,7 +18,7 @@ _ZIP = b"PK\x03\x04"
 _BEGINNINGS = (
     (
         b"version https://git-lfs",
-        "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
+        "a Git LFS pointer, no weights: fetch them with git lfs pull",
     ),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"BZh", "a bzip2 archive: unpack it first"),
@@ -34,9 +34,9 @@ _BEGINNINGS = (
     (b"GIF8", "a picture"),
     (b"%PDF", "a PDF document"),
 )
-_PAGE = re.compile(
-    rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body)", re.IGNORECASE | re.DOTALL
-)
+_PAGE = re.compile(rb"(?is)\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body)")
+# A protocol buffer: a version, then who made it.
+_ONNX = re.compile(rb"(?s)\x08.(\x12.)(pytorch|onnx|keras|tf2onnx|skl2onnx|sam_jax)")
 _TRUSTED = "give the weights themselves, a .pth or .safetensors file"
 
 
@@ -56,9 +56,7 @@ def what_file_is(path: Path) -> str | None:
         return "a tar archive: unpack it first"
     if head[4:8] == b"TFL3":
         return f"a TensorFlow Lite model, made for running: {_TRUSTED}"
-    if path.suffix == ".onnx" or re.match(
-        rb"\x08.(?:\x12.)(?:pytorch|onnx|keras|tf2onnx)", head, re.DOTALL
-    ):
+    if path.suffix == ".onnx" or _ONNX.match(head):
         return f"an ONNX graph, made for running: {_TRUSTED} that it was exported from"
     if head.startswith(_ZIP):
         return _what_archive_is(path, size)
@@ -132,9 +130,8 @@ def what_folder_is(folder: Path) -> str:
         )
     if "saved_model.pb" in names:
         return "it is a TensorFlow model, of which none of this model is known"
-    files = [
-        name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors"))
-    ]
+    endings = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+    files = [name for name in names if name.endswith(endings)]
     if files:
         return f"it holds {', '.join(files[:4])}: name the file"
     return f"it holds {', '.join(names[:6]) or 'nothing'}"
@@ -180,7 +177,7 @@ def _globals(file: BinaryIO | io.BytesIO, num_pickles: int) -> Iterator[str]:
                 elif operation.name == "MEMOIZE":
                     memo[len(memo)] = strings[-1] if strings else ""
                 elif operation.name in ("BINGET", "LONG_BINGET", "GET"):
-                    strings.append(memo.get(int(argument), ""))
+                    strings.append(memo.get(int(str(argument)), ""))
                 elif isinstance(argument, str):
                     strings.append(argument)
         except (ValueError, pickle.UnpicklingError, EOFError):
@@ -207,8 +204,8 @@ _OTHERS = (
     (
         r"(?i)(^|\.)(\w*_)?adapter(_\w+)?\.|(^|\.)prompt_generator\.",
         (
-            "a model with adapters between its layers (as of Medical SAM Adapter or SAM-Adapter), which "
-            "this model has not: they cannot be merged; take the weights that the training began with"
+            "a model with adapters between its layers (as Medical SAM Adapter has), which this "
+            "model has not: they cannot be merged; take the weights that it was trained from"
         ),
     ),
     (
@@ -234,7 +231,7 @@ _OTHERS = (
     (
         r"(^|\.)image_encoder\.(patch_embed\.seq|layers\.\d+\.blocks)\.",
         (
-            "MobileSAM or TinySAM, whose encoder is a TinyViT, not a ViT as here: take sam_vit_b, or "
+            "MobileSAM or TinySAM, whose encoder is a TinyViT, no ViT as here: take sam_vit_b, or "
             "train a small model of this project's"
         ),
     ),
@@ -264,12 +261,18 @@ _PARTS = (
 )
 
 
-def what_tensors_are(names: Iterable[str]) -> str | None:
-    """Which other model's tensors have these names, or which part's; None if it is not known."""
+def which_model(names: Iterable[str]) -> str | None:
+    """Which other model's tensors have these names, and what to do; None if it is not known."""
     names = list(names)
     for pattern, what in _OTHERS:
         if sum(1 for name in names if re.search(pattern, name)) > 1:
             return what
+    return None
+
+
+def which_part(names: Iterable[str]) -> str | None:
+    """Which part of the model all these tensors are of, and what to do; None if of none."""
+    names = list(names)
     for pattern, what in _PARTS:
         if names and all(re.fullmatch(pattern, name) for name in names):
             return (
