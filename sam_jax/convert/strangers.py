@@ -190,14 +190,14 @@ _OTHERS = (
     (
         r"(^|\.)(lora_[AB]|lora_embedding_[AB]|base_layer)\.",
         (
-            "LoRA adapters of PEFT's, apart from what they adapt: merge them where they were trained, "
+            "LoRA adapters of PEFT's, not merged: merge them where they were trained, "
             "torch.save(model.merge_and_unload().state_dict(), path)"
         ),
     ),
     (
         r"qkv\.(qkv|linear_[ab]_[qkv])\.|(^|\.)w_[ab]_\d+$|(^|\.)lora_\w+",
         (
-            "LoRA adapters, apart from what they adapt: add the product of each pair to the rows of "
+            "LoRA adapters, not merged: add the product of each pair to the rows of "
             "the weight that it adapts, and save that under the published name"
         ),
     ),
