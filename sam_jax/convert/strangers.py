@@ -67,8 +67,11 @@ def _what_archive_is(path: Path, size: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        return f"damaged or cut short: the end of its zip archive is missing ({size:,} bytes)"
+    # Damaged ones end in errors of every kind.
+    except Exception as error:
+        is_cut = isinstance(error, zipfile.BadZipFile) and "not a zip file" in str(error)
+        reason = "the end of its zip archive is missing" if is_cut else f"its zip archive: {error}"
+        return f"damaged or cut short: {reason} ({size:,} bytes)"
     parts = [name.split("/") for name in names]
     if any(part[-1] == "constants.pkl" or "code" in part[:-1] for part in parts):
         return (
