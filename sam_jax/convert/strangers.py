@@ -264,6 +264,10 @@ _PARTS = (
 )
 
 
+# Other vision transformers have blocks, and other transformers layers, too.
+_TELLING = r"(neck|rel_pos_h|iou_token|mask_tokens|pe_layer|point_embeddings|mask_downscaling)"
+
+
 def which_model(names: Iterable[str]) -> str | None:
     """Which other model's tensors have these names, and what to do; None if it is not known."""
     names = list(names)
@@ -277,7 +281,8 @@ def which_part(names: Iterable[str]) -> str | None:
     """Which part of the model all these tensors are of, and what to do; None if of none."""
     names = list(names)
     for pattern, what in _PARTS:
-        if names and all(re.fullmatch(pattern, name) for name in names):
+        all_fit = all(re.fullmatch(pattern, name) for name in names)
+        if all_fit and any(re.search(_TELLING, name) for name in names):
             return (
                 f"{what}: put its tensors, under the published names, into a copy of the whole "
                 "checkpoint that it belongs to"
