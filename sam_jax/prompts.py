@@ -59,7 +59,9 @@ def noisy_box(
     +-min(10 % of the side, 20 px) instead.
     """
     side = box[2:] - box[:2] + 1.0
-    noise = config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, box.shape)
+    noise = (
+        config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, box.shape, jnp.float32)
+    )
     noise = jnp.clip(noise, -config.box_noise_max_px, config.box_noise_max_px)
     last = jnp.tile(image_hw[::-1] - 1, 2).astype(jnp.float32)
     return jnp.clip(box + noise, 0.0, last)
@@ -91,5 +93,5 @@ def mask_round_of(key: Array, config: PromptConfig) -> Int[Array, ""]:
     Uniform over the places before, between and after the corrections; -1 if there is none.
     """
     if not config.random_mask_round:
-        return jnp.array(-1)
-    return jax.random.randint(key, (), 1, config.num_corrections + 2)
+        return jnp.int32(-1)
+    return jax.random.randint(key, (), 1, config.num_corrections + 2, jnp.int32)

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -15,6 +15,7 @@ from sam_jax.arrays import Float, UInt8
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
 from sam_jax.images import ImageError, as_rgb
+from sam_jax.inference.arguments import checked_embeddings, images_in, one_image
 from sam_jax.inference.candidates import (
     EDGE_TOLERANCE,
     Candidate,
@@ -133,10 +134,10 @@ SA1B_OPTIONS = AutomaticOptions(
 def generate_masks(
     predictor: Predictor,
     image: Any,
-    options: AutomaticOptions | None = None,
+    options: Any = None,
     *,
-    output_mode: OutputMode = "binary_mask",
-    embeddings: ImageEmbeddings | None = None,
+    output_mode: Any = "binary_mask",
+    embeddings: Any = None,
 ) -> list[dict[str, Any]]:
     """All masks of an image, as records of the released generator's form.
 
@@ -160,20 +161,28 @@ def generate_masks(
 
     Source: Kirillov et al. 2023, appendix B; segment-anything, ``automatic_mask_generator.py``.
     """
+    if isinstance(image, list | tuple):
+        raise ImageError(
+            f"image is a {type(image).__name__} of {len(image)}: generate_masks takes one image, "
+            "generate_masks_of_many several"
+        )
+    image = one_image(image, "image")
+    if embeddings is not None:
+        embeddings = checked_embeddings(embeddings)
     (records,) = _generate(
-        predictor, [image], options or AutomaticOptions(), output_mode, embeddings
+        predictor, [image], _checked(options, output_mode), output_mode, embeddings
     )
     return records
 
 
 def generate_masks_of_many(
     predictor: Predictor,
-    images: Iterable[Any],
-    options: AutomaticOptions | None = None,
+    images: Any,
+    options: Any = None,
     *,
-    output_mode: OutputMode = "coco_rle",
+    output_mode: Any = "coco_rle",
 ) -> Iterator[list[dict[str, Any]]]:
-    """``generate_masks`` of a stream of images, in their order.
+    """``generate_masks`` of a stream of images, in their order; of what ``embed`` takes.
 
     As many regions as ``options.regions_per_batch`` are embedded and prompted at once on each of
     the predictor's devices, of one image or of several; no more images than that are in memory.
@@ -181,7 +190,23 @@ def generate_masks_of_many(
     Raises:
       ImageError: if an image cannot be used; those before it have been answered.
     """
-    return _generate(predictor, images, options or AutomaticOptions(), output_mode, None)
+    return _generate(
+        predictor, images_in(images), _checked(options, output_mode), output_mode, None
+    )
+
+
+def _checked(options: Any, output_mode: Any) -> AutomaticOptions:
+    if output_mode not in get_args(OutputMode):
+        expected = " or ".join(map(repr, get_args(OutputMode)))
+        raise ConfigError(f"output_mode is {output_mode!r}; expected {expected}")
+    if options is None:
+        return AutomaticOptions()
+    if not isinstance(options, AutomaticOptions):
+        raise ConfigError(
+            f"options is a {type(options).__name__}; expected AutomaticOptions, as in "
+            "AutomaticOptions(points_per_side=16)"
+        )
+    return options
 
 
 # Masks that wait to be measured, for each that is: enough that nobody is idle.

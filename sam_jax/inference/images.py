@@ -1,8 +1,8 @@
 """Images as the model takes them, and their embeddings as values that can be kept."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,9 +41,21 @@ class ImageEmbeddings:
     def __len__(self) -> int:
         return len(self.original_hw)
 
-    def __getitem__(self, images: slice | Sequence[int]) -> "ImageEmbeddings":
-        """Those of some of the images."""
-        rows = np.arange(len(self))[images]
+    def __getitem__(self, images: Any) -> "ImageEmbeddings":
+        """Those of some of the images: of one by its number, of several by a slice or a list.
+
+        Raises:
+          IndexError: if there is no such image.
+          TypeError: if it is none of these.
+        """
+        # A list of no numbers is one of floats to numpy.
+        chosen = np.zeros(0, int) if isinstance(images, list) and not images else images
+        rows = np.atleast_1d(np.arange(len(self))[chosen])
+        if rows.ndim != 1 or images is None or isinstance(images, bool):
+            raise TypeError(
+                "image embeddings are taken by a number, a slice or a list of numbers, not by "
+                f"{images!r}"
+            )
         return dataclasses.replace(
             self,
             features=self.features[rows],

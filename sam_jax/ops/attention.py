@@ -22,9 +22,11 @@ Implementation: TypeAlias = Literal[
 QUERY_ROWS_PER_CHUNK = 8
 # Up to this many tokens the whole matrix of logits is small enough to be made at once.
 MAX_TOKENS_AT_ONCE = 1024
-# Channels of a head that cuDNN's fused attention takes.
-CUDNN_MAX_CHANNELS = 128
-CUDNN_MAX_CHANNELS_HOPPER = 256
+# Channels of a head that cuDNN's fused attention takes forward and backward, of equal width in
+# queries, keys and values, by the major number of the compute capability; 0 is all others'.
+_CUDNN_MAX_CHANNELS = {0: 128, 9: 256}
+# Older GPUs have no fused attention.
+_CUDNN_OLDEST = (8, 0)
 _CUDNN_MULTIPLE = 8
 
 
@@ -64,7 +66,7 @@ def grid_attention(
       placement: what kind of device it is; all of ``qkv`` is on one.
 
     Raises:
-      ValueError: if a kernel is asked for that cannot do this shape.
+      ValueError: if a kernel, or cuDNN, is asked for that cannot do this shape.
 
     Source: Li et al. 2022 (MViTv2), section 3.1, as used in ViTDet and SAM.
     """
@@ -89,6 +91,13 @@ def grid_attention(
     if rel_pos_h is not None and rel_pos_w is not None:
         of_offsets = (relative_positions(tables[0], gh), relative_positions(tables[1], gw))
     if implementation == "cudnn":
+        most = cudnn_max_channels(placement.compute_capability)
+        if placement.platform == "gpu" and _cudnn_channels(head_dim, (gh, gw)) > most:
+            raise ValueError(
+                f"attention 'cudnn' cannot do a grid of {gh} x {gw} cells with heads of {head_dim} "
+                f"channels: together {_cudnn_channels(head_dim, (gh, gw))} channels, of which this "
+                f"GPU takes {most}; 'auto' takes what can"
+            )
         out = _by_cudnn(q, k, v, of_offsets, placement)
     else:
         forms = {"reference": _reference, "extended": _extended, "chunked": _chunked}
@@ -113,9 +122,9 @@ def choose(
         if num_tokens > MAX_TOKENS_AT_ONCE and flash_kernel.supports(grid, num_heads, head_dim):
             return "flash_kernel"
     if placement.platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
-        needed = -(-(head_dim + sum(grid)) // _CUDNN_MULTIPLE) * _CUDNN_MULTIPLE
+        most = cudnn_max_channels(placement.compute_capability)
         # Its backward pass wants an even number of tokens.
-        if needed <= _cudnn_max_channels(placement) and num_tokens % 2 == 0:
+        if _cudnn_channels(head_dim, grid) <= most and num_tokens % 2 == 0:
             return "cudnn"
     return "extended" if num_tokens <= MAX_TOKENS_AT_ONCE else "chunked"
 
@@ -175,19 +184,22 @@ def _ones_at_keys(k, dtype):
 
 def _by_cudnn(q, k, v, tables, placement):
     gh, gw, _, c = q.shape[1:]
+    # Elsewhere, as the GPU would that takes most.
+    capability = placement.compute_capability
     queries, keys = [(q.astype(jnp.float32) * c**-0.5).astype(q.dtype)], [k]
     if tables is not None:
         terms, ones = _relative_terms(q, tables), _ones_at_keys(k, k.dtype)
         leading = [term.astype(q.dtype) for term in terms]
         queries, keys = queries + leading, keys + ones
-        if c + 2 * (gh + gw) <= _cudnn_max_channels(placement):
+        most = cudnn_max_channels((9, 0) if capability is None else capability)
+        if c + 2 * (gh + gw) <= most:
             queries += [
                 (term - lead.astype(jnp.float32)).astype(q.dtype)
                 for term, lead in zip(terms, leading, strict=True)
             ]
             keys += ones
     queries, keys = (jnp.concatenate(parts, axis=-1) for parts in (queries, keys))
-    width = -(-queries.shape[-1] // _CUDNN_MULTIPLE) * _CUDNN_MULTIPLE
+    width = _round_up(queries.shape[-1], _CUDNN_MULTIPLE)
     # Queries, keys and values must be equally wide.
     queries, keys, values = (
         rearrange(
@@ -205,10 +217,28 @@ def _by_cudnn(q, k, v, tables, placement):
     return rearrange(out[..., :c], "b (h w) a c -> b h w a c", h=gh)
 
 
-def _cudnn_max_channels(placement: Placement) -> int:
-    capability = placement.compute_capability
-    is_older = capability is not None and capability < 9.0
-    return CUDNN_MAX_CHANNELS if is_older else CUDNN_MAX_CHANNELS_HOPPER
+def cudnn_max_channels(capability: tuple[int, int] | None) -> int:
+    """Channels of a head that cuDNN's fused attention takes in both passes, 0 if it does nothing.
+
+    Whatever runs forward may be differentiated, so that what the backward pass takes decides.
+
+    Args:
+      capability: the GPU's compute capability; None for a device that is no NVIDIA GPU.
+
+    Source: cudnn-frontend, ``scaled_dot_product_flash_attention.h``, checks of the backward pass.
+    """
+    if capability is None or capability < _CUDNN_OLDEST:
+        return 0
+    return _CUDNN_MAX_CHANNELS.get(capability[0], _CUDNN_MAX_CHANNELS[0])
+
+
+def _cudnn_channels(head_dim: int, grid: GridShape) -> int:
+    """Channels of the extended form, as wide as cuDNN takes them."""
+    return _round_up(head_dim + sum(grid), _CUDNN_MULTIPLE)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _chunked(q, k, v, tables):

@@ -147,7 +147,8 @@ class MaskGrid:
           the pixel, and its sub-pixel, cell and bit, for ``bit_at``.
         """
         counts = jax.lax.population_count(words)
-        rank = jax.random.randint(key, (), 0, jnp.maximum(jnp.sum(counts), 1))
+        total = jnp.sum(counts, dtype=jnp.int32)
+        rank = jax.random.randint(key, (), 0, jnp.maximum(total, 1), jnp.int32)
         subpixel, rank = _of_rank(jnp.sum(counts, axis=1), rank)
         cell, rank = _of_rank(counts[subpixel], rank)
         bits, places = zip(*self.bits(), strict=True)

@@ -1,6 +1,7 @@
 """Where a model runs, for what the compiler cannot split over devices by itself."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -60,12 +61,14 @@ class Placement:
         return "compiled" if self.platform == "tpu" and not is_divided else "none"
 
     @property
-    def compute_capability(self) -> float | None:
-        """Of an NVIDIA GPU, as in 9.0; None for other devices."""
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Of an NVIDIA GPU, as in (9, 0); None for other devices."""
         if self.platform != "gpu":
             return None
         device = jax.devices()[0] if self._any_mesh is None else self._any_mesh.devices.flat[0]
-        return float(getattr(device, "compute_capability", 0.0))
+        # AMD's GPUs are of the same platform, and say "gfx942".
+        numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+        return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
     def size(self, axis: str | None) -> int:
         """Devices along one of the mesh's axes."""
