@@ -9,12 +9,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sam_jax.checkpoint import CheckpointConfig, save_config
+from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import readable_errors
 from sam_jax.evaluation.run import EvalConfig, Evaluator
-from sam_jax.hosts import HostsConfig, is_first, start_devices
+from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.training import loop
 from sam_jax.training.recipe import Recipe
 
@@ -37,8 +37,6 @@ def main(argv: list[str]) -> None:
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, recipe.sharding.cpu_devices)
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    if is_first():
-        save_config(WORKDIR.value, config)
     # Closing it says what of the data was left out.
     with contextlib.closing(
         train_iterator(
@@ -51,6 +49,7 @@ def main(argv: list[str]) -> None:
             data_iterator=data_iterator,
             checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
             evaluators={name: Evaluator(recipe.model, section) for name, section in evals.items()},
+            sections=config,
         )
 
 

@@ -285,12 +285,7 @@ def plan(recipe: Recipe, topology: str = LOCAL, *, batch_size: int | None = None
     devices, chip = devices_of(topology)
     program = recipe.program(devices)
     batch_size = batch_size or recipe.data.batch_size
-    num_parts = math.prod(program.mesh.shape[axis] for axis in program.model.placement.batch_axes)
-    if batch_size % (num_parts * recipe.optimizer.accumulate_steps):
-        raise ConfigError(
-            f"a batch of {batch_size} images does not divide by {num_parts} devices that see "
-            f"different images and optimizer.accumulate_steps = {recipe.optimizer.accumulate_steps}"
-        )
+    recipe.check_batch(program, batch_size)
     batch = program.placed_batch(batch_size, recipe.data.max_masks)
     start = time.perf_counter()
     try:

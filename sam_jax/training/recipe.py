@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.prompts import PromptConfig
-from sam_jax.sharding import ShardingConfig
+from sam_jax.sharding import BATCH_AXES, ShardingConfig
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.program import TrainProgram, build_program
 
@@ -102,6 +103,21 @@ class Recipe:
             devices=devices,
         )
 
+    def check_batch(self, program: TrainProgram, batch_size: int) -> None:
+        """Finds out whether every device gets the same share of a batch.
+
+        Raises:
+          ConfigError: if not.
+        """
+        num_shares = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
+        num_parts = self.optimizer.accumulate_steps
+        if batch_size % (num_shares * num_parts):
+            raise ConfigError(
+                f"a batch of {batch_size} images does not divide by {num_shares} devices that see "
+                f"different images and optimizer.accumulate_steps = {num_parts}: data.batch_size "
+                f"must be a multiple of {num_shares * num_parts}"
+            )
+
 
 def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
     """The sections of a config file.
@@ -123,7 +139,10 @@ def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ConfigError(f"--config {path}: the file has no function get_config")
-    config = get_config(argument) if argument else get_config()
+    try:
+        config = get_config(argument) if argument else get_config()
+    except TypeError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
     for text in settings:
         key, value = _setting(text)
         try:
