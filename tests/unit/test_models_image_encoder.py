@@ -218,16 +218,16 @@ def test_half_precision() -> None:
 
 @pytest.mark.slow
 def test_a_deep_stream_of_half_precision_tokens() -> None:
-    """What 32 blocks add to tokens is rounded 64 times, and neither shrinks nor grows by it.
+    """What 16 blocks add to tokens is rounded 32 times, and neither shrinks nor grows by it.
 
     Nor by the factors of kept branches, up to 1 / 0.6: in half precision 1 / 0.9 would be 1.109.
     """
     config = ImageEncoderConfig(
         image_size=(128, 128),
         embed_dim=64,
-        depth=32,
+        depth=16,
         num_heads=2,
-        global_attention_blocks=(15, 31),
+        global_attention_blocks=(15,),
         window_size=4,
         output_dim=32,
         drop_path_rate=0.4,
@@ -235,7 +235,7 @@ def test_a_deep_stream_of_half_precision_tokens() -> None:
     rng = np.random.default_rng(0)
     pixels, weights = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for shape in ((4, 128, 128, 3), (4, 8, 8, 32))
+        for shape in ((2, 128, 128, 3), (2, 8, 8, 32))
     )
 
     def encoder(dtype: Any) -> ImageEncoderViT:
