@@ -17,6 +17,7 @@ from sam_jax.arrays import Array, Float
 from sam_jax.models.layers import Dense, Mlp, NormWeights, gelu, layer_norm
 from sam_jax.ops import window_cut_kernel
 from sam_jax.ops.attention import Implementation, choose, grid_attention
+from sam_jax.ops.full_precision import add_shared, multiply
 from sam_jax.ops.placement import BATCH, TENSOR, WEIGHTS, Placement, Spread
 from sam_jax.ops.resize import resize_positions
 from sam_jax.ops.windows import window_partition, window_unpartition
@@ -127,7 +128,7 @@ class EncoderBlock(nn.Module):
         def scaled(branch, which):
             if branch_scales is None:
                 return branch
-            return branch * branch_scales[which, :, None, None, None].astype(branch.dtype)
+            return multiply(branch, branch_scales[which, :, None, None, None])
 
         attention = RelativePositionAttention(
             self.num_heads,
@@ -203,7 +204,7 @@ class PatchEmbed(nn.Module):
             i=self.patch_size,
             j=self.patch_size,
         )
-        return nn.Dense(self.embed_dim, dtype=self.dtype, name="proj")(patches)
+        return Dense(self.embed_dim, dtype=self.dtype, name="proj")(patches)
 
 
 class ImageEncoderViT(nn.Module):
@@ -254,7 +255,7 @@ class ImageEncoderViT(nn.Module):
         if not self.is_initializing():
             tokens = self.placement.constrain(tokens, BATCH)
             positions = self.placement.constrain(positions)
-        tokens = tokens + resize_positions(positions, grid).astype(tokens.dtype)
+        tokens = add_shared(tokens, resize_positions(positions, grid))
 
         branch_scales = None
         if train and cfg.drop_path_rate:

@@ -1,6 +1,7 @@
 """Layers that several parts of the model share."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
-from sam_jax.ops.tpu_kernel import SUBLANES, product
+from sam_jax.ops.full_precision import EXACT, add_bias
 
 
 def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
@@ -27,41 +28,32 @@ def gelu(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
 
 
 class Dense(nn.Module):
-    """``nn.Dense`` whose bias's gradient is a product with ones, summed in float32.
+    """``nn.Dense`` whose bias has a gradient that is summed in float32.
 
-    Of a plain sum the TPU's compiler makes a pass of its own over the output's gradient, by whose
-    count it takes as long as the product itself.
+    Attributes:
+      features: channels of the output.
+      dtype: type of product and output.
+      precision: of the product, see ``ops.full_precision``.
     """
 
     features: int
     dtype: DTypeLike = jnp.float32
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:
         init = nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return _add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias.astype(self.dtype))
-
-
-@jax.custom_vjp
-def _add_bias(x: Array, bias: Array) -> Array:
-    return x + bias
-
-
-def _add_bias_backward(_, d_out):
-    rows = d_out.reshape(-1, d_out.shape[-1])
-    # A single row would be made a sum again.
-    ones = jnp.ones((SUBLANES, rows.shape[0]), rows.dtype)
-    d_bias = product(ones, rows, (1, 0))[0]
-    return d_out, d_bias.astype(d_out.dtype)
-
-
-_add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return add_bias(jnp.matmul(x, kernel, precision=self.precision), bias)
 
 
 class Projection(nn.Module):
-    """Kernel and bias of a dense layer, for those who do not apply it to its input."""
+    """Kernel and bias of a dense layer, for those who do not apply it to its input.
+
+    The bias is float32, as ``ops.full_precision`` takes it.
+    """
 
     features: int
     kernel_init: Initializer = nn.initializers.lecun_normal()
@@ -71,7 +63,7 @@ class Projection(nn.Module):
     def __call__(self, input_dim: int) -> tuple[Float[Array, "d c"], Float[Array, " c"]]:
         kernel = self.param("kernel", self.kernel_init, (input_dim, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        return kernel.astype(self.dtype), bias
 
 
 class NormWeights(nn.Module):
@@ -84,17 +76,28 @@ class NormWeights(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense layers of the given widths with an activation between them, none after the last."""
+    """Dense layers of the given widths with an activation between them, none after the last.
+
+    Attributes:
+      widths: channels of each layer's output.
+      activation: between layers.
+      dtype: type of the computation.
+      exact_output: whether the last layer is float32 with all digits, whatever the others are.
+    """
 
     widths: Sequence[int]
     activation: Callable[[Array], Array]
     dtype: DTypeLike = jnp.float32
+    exact_output: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:
         for index, width in enumerate(self.widths):
             if index:
                 x = self.activation(x)
-            x = Dense(width, dtype=self.dtype, name=f"dense_{index}")(x)
+            options: dict[str, Any] = {"dtype": self.dtype}
+            if self.exact_output and index == len(self.widths) - 1:
+                options = {"dtype": jnp.float32, "precision": EXACT}
+            x = Dense(width, **options, name=f"dense_{index}")(x)
             x = checkpoint_name(x, "product")
         return x

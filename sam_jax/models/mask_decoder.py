@@ -19,6 +19,7 @@ from sam_jax.models.prompt_encoder import PromptEmbeddings
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 from sam_jax.ops import cell_kernel
 from sam_jax.ops.cells import SUBPIXELS, to_image
+from sam_jax.ops.full_precision import add_shared, broadcast_to
 from sam_jax.ops.placement import Kernels
 from sam_jax.ops.tpu_kernel import WORTH_KEEPING, kernel_gelu, product
 
@@ -104,7 +105,9 @@ class MaskDecoder(nn.Module):
             kernels=self.kernels,
         )
         widths = (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK)
-        self.iou_head = Mlp(widths, nn.relu, self.dtype)
+        # Candidates are chosen and ranked by predictions that differ in their third digit, which
+        # numbers near 1 do not have in half precision.
+        self.iou_head = Mlp(widths, nn.relu, self.dtype, exact_output=True)
         self.hyper_networks = HyperNetworks(dim // 8, self.dtype)
         self.upscaling = Upscaling(dim, self.dtype, self.kernels)
 
@@ -136,9 +139,8 @@ class MaskDecoder(nn.Module):
         """All but the masks: about two thirds of the arithmetic, and how good they would be."""
         gh, gw = prompts.cells.shape[2:4]
         b, p = prompts.sparse.shape[:2]
-        output_tokens = self.output_tokens.astype(self.dtype)
         tokens, tokens_valid = _with_output_tokens(
-            jnp.broadcast_to(output_tokens, (b, p, *output_tokens.shape)), prompts
+            broadcast_to(self.output_tokens, (b, p, *self.output_tokens.shape), self.dtype), prompts
         )
         if self.kernels != "none" and tokens.shape[2] % 2:
             # Kernels take pairs of tokens; one that nobody attends to changes nothing.
@@ -157,7 +159,7 @@ class MaskDecoder(nn.Module):
         return Attended(
             mask_tokens=tokens[:, :, 1 : 2 + NUM_MULTIMASK],
             cells=rearrange(cells, "b p (h w) d -> b p h w d", h=gh, w=gw),
-            iou_predictions=iou_predictions.astype(jnp.float32),
+            iou_predictions=iou_predictions,
         )
 
     def draw(self, attended: Attended, *, multimask_output: bool) -> Float[Array, "b p m lh lw"]:
@@ -204,7 +206,7 @@ class SplitCells(nn.Module):
     """Kernel and bias of a transposed convolution with kernel and stride 2.
 
     Its kernels do not overlap, so it is a dense layer that makes 2 x 2 parts of each cell; the bias
-    is the same for the four.
+    is the same for the four, and float32, as ``ops.full_precision`` takes it.
     """
 
     channels: int
@@ -214,7 +216,7 @@ class SplitCells(nn.Module):
     def __call__(self, input_dim: int) -> tuple[Float[Array, "d 2 2 c"], Float[Array, " c"]]:
         conv = _SplitKernel(self.channels, name="conv")(input_dim)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        return conv.astype(self.dtype), bias.astype(self.dtype)
+        return conv.astype(self.dtype), bias
 
 
 class _SplitKernel(nn.Module):
@@ -257,7 +259,7 @@ class Upscaling(nn.Module):
 def _draw_by_axes(cells, filters, first, norm, second):
     """Sub-pixels as axes of their own."""
     kernel, bias = first
-    x = jnp.einsum("bphwd,dijc->bphwijc", cells, kernel) + bias
+    x = add_shared(jnp.einsum("bphwd,dijc->bphwijc", cells, kernel), bias)
     # Statistics in float32, and exact: E[x^2] - E[x]^2 loses digits where the mean is large.
     centred = x.astype(jnp.float32)
     centred -= jnp.mean(centred, axis=-1, keepdims=True)
@@ -265,7 +267,8 @@ def _draw_by_axes(cells, filters, first, norm, second):
     scale, shift = norm
     x = centred * jax.lax.rsqrt(variance + _NORM_EPSILON) * scale + shift
     kernel, bias = second
-    x = jnp.einsum("bphwijd,dklc->bphwijklc", gelu(x.astype(cells.dtype)), kernel) + bias
+    x = jnp.einsum("bphwijd,dklc->bphwijklc", gelu(x.astype(cells.dtype)), kernel)
+    x = add_shared(x, bias)
     logits = jnp.einsum(
         "bphwijklc,bpmc->bphwijklm", gelu(x), filters, preferred_element_type=jnp.float32
     )
@@ -289,7 +292,7 @@ def _draw_in_kernel(cells, filters, first, norm, second, *, interpret):
     second_kernel = jnp.einsum("dklc,jJ->jdJklc", second_kernel, twice)
     second_kernel = rearrange(second_kernel, "j d J k l c -> (j d) (J k l c)")
     weights = (kernel, *(jnp.tile(x, 4)[None] for x in (bias, *norm)))
-    weights += (second_kernel, jnp.tile(second_bias.astype(jnp.float32), 8)[None])
+    weights += (second_kernel, jnp.tile(second_bias, 8)[None])
     # From places j k l of a half of the sub-pixels to rows k and columns j l.
     places = rearrange(np.eye(8), "(j k l) s -> (k j l) s", j=2, k=2).astype(filters.dtype)
     filters = jnp.einsum("bpmc,Ss->bpscmS", filters, places)

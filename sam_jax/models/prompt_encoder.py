@@ -14,6 +14,7 @@ from sam_jax.arrays import Array, Bool, Float, Int
 from sam_jax.models.layers import NormWeights, Projection, gelu
 from sam_jax.ops import map_kernel
 from sam_jax.ops.cells import SUBPIXELS, to_cells
+from sam_jax.ops.full_precision import add_bias, add_shared, broadcast_to, multiply
 from sam_jax.ops.placement import Kernels
 from sam_jax.ops.positional import fourier_features, grid_fourier_features
 from sam_jax.ops.tpu_kernel import kernel_gelu, product
@@ -183,15 +184,14 @@ class PromptEncoder(nn.Module):
         return jnp.where((labels == NOT_A_POINT)[..., None], self.not_a_point, points)
 
     def _add_masks(self, image_embeddings, prompts: Prompts):
-        no_mask = self.no_mask.astype(self.dtype)
         if prompts.mask_logits is None:
             if self.is_initializing():
                 self.mask_downscaling(jnp.zeros((1, 1, SUBPIXELS, 1)))
-            return image_embeddings[:, None] + no_mask
+            return add_bias(image_embeddings[:, None], self.no_mask)
         logits = _zero_invalid(to_cells(prompts.mask_logits), prompts.mask_valid)
         gh, gw = image_embeddings.shape[1:3]
         shared = rearrange(image_embeddings, "b h w d -> b (h w) d")
-        cells = self.mask_downscaling.added_to(shared, logits, prompts.mask_valid, no_mask)
+        cells = self.mask_downscaling.added_to(shared, logits, prompts.mask_valid, self.no_mask)
         return rearrange(cells, "b p (h w) d -> b p h w d", h=gh, w=gw)
 
 
@@ -240,10 +240,10 @@ class MaskDownscaling(nn.Module):
         """The embedding of each cell."""
         (kernel1, bias1), norm1, (kernel2, bias2), norm2, (kernel3, bias3) = self._weights()
         x = jnp.einsum("bpsn,sqc->bpqcn", mask_logits.astype(self.dtype), kernel1)
-        x = self._normalised(x + bias1[:, None], norm1)
+        x = self._normalised(add_shared(x, bias1[:, None]), norm1)
         x = jnp.einsum("bpqcn,qce->bpen", x, kernel2)
-        x = self._normalised(x + bias2[:, None], norm2)
-        return jnp.einsum("bpcn,cd->bpnd", x, kernel3) + bias3
+        x = self._normalised(add_shared(x, bias2[:, None]), norm2)
+        return add_bias(jnp.einsum("bpcn,cd->bpnd", x, kernel3), bias3)
 
     def _normalised(self, x, norm):
         """LayerNorm over the axis before the last, and GELU."""
@@ -259,7 +259,7 @@ class MaskDownscaling(nn.Module):
         kernel, bias = self.conv1(4)
         # Each 2 x 2 of the 4 x 4 sub-pixels by itself: zeros for the others.
         kernel = rearrange(kernel, "(i j) c -> 1 i 1 j 1 1 c", i=2)
-        kernel *= np.eye(4, dtype=kernel.dtype).reshape(2, 1, 2, 1, 2, 2, 1)
+        kernel = multiply(kernel, np.eye(4, dtype=np.float32).reshape(2, 1, 2, 1, 2, 2, 1))
         first = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c"), bias
         kernel, bias = self.conv2(self.channels)
         second = rearrange(kernel, "(q c) e -> q c e", q=4), bias
@@ -276,15 +276,17 @@ class MaskDownscaling(nn.Module):
         """An image's cells, and what each object's mask, or that it has none, adds to them."""
         supported = map_kernel.supports(shared.shape[1], self.embed_dim, self.channels)
         if self.kernels == "none" or not supported:
-            embedded = jnp.where(mask_valid[..., None, None], self(mask_logits), no_mask)
-            return shared[:, None] + embedded
+            embedded = self(mask_logits)
+            without = broadcast_to(no_mask, embedded.shape, embedded.dtype)
+            embedded = jnp.where(mask_valid[..., None, None], embedded, without)
+            return add_shared(embedded, shared[:, None])
         return map_kernel.add_of_maps(
             map_kernel.MapFunction(
                 _embed_masks,
                 name="embed_masks",
                 flops_per_cell=2 * self.channels * (2 * SUBPIXELS + self.embed_dim),
             ),
-            (*self._matrices(), no_mask.astype(jnp.float32)[None]),
+            (*self._matrices(), no_mask[None]),
             mask_logits.astype(self.dtype),
             shared,
             mask_valid,
@@ -305,7 +307,7 @@ class MaskDownscaling(nn.Module):
         return (
             *(x.astype(self.dtype) for x in (kernel1, kernel2, kernel3)),
             *(x.astype(jnp.float32)[:, None] for x in columns),
-            bias3.astype(jnp.float32)[None],
+            bias3[None],
         )
 
 

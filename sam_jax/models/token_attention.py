@@ -15,6 +15,7 @@ from sam_jax.models.layers import Projection
 from sam_jax.ops import cell_means_kernel
 from sam_jax.ops.cell_kernel import CellFunction, over_cells
 from sam_jax.ops.dropout import keeps, kept
+from sam_jax.ops.full_precision import EXACT, add_bias, add_shared, multiply
 from sam_jax.ops.tpu_kernel import SUBLANES, product
 
 # Of the LayerNorms of the two-way transformer.
@@ -182,7 +183,7 @@ def _cells_ask_tokens(w, queries, keys, values, keys_valid):
     if w.folding_pays(keys, queries):
         rows = _join_heads(_fold(k, w.q_kernel))
         logits = _split_heads(_meet("bpfd,bpsd->bpfs", rows, queries), num_heads)
-        logits += jnp.einsum("ac,bptac->bpta", w.q_bias, k)[..., None]
+        logits += _dot_bias(w.q_bias, k)[..., None]
     else:
         queries = _project_packed(queries, w.q_kernel, w.q_bias)
         rows = _in_place(rearrange(k, "b p t a c -> b p t (a c)"), num_heads)
@@ -193,7 +194,9 @@ def _cells_ask_tokens(w, queries, keys, values, keys_valid):
         logits = jnp.where(keys_valid[:, :, :, None, None], logits, -jnp.inf)
     probs = _join_heads(jax.nn.softmax(logits, axis=2).astype(values.dtype))
     # Unlike queries, what comes back is every object's own.
-    return _meet("bpfs,bpfd->bpsd", probs, _bring_out(w, values), values.dtype) + w.out_bias
+    return add_bias(
+        _meet("bpfs,bpfd->bpsd", probs, _bring_out(w, values), values.dtype), w.out_bias
+    )
 
 
 # Few and many meet over one axis each: XLA's CPU compiler would copy the cells otherwise. Heads
@@ -208,7 +211,12 @@ def _split_heads(x, num_heads):
 
 
 def _project(x, kernel, bias):
-    return jnp.einsum("bptd,dac->bptac", x, kernel) + bias
+    return add_shared(jnp.einsum("bptd,dac->bptac", x, kernel), bias)
+
+
+def _dot_bias(bias, heads):
+    """What a bias adds to the logits of all queries, in float32 as they are."""
+    return jnp.einsum("ac,bptac->bpta", bias, heads.astype(jnp.float32), precision=EXACT)
 
 
 def _fold(rows, kernel):
@@ -218,12 +226,12 @@ def _fold(rows, kernel):
 
 def _project_means(w, means):
     """Projected values, heads side by side, from means of values that were not projected."""
-    heads = jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel) + w.v_bias
+    heads = add_shared(jnp.einsum("bpsad,dac->bpsac", means, w.v_kernel), w.v_bias)
     return rearrange(heads, "b p s a c -> b p s (a c)")
 
 
 def _project_out(w, heads):
-    return jnp.einsum("bpse,ed->bpsd", heads, _packed_out(w)) + w.out_bias
+    return add_bias(jnp.einsum("bpse,ed->bpsd", heads, _packed_out(w)), w.out_bias)
 
 
 def _packed(kernel):
@@ -242,7 +250,7 @@ def _bring_out(w, values):
 
 def _project_packed(x, kernel, bias):
     """Heads side by side: alone, few channels would leave a TPU's lanes empty."""
-    return jnp.einsum("bptd,de->bpte", x, _packed(kernel)) + rearrange(bias, "a c -> (a c)")
+    return add_bias(jnp.einsum("bptd,de->bpte", x, _packed(kernel)), bias.reshape(-1))
 
 
 def _in_place(packed, num_heads):
@@ -303,15 +311,17 @@ def ask_cells(
     """
     b = cells.shape[0]
     num_heads, head_dim = weights.q_bias.shape
-    rows = _project_packed(tokens, weights.q_kernel, weights.q_bias) * head_dim**-0.5
+    rows = _project_packed(tokens, weights.q_kernel, weights.q_bias)
+    rows = multiply(rows, head_dim**-0.5)
     rows = _fold_in_place(_in_place(rows, num_heads), weights.k_kernel)
     means, joined = cell_means_kernel.cell_means(
         _join_objects(rows), _join_objects(cells), cell_pe, interpret=interpret
     )
     means = _split_heads(rearrange(means, "(b p) f d -> b p f d", b=b), num_heads)
     heads = _own(jnp.einsum("bpsad,de->bpsae", means, _packed(weights.v_kernel)))
-    heads += rearrange(weights.v_bias, "a c -> (a c)")
-    return _project_out(weights, heads), joined.reshape(cells.shape)
+    return _project_out(weights, add_bias(heads, weights.v_bias.reshape(-1))), joined.reshape(
+        cells.shape
+    )
 
 
 def answer_cells(
@@ -340,10 +350,10 @@ def answer_cells(
     """
     b, _, _, dim = cells.shape
     num_heads, head_dim = weights.q_bias.shape
-    k = _project_packed(keys, weights.k_kernel, weights.k_bias) * head_dim**-0.5
+    k = multiply(_project_packed(keys, weights.k_kernel, weights.k_bias), head_dim**-0.5)
+    biases = _dot_bias(weights.q_bias, rearrange(k, "b p t (a c) -> b p t a c", a=num_heads))
     k = _in_place(k, num_heads)
     rows = _fold_in_place(k, weights.q_kernel)
-    biases = k.astype(jnp.float32) @ weights.q_bias.reshape(-1).astype(jnp.float32)
     biases = jnp.where(keys_valid[..., None], biases, -jnp.inf)
     brought_out = _in_place(_project_packed(values, weights.v_kernel, weights.v_bias), num_heads)
     brought_out = jnp.einsum("bptae,ed->bptad", brought_out, _packed_out(weights))
@@ -356,7 +366,7 @@ def answer_cells(
             name="answer_cells",
             flops_per_cell=4 * rows.shape[2] * dim,
         ),
-        (weights.out_bias.astype(jnp.float32)[None], *(x[None] for x in norm)),
+        (weights.out_bias[None], *(x[None] for x in norm)),
         tuple(_join_objects(x) for x in (rows, _join_heads(biases[..., None]), brought_out)),
         _join_objects(cells),
         positions=cell_pe,

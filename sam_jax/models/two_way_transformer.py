@@ -18,6 +18,7 @@ from sam_jax.models.token_attention import (
 )
 from sam_jax.ops.dropout import branch_seeds
 from sam_jax.ops.dropout import dropout as drop_some
+from sam_jax.ops.full_precision import add_shared, broadcast_to
 from sam_jax.ops.placement import Kernels
 
 # Places with dropout in a layer, at most.
@@ -70,7 +71,7 @@ class TwoWayAttentionBlock(nn.Module):
             tokens = dropout(self_attention(tokens, tokens, tokens, tokens_valid))
         else:
             q = tokens + token_pe
-            tokens = tokens + dropout(self_attention(q, q, tokens, tokens_valid))
+            tokens = add_shared(dropout(self_attention(q, q, tokens, tokens_valid)), tokens)
         tokens = norm("norm1", tokens)
 
         name = "cross_attn_token_to_image"
@@ -80,10 +81,10 @@ class TwoWayAttentionBlock(nn.Module):
             )
         else:
             looked = attention(name)(tokens + token_pe, cells + cell_pe, cells)
-        tokens = norm("norm2", tokens + dropout(looked))
+        tokens = norm("norm2", add_shared(dropout(looked), tokens))
 
         mlp = Mlp((self.mlp_dim, tokens.shape[-1]), nn.relu, self.dtype, name="mlp")
-        tokens = norm("norm3", tokens + dropout(mlp(tokens)))
+        tokens = norm("norm3", add_shared(dropout(mlp(tokens)), tokens))
 
         name = "cross_attn_image_to_token"
         if in_kernels:
@@ -102,7 +103,7 @@ class TwoWayAttentionBlock(nn.Module):
             )
             return tokens, cells
         answered = attention(name)(cells + cell_pe, tokens + token_pe, tokens, tokens_valid)
-        return tokens, norm("norm4", cells + dropout(answered))
+        return tokens, norm("norm4", add_shared(dropout(answered), cells))
 
 
 class TwoWayTransformer(nn.Module):
@@ -144,8 +145,9 @@ class TwoWayTransformer(nn.Module):
         if kernels != "none":
             # They work on one object after the other, so each has its own.
             objects = jnp.broadcast_shapes(tokens.shape[:2], cells.shape[:2])
-            tokens, tokens_valid, cells = (
-                jnp.broadcast_to(x, (*objects, *x.shape[2:])) for x in (tokens, tokens_valid, cells)
+            tokens_valid = jnp.broadcast_to(tokens_valid, (*objects, *tokens_valid.shape[2:]))
+            tokens, cells = (
+                broadcast_to(x, (*objects, *x.shape[2:]), x.dtype) for x in (tokens, cells)
             )
         token_pe = tokens
         for index in range(self.depth):
@@ -169,4 +171,4 @@ class TwoWayTransformer(nn.Module):
             last = Attention(self.num_heads, 2, self.dtype, name=name)
             looked = last(tokens + token_pe, cells + cell_pe, cells)
         looked = drop_some(looked, dropout_seeds, _MOST_BRANCHES * self.depth, self.dropout_rate)
-        return layer_norm(NORM_EPSILON, self.dtype, "norm_final")(tokens + looked), cells
+        return layer_norm(NORM_EPSILON, self.dtype, "norm_final")(add_shared(looked, tokens)), cells

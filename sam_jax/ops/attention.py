@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops import flash_kernel, window_kernel
+from sam_jax.ops.full_precision import EXACT, multiply
 from sam_jax.ops.placement import Placement
 from sam_jax.ops.positional import relative_positions, resize_table
 
@@ -75,7 +76,7 @@ def grid_attention(
     if implementation == "auto":
         implementation = choose((gh, gw), num_heads, head_dim, qkv.dtype, placement)
     tables = [
-        resize_table(jnp.zeros((1, head_dim)) if table is None else table, size).astype(qkv.dtype)
+        resize_table(jnp.zeros((1, head_dim)) if table is None else table, size)
         for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
     ]
     if implementation in _KERNELS:
@@ -89,7 +90,11 @@ def grid_attention(
     q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
     of_offsets = None
     if rel_pos_h is not None and rel_pos_w is not None:
-        of_offsets = (relative_positions(tables[0], gh), relative_positions(tables[1], gw))
+        # Rounded here and not before, as the gradient of an entry is a sum over queries and keys.
+        of_offsets = [
+            relative_positions(table, size).astype(qkv.dtype)
+            for table, size in zip(tables, (gh, gw), strict=True)
+        ]
     if implementation == "cudnn":
         most = cudnn_max_channels(placement.compute_capability)
         if placement.platform == "gpu" and _cudnn_channels(head_dim, (gh, gw)) > most:
@@ -131,7 +136,9 @@ def choose(
 
 def _reference(q, k, v, tables):
     gh, gw, c = q.shape[1], q.shape[2], q.shape[-1]
-    logits = jnp.einsum("bhwac,bijac->bahwij", q * c**-0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bhwac,bijac->bahwij", multiply(q, c**-0.5), k, preferred_element_type=jnp.float32
+    )
     if tables is not None:
         by_row, by_column = tables
         # The relative terms use the unscaled query, as the published model does.
@@ -157,7 +164,7 @@ def _extended(q, k, v, tables):
         rearrange(jnp.concatenate(parts, axis=-1), "b h w a e -> (b a) (h w) e")
         for parts in (queries, keys)
     )
-    logits = jnp.einsum("xqe,xke->xqk", queries, keys)
+    logits = jnp.einsum("xqe,xke->xqk", queries, keys, precision=EXACT)
     out = _mean_by_softmax(logits, rearrange(v, "b h w a c -> (b a) (h w) c"))
     return rearrange(out, "(b a) (h w) c -> b h w a c", a=a, h=gh)
 
@@ -186,7 +193,7 @@ def _by_cudnn(q, k, v, tables, placement):
     gh, gw, _, c = q.shape[1:]
     # Elsewhere, as the GPU would that takes most.
     capability = placement.compute_capability
-    queries, keys = [(q.astype(jnp.float32) * c**-0.5).astype(q.dtype)], [k]
+    queries, keys = [multiply(q, c**-0.5)], [k]
     if tables is not None:
         terms, ones = _relative_terms(q, tables), _ones_at_keys(k, k.dtype)
         leading = [term.astype(q.dtype) for term in terms]
@@ -244,18 +251,24 @@ def _round_up(count: int, multiple: int) -> int:
 def _chunked(q, k, v, tables):
     gh, a, c = q.shape[1], q.shape[3], q.shape[-1]
     rows = max(r for r in range(1, QUERY_ROWS_PER_CHUNK + 1) if gh % r == 0)
-    by_row, by_column = tables if tables is not None else (None, None)
+    dtype = q.dtype
+    # What chunks share is rounded in each of them: loops sum its gradient in its own type.
+    k, v = (x.astype(jnp.float32) for x in (k, v))
+    by_row, by_column = (None,) * 2 if tables is None else (x.astype(jnp.float32) for x in tables)
 
     @jax.checkpoint
     def one_chunk(q, k, v, by_row):
         """``q`` [rows, gw, c] against all of ``k`` and ``v`` [gh * gw, c], one head."""
-        logits = jnp.einsum("hwc,kc->hwk", q * c**-0.5, k, preferred_element_type=jnp.float32)
+        k, v = k.astype(dtype), v.astype(dtype)
+        q_scaled = multiply(q, c**-0.5)
+        logits = jnp.einsum("hwc,kc->hwk", q_scaled, k, preferred_element_type=jnp.float32)
         if by_row is not None:
+            of_rows, of_columns = by_row.astype(dtype), by_column.astype(dtype)
             logits = rearrange(logits, "h w (i j) -> h w i j", i=gh)
-            logits += jnp.einsum("hwc,hic->hwi", q, by_row, preferred_element_type=jnp.float32)[
+            logits += jnp.einsum("hwc,hic->hwi", q, of_rows, preferred_element_type=jnp.float32)[
                 ..., None
             ]
-            logits += jnp.einsum("hwc,wjc->hwj", q, by_column, preferred_element_type=jnp.float32)[
+            logits += jnp.einsum("hwc,wjc->hwj", q, of_columns, preferred_element_type=jnp.float32)[
                 :, :, None
             ]
             logits = rearrange(logits, "h w i j -> h w (i j)")

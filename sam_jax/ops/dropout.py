@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt32
+from sam_jax.ops.full_precision import multiply
 
 # An odd number far from all patterns (2^32 over the golden ratio) and murmur3's last mixing.
 _SPREAD = np.uint32(0x9E3779B9).view(np.int32)
@@ -63,7 +64,7 @@ def keeps(
 
 def kept(x: Array, keep: Array, rate: float) -> Array:
     """Numbers that are kept, enlarged so that their mean stays; zeros for the others."""
-    return jnp.where(keep, x * (1 / (1 - rate)), jnp.zeros_like(x))
+    return jnp.where(keep, multiply(x, 1 / (1 - rate)), jnp.zeros_like(x))
 
 
 def _mixed(x: Array) -> Array:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
+from sam_jax.ops.full_precision import multiply
 from sam_jax.ops.positional import relative_positions
 from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, product
 
@@ -117,7 +118,7 @@ def flash_attention(
     terms_w = jnp.einsum("xhwc,wjc->xjhw", q, by_column, preferred_element_type=jnp.float32)
     q, k, v = (rearrange(x, "x h w c -> x (h w) c") for x in (q, k, v))
     terms_h, terms_w = (rearrange(x, "x i h w -> x i (h w)") for x in (terms_h, terms_w))
-    q = q * q.shape[-1] ** -0.5
+    q = multiply(q, q.shape[-1] ** -0.5)
     out = _attend(blocks, q, k, v, terms_h, terms_w)
     return rearrange(out, "(b a) c (h w) -> b h w (a c)", a=num_heads, h=gh)
 

@@ -81,7 +81,8 @@ def window_attention(
     """
     n, gh, gw, _ = qkv.shape
     shape = _Shape((gh, gw), num_heads, table_h.shape[-1], interpret)
-    out = _attend(shape, qkv.reshape(n, gh * gw, -1), _stack_tables(shape, table_h, table_w))
+    tables = _stack_tables(shape, table_h, table_w).astype(qkv.dtype)
+    out = _attend(shape, qkv.reshape(n, gh * gw, -1), tables)
     return out.reshape(n, gh, gw, -1)
 
 

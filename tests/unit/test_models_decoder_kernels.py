@@ -95,26 +95,25 @@ def run(kernels: Kernels, dtype: Any, multimask_output: bool, given: Any) -> Any
 def test_kernels_decode_as_the_plain_form_does(
     dtype: Any, multimask_output: bool, given: Any
 ) -> None:
-    """Values and gradients, dropout and all; in half precision no worse than the plain form's."""
+    """Values and gradients, dropout and all, against float32's.
+
+    In half precision a sum that is not summed in float32 is off by tens of percent.
+    """
     out, gradients = run("interpreted", dtype, multimask_output, given)
     expected, expected_gradients = run("none", jnp.float32, multimask_output, given)
     is_half = dtype == jnp.bfloat16
-    plain, plain_gradients = run("none", dtype, multimask_output, given) if is_half else (None,) * 2
     for name in ("low_res_logits", "iou_predictions"):
         ours, theirs = getattr(out, name), getattr(expected, name)
-        limit = 1e-4 * np.abs(theirs).max()
-        if is_half:
-            limit = 0.01 * np.abs(theirs).max() + 1.5 * np.abs(getattr(plain, name) - theirs).max()
-        assert np.abs(ours - theirs).max() <= limit, name
+        limit = 0.02 if is_half else 1e-4
+        assert np.abs(ours - theirs).max() <= limit * np.abs(theirs).max(), name
     ours, theirs = (jax.tree.leaves_with_path(x) for x in (gradients, expected_gradients))
-    rounded = jax.tree.leaves(plain_gradients) if is_half else [other for _, other in theirs]
     wrong = []
     # Biases of keys change nothing but through rounding.
     largest = max(float(jnp.linalg.norm(x)) for _, x in theirs)
-    tolerance = 0.02 if is_half else 1e-4
-    for (path, mine), (_, other), half in zip(ours, theirs, rounded, strict=True):
+    tolerance = 0.08 if is_half else 1e-4
+    for (path, mine), (_, other) in zip(ours, theirs, strict=True):
         error = float(jnp.linalg.norm(mine - other))
         limit = tolerance * float(jnp.linalg.norm(other)) + 1e-5 * tolerance * largest
-        if error > limit + 1.5 * float(jnp.linalg.norm(half - other)):
+        if error > limit:
             wrong.append((jax.tree_util.keystr(path), error, float(jnp.linalg.norm(other))))
     assert not wrong

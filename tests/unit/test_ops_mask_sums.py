@@ -1,5 +1,8 @@
 """Sums over the pixels of enlarged logits: the kernel against the plain form."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from sam_jax.ops import mask_sums_kernel
 from sam_jax.ops.cells import MaskGrid, to_cells
-from sam_jax.ops.mask_sums import mask_sums
+from sam_jax.ops.mask_sums import mask_sums, pixel_terms
 
 OPTIONS = {"alpha": 0.25, "gamma": 2.0}
 
@@ -43,3 +46,107 @@ def test_the_kernel_sums_what_the_plain_form_sums(mask_grid: MaskGrid) -> None:
 def test_the_kernel_takes_grids_that_fill_its_registers() -> None:
     assert mask_sums_kernel.supports(MaskGrid((64, 64), 4))
     assert not mask_sums_kernel.supports(MaskGrid((7, 9), 4))
+
+
+# A grid whose padding has both rows and columns, and is wider than what an enlarged pixel reads.
+PADDED = MaskGrid((8, 16), 4)
+HEIGHT, WIDTH = PADDED.image_size
+AREA = PADDED.area(jnp.array([[HEIGHT - 12, WIDTH - 20]]))
+FORMS = {
+    "plain": mask_sums,
+    "kernel": functools.partial(mask_sums_kernel.mask_sums, interpret=True),
+}
+
+
+def sums_and_gradient(form: Any, logits: jax.Array, masks: jax.Array) -> Any:
+    """All sums of low-resolution logits ``[lh, lw]``, and the gradient of a mix of them."""
+
+    def total(logits: jax.Array) -> Any:
+        cells = to_cells(logits)[None, None, None]
+        sums = form(cells, masks, AREA, PADDED, **OPTIONS)
+        return jnp.sum(sums.focal + 2 * sums.probability - 3 * sums.hit), sums
+
+    (_, sums), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
+    return *sums, gradient
+
+
+def random_case() -> tuple[np.ndarray, jax.Array]:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 4, (HEIGHT // 4, WIDTH // 4)).astype(np.float32)
+    return logits, PADDED.of_masks(jnp.asarray(rng.random((1, 1, HEIGHT, WIDTH)) < 0.4))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_nothing_comes_of_logits_on_the_padding(form: Any) -> None:
+    logits, masks = random_case()
+    expected = sums_and_gradient(form, jnp.asarray(logits), masks)
+    # Pixels at the image's end read one number beyond it.
+    rows, columns = (HEIGHT - 12) // 4 + 1, (WIDTH - 20) // 4 + 1
+    logits[rows:], logits[:, columns:] = np.inf, np.nan
+    logits[rows:, columns:] = -np.inf
+    found = sums_and_gradient(form, jnp.asarray(logits), masks)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_infinite_logits_that_are_right_cost_nothing(form: Any) -> None:
+    """Background everywhere, and a block of it, padding among it, beyond any doubt."""
+    logits = -np.ones((HEIGHT // 4, WIDTH // 4), np.float32)
+    nothing = PADDED.of_masks(jnp.zeros((1, 1, HEIGHT, WIDTH), bool))
+    logits[10:, 20:] = -200.0
+    expected = sums_and_gradient(form, jnp.asarray(logits), nothing)
+    logits[12:, 22:] = -np.inf
+    found = sums_and_gradient(form, jnp.asarray(logits), nothing)
+    assert all(np.isfinite(x).all() for x in found)
+    # Only what lies between the two blocks' values can tell infinity from 200.
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
+EXTREMES = [0.0, -0.0, 1e-30, 1e-8, 0.3, 1.0, 17.0, 88.0, 104.0, 1e4, 1e30]
+LOGITS = np.array(EXTREMES + [-x for x in EXTREMES])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("on_mask", [True, False])
+def test_single_pixels_are_the_closed_form(on_mask: bool, gamma: float) -> None:
+    """Values and slopes; at 0, both sides of every kink agree, so there is a slope."""
+    alpha = 0.25
+    weight = alpha if on_mask else 1 - alpha
+    sign = -1 if on_mask else 1
+    against = sign * LOGITS
+    with np.errstate(over="ignore"):
+        missed, kept = 1 / (1 + np.exp(-against)), 1 / (1 + np.exp(against))
+    cross_entropy = np.logaddexp(0, against)
+    with np.errstate(invalid="ignore", over="ignore"):
+        slope = weight * missed**gamma * (gamma * kept * cross_entropy + missed) * sign
+
+    def focal(value: Any) -> Any:
+        return pixel_terms(value, jnp.array(on_mask), alpha=alpha, gamma=gamma)[0]
+
+    def probability(value: Any) -> Any:
+        return pixel_terms(value, jnp.array(on_mask), alpha=alpha, gamma=gamma)[1]
+
+    values = jnp.asarray(LOGITS, jnp.float32)
+    close = {"rtol": 2e-6, "atol": 1e-12}
+    np.testing.assert_allclose(
+        jax.vmap(focal)(values), weight * missed**gamma * cross_entropy, **close
+    )
+    np.testing.assert_allclose(jax.vmap(jax.grad(focal))(values), slope, rtol=1e-5, atol=1e-12)
+    sigmoid = kept if on_mask else missed
+    np.testing.assert_allclose(jax.vmap(probability)(values), sigmoid, **close)
+    slopes = jax.vmap(jax.grad(probability))(values)
+    np.testing.assert_allclose(slopes, missed * kept, rtol=1e-5, atol=1e-12)
+
+
+def test_slopes_at_zero_are_the_kernels() -> None:
+    _, masks = random_case()
+    zeros = jnp.zeros((HEIGHT // 4, WIDTH // 4))
+    found, expected = (sums_and_gradient(form, zeros, masks) for form in FORMS.values())
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    # All off the mask: sixteen pixels of a slope of 0.2237 each, and twice the sigmoid's, 1 / 4.
+    nothing = jnp.zeros_like(masks)
+    gradient = sums_and_gradient(mask_sums, zeros, nothing)[-1]
+    assert gradient[3, 5] == pytest.approx(16 * (0.2237 + 2 / 4), rel=1e-3)
