@@ -84,8 +84,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     run("train.py", "--workdir", str(straight), *SHARDED, last, devices=8)
     two, one = logged(workdir), logged(straight)
     for tag in ("train/loss", "train/gradient_norm", "train/iou_round_01"):
-        steps = sorted(one[tag])
-        assert steps == sorted(two[tag])
+        # What a killed process had not written yet is lost, and nothing else.
+        steps = sorted(two[tag])
+        assert set(one[tag]) >= set(steps) >= {s for s in one[tag] if s > killed_at}
         np.testing.assert_allclose(
             [two[tag][s] for s in steps], [one[tag][s] for s in steps], rtol=1e-5, err_msg=tag
         )
