@@ -1,6 +1,7 @@
 """One training step: encode, prompt and correct, backpropagate, update."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -134,6 +135,7 @@ def build_train_step(
       ema_decay: see ``recipe.TrainConfig``; the state must keep an average if it is not 0.
     """
     rounds = build_rounds(model, prompt_config, loss_config, remat=remat_rounds)
+    num_shares = math.prod(model.placement.size(axis) for axis in model.placement.batch_axes)
 
     def loss_sums(params, constants, batch: Batch, key):
         """Sum over all objects of the loss, and sums of what is reported."""
@@ -156,6 +158,12 @@ def build_train_step(
         return _report(results, batch.mask_valid)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        share = batch.mask_valid.shape[0] // num_shares
+        if share % accumulate_steps:
+            raise ConfigError(
+                f"optimizer.accumulate_steps = {accumulate_steps} does not divide each device's "
+                f"share of the batch, which is {share} images"
+            )
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # Means are taken over the objects of the whole batch, not of a device or a part.
         num_masks = jnp.maximum(jnp.sum(batch.mask_valid), 1).astype(jnp.float32)
