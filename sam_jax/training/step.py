@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -142,7 +143,7 @@ def build_train_step(
         encode_key, rounds_key = jax.random.split(key)
         variables = {"params": params, "constants": constants}
         images = normalize_images(batch.image, batch.image_hw)
-        embeddings = model.apply(
+        embeddings: Any = model.apply(
             variables, images, train=True, rngs={"dropout": encode_key}, method=Sam.encode
         )
 
