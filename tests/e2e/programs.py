@@ -15,8 +15,10 @@ CONFIG = Path(__file__).with_name("tiny_run.py")
 CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
 
 
-def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
-    """A program of the repository with the tiny config, on a CPU that poses as so many devices."""
+def start(
+    program: str, *flags: str, devices: int = 1, config: Path = CONFIG
+) -> subprocess.Popen[str]:
+    """A program of the repository with a tiny config, on a CPU that poses as so many devices."""
     environment = os.environ | {
         # A few steps of a tiny model: compiling them well would take longer than running them.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
@@ -26,7 +28,7 @@ def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
     if not any(flag.startswith("--process=") for flag in flags):
         environment["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     return subprocess.Popen(
-        [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags],
+        [sys.executable, str(ROOT / program), "--config", str(config), *flags],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -35,9 +37,9 @@ def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def run(program: str, *flags: str, devices: int = 1) -> str:
+def run(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> str:
     """What it prints, once it has ended well."""
-    with start(program, *flags, devices=devices) as process:
+    with start(program, *flags, devices=devices, config=config) as process:
         output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
