@@ -87,7 +87,7 @@ def get_config():
     # A model of no training takes the whole picture for an object.
     config.data["max_area_rate"] = 1.0
     config.train["num_steps"], config.train["eval_every"] = 3, 0
-    config.evals["shapes"] |= {{"sources": {tuple(sources)!r}, "protocols": ("box",)}}
+    config.evals["shapes"].update(sources={tuple(sources)!r}, protocols=("box",))
     return config
 """,
         encoding="utf-8",
