@@ -151,7 +151,7 @@ def build_train_step(
             {part: params[part] for part in PROMPTED_PARTS},
             constants,
             # In each round they are rounded again, so that their gradient is summed in float32.
-            embeddings.astype(jnp.float32),
+            jnp.asarray(embeddings, jnp.float32),
             jax.random.split(rounds_key, batch.mask_valid.shape),
             batch.masks_packed,
             batch.image_hw,
