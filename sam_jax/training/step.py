@@ -229,17 +229,24 @@ def _accumulate(part_gradients, batch: Batch, key, num_parts: int):
     Part i holds every ``num_parts``-th image from i on, so that with the batch sharded in blocks
     each device cuts its own block and nothing moves between devices.
     """
-    parts = jax.tree.map(
-        lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), batch
-    )
+    # A mapping, as a batch has no axis of parts.
+    parts = {
+        field.name: rearrange(
+            getattr(batch, field.name), "(n parts) ... -> parts n ...", parts=num_parts
+        )
+        for field in dataclasses.fields(batch)
+    }
+
+    def gradients_of(part, key):
+        return part_gradients(Batch(**part), key)
 
     def add_part(total, indexed_part):
         index, part = indexed_part
         return jax.tree.map(
-            jnp.add, total, part_gradients(part, jax.random.fold_in(key, index))
+            jnp.add, total, gradients_of(part, jax.random.fold_in(key, index))
         ), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(part_gradients, first, key)
+    shapes = jax.eval_shape(gradients_of, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]

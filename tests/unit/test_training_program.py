@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sam_jax import hlo
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
+from sam_jax.ops.placement import WEIGHTS
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe, read_config
 from sam_jax.training.state import TrainState
@@ -166,6 +168,28 @@ def test_an_average_is_the_sum_that_its_decay_says(on_eight: History) -> None:
         )
     ]
     assert np.mean(moved) > 0.9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_split_weights_are_summed_in_the_type_asked_for(dtype: str) -> None:
+    """Each of four devices adds 1 + 2^-9, of which bfloat16 keeps 1; the weight's type stays."""
+    program = build("sharding.data=2", "sharding.fsdp=4", f"sharding.reduce_dtype={dtype}")
+    placement = program.model.placement
+    assert placement.reduce_dtype == dtype
+    pieces = placement.spec(WEIGHTS)
+
+    def gradient_of_my_piece(piece: jax.Array) -> jax.Array:
+        inside = placement.inside
+        return jax.grad(lambda x: jnp.sum((1 + 2.0**-9) * inside.whole(x)))(piece)
+
+    found = placement.on_each_device(gradient_of_my_piece, [pieces], pieces)(jnp.ones((8, 3)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, 4.0 if dtype == "bfloat16" else 4 + 2.0**-7)
+
+
+def test_a_type_that_gradients_are_not_summed_in_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reduce_dtype must be 'float32' or 'bfloat16', got 'b"):
+        build("sharding.reduce_dtype=bf16")
 
 
 def test_masks_that_cannot_be_shared_are_refused() -> None:
