@@ -28,25 +28,25 @@ LOCAL = "local"
 KERNEL_PEAK_RATES = {
     "window_attention": (0.097, 0.026),
     "window_attention_backward": (0.106, 0.035),
-    "norm_and_cut": (0.032, 0.010),
-    "norm_and_cut_backward": (0.014, 0.005),
-    "join_and_norm": (0.027, 0.008),
-    "join_and_norm_backward": (0.015, 0.004),
+    "norm_partition": (0.032, 0.010),
+    "norm_partition_backward": (0.014, 0.005),
+    "unpartition_add_norm": (0.027, 0.008),
+    "unpartition_add_norm_backward": (0.015, 0.004),
     # On a v6e, where counting took too long, a third, as others come to.
     "flash_attention": (0.36, 0.12),
     "flash_attention_keys_backward": (0.47, 0.16),
     "flash_attention_queries_backward": (0.48, 0.16),
-    "embed_masks": (0.068, 0.023),
-    "embed_masks_backward": (0.111, 0.036),
-    "cell_means": (0.75, 0.31),
+    "mask_embedding": (0.068, 0.023),
+    "mask_embedding_backward": (0.111, 0.036),
+    "token_to_image_attention": (0.75, 0.31),
     # By its instructions more than the peak on a v5e: what they wait for is not in them.
-    "cell_means_backward": (0.90, 0.48),
-    "answer_cells": (0.42, 0.13),
-    "answer_cells_backward": (0.51, 0.19),
-    "draw_cells": (0.73, 0.25),
-    "draw_cells_backward": (0.74, 0.34),
-    "mask_sums": (0.020, 0.005),
-    "mask_sums_backward": (0.032, 0.008),
+    "token_to_image_attention_backward": (0.90, 0.48),
+    "image_to_token_attention": (0.42, 0.13),
+    "image_to_token_attention_backward": (0.51, 0.19),
+    "predict_masks": (0.73, 0.25),
+    "predict_masks_backward": (0.74, 0.34),
+    "mask_statistics": (0.020, 0.005),
+    "mask_statistics_backward": (0.032, 0.008),
 }
 _OTHER_KERNELS_PEAK_RATES = (0.1, 0.03)
 # Parts of a step by a word in the source of their instructions, of which the first one counts.
@@ -285,7 +285,7 @@ def plan(recipe: Recipe, topology: str = LOCAL, *, batch_size: int | None = None
     devices, chip = devices_of(topology)
     program = recipe.program(devices)
     batch_size = batch_size or recipe.data.batch_size
-    num_parts = math.prod(program.mesh.shape[axis] for axis in program.model.placement.batch_axes)
+    num_parts = math.prod(program.mesh.shape[axis] for axis in program.parallel.batch_axes)
     if batch_size % (num_parts * recipe.optimizer.accumulate_steps):
         raise ConfigError(
             f"a batch of {batch_size} images does not divide by {num_parts} devices that see "

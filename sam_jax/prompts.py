@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.arrays import Array, Float, Int
-from sam_jax.ops.cells import MaskGrid, bit_at
+from sam_jax.ops.packed_masks import MaskLayout, bit_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +67,21 @@ def noisy_box(
 
 def error_click(
     key: Array,
-    errors: Int[Array, "16 cells"],
-    mask: Int[Array, "16 cells"],
-    area: Int[Array, "16 cells"],
-    mask_grid: MaskGrid,
+    errors: Int[Array, "16 tokens"],
+    mask: Int[Array, "16 tokens"],
+    area: Int[Array, "16 tokens"],
+    mask_layout: MaskLayout,
 ) -> tuple[Int[Array, " 2"], Int[Array, ""]]:
     """A click for an object, uniform over the pixels where prediction and mask differ.
 
     Where they agree everywhere, the click is a uniform background pixel, as in SAM 2's training
-    code. Only pixels of ``area`` are clicked. All masks are words (``ops.cells``).
+    code. Only pixels of ``area`` are clicked. All masks are packed (``ops.packed_masks``).
 
     Returns:
       ``(x, y)`` in pixels of the model input, and the label: 1 on the mask, 0 off it.
     """
     perfect = ~jnp.any(errors & area)
-    pixel, place = mask_grid.sample_pixel(key, jnp.where(perfect, ~mask, errors) & area)
+    pixel, place = mask_layout.sample_pixel(key, jnp.where(perfect, ~mask, errors) & area)
     return pixel, bit_at(mask, place)
 
 

@@ -16,7 +16,7 @@ from sam_jax.arrays import GridShape
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
-from sam_jax.models.token_attention import folding_pays
+from sam_jax.ops.token_attention import folding_pays
 from sam_jax.prompts import PromptConfig
 
 # The backward pass multiplies twice for each product of the forward pass: once for the gradient of
@@ -127,7 +127,7 @@ class _CrossAttention:
     """Multiply-adds, for one object, of attention between its tokens and the cells.
 
     Either the cells go through a projection, which objects may share, or the tokens go through it
-    in their stead and are met by the cells at full width, see ``models.token_attention``.
+    in their stead and are met by the cells at full width, see ``ops.token_attention``.
     """
 
     tokens: int

@@ -23,7 +23,7 @@ from sam_jax.convert.files import (
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
-from sam_jax.ops.placement import Placement
+from sam_jax.ops.dispatch import Target, tracing_for
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ENCODER, DECODER, SIGNATURE = "encoder.stablehlo", "decoder.stablehlo", "signature.json"
@@ -148,9 +148,6 @@ def _exported(
     dim = model.config.image_encoder.output_dim
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), variables)
 
-    # Kernels are one platform's, and know their shapes.
-    model = model.clone(placement=Placement(named_platform="cpu"))
-
     def encode(weights: Any, images: Float[Array, "b h w 3"]) -> Any:
         return model.apply(weights, images, method=Sam.encode)
 
@@ -191,20 +188,22 @@ def _exported(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     f32, i32, boolean = jnp.float32, jnp.int32, jnp.bool_
-    encoder = jax.export.export(jax.jit(encode), platforms=tuple(platforms))(
-        weights, array((b, height, width, 3), f32)
-    )
-    decoder = jax.export.export(jax.jit(decode), platforms=tuple(platforms))(
-        weights,
-        array((b, gh, gw, dim), f32),
-        array((b, p, n, 2), f32),
-        array((b, p, n), i32),
-        array((b, p, n), boolean),
-        array((b, p, 4), f32),
-        array((b, p), boolean),
-        array((b, p, lh, lw), f32),
-        array((b, p), boolean),
-    )
+    # Kernels are one platform's, and know their shapes.
+    with tracing_for(Target(platform="cpu", kernels="none")):
+        encoder = jax.export.export(jax.jit(encode), platforms=tuple(platforms))(
+            weights, array((b, height, width, 3), f32)
+        )
+        decoder = jax.export.export(jax.jit(decode), platforms=tuple(platforms))(
+            weights,
+            array((b, gh, gw, dim), f32),
+            array((b, p, n, 2), f32),
+            array((b, p, n), i32),
+            array((b, p, n), boolean),
+            array((b, p, 4), f32),
+            array((b, p), boolean),
+            array((b, p, lh, lw), f32),
+            array((b, p), boolean),
+        )
     return encoder, decoder
 
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops import flash_kernel, window_kernel
-from sam_jax.ops.placement import Placement
+from sam_jax.ops import dispatch
+from sam_jax.ops.full_precision import EXACT, multiply
 from sam_jax.ops.positional import relative_positions, resize_table
+from sam_jax.ops.tpu import flash_attention, window_attention
 
 Implementation: TypeAlias = Literal[
     "auto", "reference", "extended", "chunked", "window_kernel", "flash_kernel", "cudnn"
@@ -22,9 +22,11 @@ Implementation: TypeAlias = Literal[
 QUERY_ROWS_PER_CHUNK = 8
 # Up to this many tokens the whole matrix of logits is small enough to be made at once.
 MAX_TOKENS_AT_ONCE = 1024
-# Channels of a head that cuDNN's fused attention takes.
-CUDNN_MAX_CHANNELS = 128
-CUDNN_MAX_CHANNELS_HOPPER = 256
+# Channels of a head that cuDNN's fused attention takes forward and backward, of equal width in
+# queries, keys and values, by the major number of the compute capability; 0 is all others'.
+_CUDNN_MAX_CHANNELS = {0: 128, 9: 256}
+# Older GPUs have no fused attention.
+_CUDNN_OLDEST = (8, 0)
 _CUDNN_MULTIPLE = 8
 
 
@@ -35,9 +37,8 @@ def grid_attention(
     num_heads: int,
     *,
     implementation: Implementation = "auto",
-    placement: Placement = Placement(),  # noqa: B008 - frozen
 ) -> Float[Array, "b gh gw d"]:
-    """Softmax attention of all cells with all cells of the same grid.
+    """Softmax attention of all tokens with all tokens of the same grid.
 
     Logits are ``q . k / sqrt(c) + q . R_h[row offset] + q . R_w[column offset]`` in float32. All
     forms give the same values and gradients:
@@ -52,77 +53,93 @@ def grid_attention(
       rounded like queries, twice as finely where the channels suffice. Elsewhere the same product
       is computed without it, which is for tests.
 
-    ``auto`` is ``choose``'s answer.
+    ``auto`` is the fastest for the shape and the device of those that do not hold all logits.
 
     Args:
-      qkv: projections of every cell as one dense layer makes them, e = 3 d: queries of all heads,
+      qkv: projections of every token as one dense layer makes them, e = 3 d: queries of all heads,
         then keys, then values. The scale is applied here.
       rel_pos_h, rel_pos_w: tables of relative positions per axis (of any length; interpolated),
         or None for attention without them.
       num_heads: heads, of c = d / num_heads channels.
       implementation: which of the forms computes it.
-      placement: what kind of device it is; all of ``qkv`` is on one.
 
     Raises:
-      ValueError: if a kernel is asked for that cannot do this shape.
+      ValueError: if a form is asked for that cannot do this shape.
 
     Source: Li et al. 2022 (MViTv2), section 3.1, as used in ViTDet and SAM.
     """
+    return GRID_ATTENTION(qkv, rel_pos_h, rel_pos_w, num_heads, implementation=implementation)
+
+
+def _by_heads(form: Any) -> Any:
+    """A form that takes queries, keys and values by head, and embeddings of all offsets."""
+
+    def attend(qkv, rel_pos_h, rel_pos_w, num_heads):
+        _, gh, gw, _ = qkv.shape
+        q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
+        of_offsets = None
+        if rel_pos_h is not None and rel_pos_w is not None:
+            # Rounded here and not before, as an entry's gradient is a sum over queries and keys.
+            of_offsets = [
+                relative_positions(table, size).astype(qkv.dtype)
+                for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
+            ]
+        return rearrange(form(q, k, v, of_offsets), "b h w a c -> b h w (a c)")
+
+    return attend
+
+
+def _by_tables(kernel: Any) -> Any:
+    """A kernel that takes packed projections and tables of exactly ``2 size - 1`` entries."""
+
+    def attend(qkv, rel_pos_h, rel_pos_w, num_heads, *, interpret):
+        _, gh, gw, width = qkv.shape
+        head_dim = width // 3 // num_heads
+        tables = [
+            resize_table(jnp.zeros((1, head_dim)) if table is None else table, size)
+            for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
+        ]
+        return kernel(qkv, *tables, num_heads, interpret=interpret)
+
+    return attend
+
+
+def _shape_of(qkv: Array, num_heads: int) -> tuple[GridShape, int]:
+    """Rows and columns, and channels of a head."""
     _, gh, gw, width = qkv.shape
-    head_dim = width // 3 // num_heads
-    if implementation == "auto":
-        implementation = choose((gh, gw), num_heads, head_dim, qkv.dtype, placement)
-    tables = [
-        resize_table(jnp.zeros((1, head_dim)) if table is None else table, size).astype(qkv.dtype)
-        for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
-    ]
-    if implementation in _KERNELS:
-        kernel, supports = _KERNELS[implementation]
-        if not supports((gh, gw), num_heads, head_dim):
-            raise ValueError(
-                f"attention {implementation!r} cannot do a grid of {gh} x {gw} cells with "
-                f"{num_heads} heads of {head_dim} channels; 'auto' takes what can"
-            )
-        return kernel(qkv, *tables, num_heads, interpret=placement.platform != "tpu")
-    q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
-    of_offsets = None
-    if rel_pos_h is not None and rel_pos_w is not None:
-        of_offsets = (relative_positions(tables[0], gh), relative_positions(tables[1], gw))
-    if implementation == "cudnn":
-        out = _by_cudnn(q, k, v, of_offsets, placement)
-    else:
-        forms = {"reference": _reference, "extended": _extended, "chunked": _chunked}
-        out = forms[implementation](q, k, v, of_offsets)
-    return rearrange(out, "b h w a c -> b h w (a c)")
+    return (gh, gw), width // 3 // num_heads
 
 
-_KERNELS: dict[str, tuple[Any, Any]] = {
-    "window_kernel": (window_kernel.window_attention, window_kernel.supports),
-    "flash_kernel": (flash_kernel.flash_attention, flash_kernel.supports),
-}
+def _kernel_supports(module: Any) -> Any:
+    def supports(qkv, rel_pos_h, rel_pos_w, num_heads):
+        grid, head_dim = _shape_of(qkv, num_heads)
+        return module.supports(grid, num_heads, head_dim)
+
+    return supports
 
 
-def choose(
-    grid: GridShape, num_heads: int, head_dim: int, dtype: DTypeLike, placement: Placement
-) -> Implementation:
-    """The fastest form for the shape and the devices, of those that do not hold all logits."""
-    num_tokens = grid[0] * grid[1]
-    if placement.platform == "tpu":
-        if window_kernel.supports(grid, num_heads, head_dim):
-            return "window_kernel"
-        if num_tokens > MAX_TOKENS_AT_ONCE and flash_kernel.supports(grid, num_heads, head_dim):
-            return "flash_kernel"
-    if placement.platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
-        needed = -(-(head_dim + sum(grid)) // _CUDNN_MULTIPLE) * _CUDNN_MULTIPLE
-        # Its backward pass wants an even number of tokens.
-        if needed <= _cudnn_max_channels(placement) and num_tokens % 2 == 0:
-            return "cudnn"
-    return "extended" if num_tokens <= MAX_TOKENS_AT_ONCE else "chunked"
+def _holds_all_logits(qkv, *_, **__) -> bool:
+    return qkv.shape[1] * qkv.shape[2] <= MAX_TOKENS_AT_ONCE
+
+
+def _cudnn_supports(qkv, rel_pos_h, rel_pos_w, num_heads) -> bool:
+    """Whether the GPU takes so many channels; elsewhere it is computed without cuDNN."""
+    target = dispatch.current_target()
+    grid, head_dim = _shape_of(qkv, num_heads)
+    needed = _round_up(head_dim + sum(grid), _CUDNN_MULTIPLE)
+    return target.platform != "gpu" or needed <= cudnn_max_channels(target.compute_capability)
+
+
+def _cudnn_pays(qkv, *_, **__) -> bool:
+    # Its backward pass wants an even number of tokens.
+    return qkv.dtype in (jnp.bfloat16, jnp.float16) and qkv.shape[1] * qkv.shape[2] % 2 == 0
 
 
 def _reference(q, k, v, tables):
     gh, gw, c = q.shape[1], q.shape[2], q.shape[-1]
-    logits = jnp.einsum("bhwac,bijac->bahwij", q * c**-0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bhwac,bijac->bahwij", multiply(q, c**-0.5), k, preferred_element_type=jnp.float32
+    )
     if tables is not None:
         by_row, by_column = tables
         # The relative terms use the unscaled query, as the published model does.
@@ -148,7 +165,7 @@ def _extended(q, k, v, tables):
         rearrange(jnp.concatenate(parts, axis=-1), "b h w a e -> (b a) (h w) e")
         for parts in (queries, keys)
     )
-    logits = jnp.einsum("xqe,xke->xqk", queries, keys)
+    logits = jnp.einsum("xqe,xke->xqk", queries, keys, precision=EXACT)
     out = _mean_by_softmax(logits, rearrange(v, "b h w a c -> (b a) (h w) c"))
     return rearrange(out, "(b a) (h w) c -> b h w a c", a=a, h=gh)
 
@@ -173,21 +190,24 @@ def _ones_at_keys(k, dtype):
     ]
 
 
-def _by_cudnn(q, k, v, tables, placement):
+def _by_cudnn(q, k, v, tables):
     gh, gw, _, c = q.shape[1:]
-    queries, keys = [(q.astype(jnp.float32) * c**-0.5).astype(q.dtype)], [k]
+    target = dispatch.current_target()
+    queries, keys = [multiply(q, c**-0.5)], [k]
     if tables is not None:
         terms, ones = _relative_terms(q, tables), _ones_at_keys(k, k.dtype)
         leading = [term.astype(q.dtype) for term in terms]
         queries, keys = queries + leading, keys + ones
-        if c + 2 * (gh + gw) <= _cudnn_max_channels(placement):
+        # Elsewhere, as the GPU would that takes most.
+        most = cudnn_max_channels(target.compute_capability or (9, 0))
+        if c + 2 * (gh + gw) <= most:
             queries += [
                 (term - lead.astype(jnp.float32)).astype(q.dtype)
                 for term, lead in zip(terms, leading, strict=True)
             ]
             keys += ones
     queries, keys = (jnp.concatenate(parts, axis=-1) for parts in (queries, keys))
-    width = -(-queries.shape[-1] // _CUDNN_MULTIPLE) * _CUDNN_MULTIPLE
+    width = _round_up(queries.shape[-1], _CUDNN_MULTIPLE)
     # Queries, keys and values must be equally wide.
     queries, keys, values = (
         rearrange(
@@ -200,32 +220,51 @@ def _by_cudnn(q, k, v, tables, placement):
         keys,
         values,
         scale=1.0,
-        implementation="cudnn" if placement.platform == "gpu" else "xla",
+        implementation="cudnn" if target.platform == "gpu" else "xla",
     )
     return rearrange(out[..., :c], "b (h w) a c -> b h w a c", h=gh)
 
 
-def _cudnn_max_channels(placement: Placement) -> int:
-    capability = placement.compute_capability
-    is_older = capability is not None and capability < 9.0
-    return CUDNN_MAX_CHANNELS if is_older else CUDNN_MAX_CHANNELS_HOPPER
+def cudnn_max_channels(capability: tuple[int, int] | None) -> int:
+    """Channels of a head that cuDNN's fused attention takes in both passes, 0 if it does nothing.
+
+    Whatever runs forward may be differentiated, so that what the backward pass takes decides.
+
+    Args:
+      capability: the GPU's compute capability; None for a device that is no NVIDIA GPU.
+
+    Source: cudnn-frontend, ``scaled_dot_product_flash_attention.h``, checks of the backward pass.
+    """
+    if capability is None or capability < _CUDNN_OLDEST:
+        return 0
+    return _CUDNN_MAX_CHANNELS.get(capability[0], _CUDNN_MAX_CHANNELS[0])
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _chunked(q, k, v, tables):
     gh, a, c = q.shape[1], q.shape[3], q.shape[-1]
     rows = max(r for r in range(1, QUERY_ROWS_PER_CHUNK + 1) if gh % r == 0)
-    by_row, by_column = tables if tables is not None else (None, None)
+    dtype = q.dtype
+    # What chunks share is rounded in each of them: loops sum its gradient in its own type.
+    k, v = (x.astype(jnp.float32) for x in (k, v))
+    by_row, by_column = (None,) * 2 if tables is None else (x.astype(jnp.float32) for x in tables)
 
     @jax.checkpoint
     def one_chunk(q, k, v, by_row):
         """``q`` [rows, gw, c] against all of ``k`` and ``v`` [gh * gw, c], one head."""
-        logits = jnp.einsum("hwc,kc->hwk", q * c**-0.5, k, preferred_element_type=jnp.float32)
+        k, v = k.astype(dtype), v.astype(dtype)
+        q_scaled = multiply(q, c**-0.5)
+        logits = jnp.einsum("hwc,kc->hwk", q_scaled, k, preferred_element_type=jnp.float32)
         if by_row is not None:
+            of_rows, of_columns = by_row.astype(dtype), by_column.astype(dtype)
             logits = rearrange(logits, "h w (i j) -> h w i j", i=gh)
-            logits += jnp.einsum("hwc,hic->hwi", q, by_row, preferred_element_type=jnp.float32)[
+            logits += jnp.einsum("hwc,hic->hwi", q, of_rows, preferred_element_type=jnp.float32)[
                 ..., None
             ]
-            logits += jnp.einsum("hwc,wjc->hwj", q, by_column, preferred_element_type=jnp.float32)[
+            logits += jnp.einsum("hwc,wjc->hwj", q, of_columns, preferred_element_type=jnp.float32)[
                 :, :, None
             ]
             logits = rearrange(logits, "h w i j -> h w (i j)")
@@ -254,3 +293,53 @@ def _mean_by_softmax(logits, values):
     total = jnp.sum(weights, axis=-1, keepdims=True)
     means = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return (means / total).astype(values.dtype)
+
+
+def _examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Heads that fill the lanes together, and ones that straddle them, as those of ViT-H do."""
+    rng = np.random.default_rng(0)
+
+    def inputs(grid: GridShape, heads: int, channels: int) -> tuple[Any, ...]:
+        tables = [rng.standard_normal((2 * size - 1, channels)) for size in grid]
+        qkv = rng.standard_normal((2, *grid, 3 * heads * channels))
+        return tuple(jnp.asarray(x, dtype) for x in (qkv, *tables))
+
+    return [
+        (inputs((14, 8), 2, 64), {"num_heads": 2}),
+        (inputs((8, 8), 8, 80), {"num_heads": 8}),
+    ]
+
+
+GRID_ATTENTION = dispatch.Operation(
+    "attention",
+    [
+        dispatch.Form(
+            "window_kernel",
+            _by_tables(window_attention.window_attention),
+            supports=_kernel_supports(window_attention),
+            is_kernel=True,
+        ),
+        dispatch.Form(
+            "flash_kernel",
+            _by_tables(flash_attention.flash_attention),
+            supports=_kernel_supports(flash_attention),
+            pays=lambda *args, **options: not _holds_all_logits(*args, **options),
+            is_kernel=True,
+        ),
+        dispatch.Form(
+            "cudnn",
+            _by_heads(_by_cudnn),
+            supports=_cudnn_supports,
+            pays=_cudnn_pays,
+            platforms=("gpu",),
+        ),
+        dispatch.Form("extended", _by_heads(_extended), pays=_holds_all_logits),
+        dispatch.Form("chunked", _by_heads(_chunked)),
+        dispatch.Form("reference", _by_heads(_reference)),
+    ],
+    examples=_examples,
+    describe=lambda qkv, h, w, num_heads: (
+        f"a grid of {qkv.shape[1]} x {qkv.shape[2]} tokens with {num_heads} heads of "
+        f"{qkv.shape[3] // 3 // num_heads} channels"
+    ),
+)

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam, init_variables
-from sam_jax.ops.placement import Placement
+from sam_jax.ops.dispatch import Kernels
+from sam_jax.parallel import Parallel
 from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import (
     BATCH_AXES,
@@ -37,8 +38,8 @@ class TrainProgram:
     """A run's functions, and where their arguments lie.
 
     Attributes:
-      model: placed on the mesh.
-      mesh: of all devices.
+      model: the model.
+      parallel: the devices, and what they share.
       optimizer: of its parameters.
       state_shapes: shapes and types of the training state.
       state_shardings: where it lies.
@@ -47,11 +48,17 @@ class TrainProgram:
     """
 
     model: Sam
-    mesh: Mesh
+    parallel: Parallel
     optimizer: optax.GradientTransformation
     state_shapes: TrainState
     state_shardings: TrainState
     step: Any
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of all devices."""
+        assert self.parallel.mesh is not None
+        return self.parallel.mesh
 
     @property
     def keeps_ema(self) -> bool:
@@ -112,6 +119,7 @@ def build_program(
     prompt_config: PromptConfig,
     loss_config: LossConfig,
     sharding_config: ShardingConfig,
+    kernels: Kernels = "auto",
     devices: Sequence[Any] | None = None,
 ) -> TrainProgram:
     """The program of a run on these devices, which may be ones that are only described.
@@ -120,14 +128,16 @@ def build_program(
       model: the model.
       num_steps, seed, remat_rounds, ema_decay: see ``recipe.TrainConfig``.
       optimizer_config, prompt_config, loss_config, sharding_config: the recipe.
+      kernels: see ``ops.dispatch.Target``.
       devices: by default all there are.
 
     Raises:
       ConfigError: if the config does not fit the devices or the parameters.
     """
     mesh = make_mesh(sharding_config, devices)
-    placement = Placement(mesh, BATCH_AXES, TENSOR_AXIS, WEIGHTS_AXIS, sharding_config.reduce_dtype)
-    model = model.clone(placement=placement)
+    parallel = Parallel(
+        mesh, BATCH_AXES, TENSOR_AXIS, WEIGHTS_AXIS, sharding_config.reduce_dtype, kernels
+    )
     variable_shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     optimizer = build_optimizer(variable_shapes["params"], optimizer_config, num_steps)
     state_shapes = jax.eval_shape(
@@ -140,6 +150,8 @@ def build_program(
         prompt_config,
         loss_config,
         seed=seed,
+        parallel=parallel,
+        param_specs=jax.tree.map(lambda sharding: sharding.spec, shardings.params),
         accumulate_steps=optimizer_config.accumulate_steps,
         remat_rounds=remat_rounds,
         ema_decay=ema_decay,
@@ -150,6 +162,6 @@ def build_program(
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
-        compiler_options=_COMPILER_OPTIONS.get(model.placement.platform),
+        compiler_options=_COMPILER_OPTIONS.get(parallel.platform),
     )
-    return TrainProgram(model, mesh, optimizer, state_shapes, shardings, step)
+    return TrainProgram(model, parallel, optimizer, state_shapes, shardings, step)

@@ -14,6 +14,7 @@ from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam
 from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.ops.dispatch import Kernels
 from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import ShardingConfig
 from sam_jax.training.optimizer import OptimizerConfig
@@ -61,6 +62,7 @@ class Recipe:
     """The sections of a config that say what a training step is, built."""
 
     model: Sam
+    kernels: Kernels
     data: DataConfig
     prompts: PromptConfig
     losses: LossConfig
@@ -75,10 +77,12 @@ class Recipe:
         Raises:
           ConfigError: if a section does not fit what it describes.
         """
-        model = build_model(from_mapping(ModelConfig, sections["model"], "model"))
+        model_config = from_mapping(ModelConfig, sections["model"], "model")
+        model = build_model(model_config)
         data = {**sections["data"], "image_size": model.image_size}
         return cls(
             model=model,
+            kernels=model_config.kernels,
             data=from_mapping(DataConfig, data, "data"),
             prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
             losses=from_mapping(LossConfig, sections["losses"], "losses"),
@@ -99,6 +103,7 @@ class Recipe:
             prompt_config=self.prompts,
             loss_config=self.losses,
             sharding_config=self.sharding,
+            kernels=self.kernels,
             devices=devices,
         )
 

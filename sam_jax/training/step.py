@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,10 +14,11 @@ from jax.sharding import PartitionSpec
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
-from sam_jax.ops.cells import MaskGrid
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.images import normalize_images
-from sam_jax.ops.placement import BATCH, TENSOR
+from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.prompts import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.state import TrainState
@@ -39,37 +41,42 @@ class Batch:
     mask_valid: Bool[Array, "b p"]
 
 
+_ENCODER = "image_encoder"
 StepMetrics = dict[str, Float[Array, "..."]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 Rounds = Callable[..., RoundResult]
 
 
 def build_rounds(
-    model: Sam, prompt_config: PromptConfig, loss_config: LossConfig, *, remat: bool = True
+    model: Sam,
+    prompt_config: PromptConfig,
+    loss_config: LossConfig,
+    *,
+    parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+    remat: bool = True,
 ) -> Rounds:
     """All rounds of a batch, in which each device works on its own images and objects.
 
     Args:
-      model: the model, placed.
+      model: the model.
       prompt_config: how the simulated user behaves.
       loss_config: what the losses weigh.
+      parallel: the devices.
       remat: see ``rounds.run_rounds``.
 
     Returns:
       a function of the parameters of ``PROMPTED_PARTS``, the model's constants, embeddings, a key
       for each object, packed masks, and sizes of the images.
     """
-    placement = model.placement
-    images, objects = placement.spec(BATCH), placement.spec(BATCH, TENSOR)
+    images, objects = parallel.spec(BATCH), parallel.spec(BATCH, TENSOR)
 
     @jax.named_scope("rounds")
     def rounds_of_device(params, constants, embeddings, keys, masks_packed, image_hw):
         """All rounds of a device's own images and objects."""
-        decoder = model.clone(placement=placement.inside)
-        mask_grid = MaskGrid.of(embeddings.shape[1:3], model.image_size)
+        mask_layout = MaskLayout.of(embeddings.shape[1:3], model.image_size)
 
         def decode(prompts, multimask_output, seeds):
-            return decoder.apply(
+            return model.apply(
                 {"params": params, "constants": constants},
                 embeddings,
                 prompts,
@@ -81,25 +88,24 @@ def build_rounds(
         return run_rounds(
             decode,
             keys,
-            mask_grid.pack(masks_packed),
+            mask_layout.pack(masks_packed),
             image_hw,
-            mask_grid,
+            mask_layout,
             prompt_config,
             loss_config,
             remat=remat,
-            kernels=decoder.placement.kernels,
         )
 
-    on_each_device = placement.on_each_device(
+    on_each_device = parallel.on_each_device(
         rounds_of_device,
         [PartitionSpec(), PartitionSpec(), images, objects, objects, images],
-        placement.spec(None, BATCH, TENSOR),
+        parallel.spec(None, BATCH, TENSOR),
     )
 
     def rounds(params, constants, embeddings, keys, masks_packed, image_hw):
-        if keys.shape[1] % placement.num_tensor:
+        if keys.shape[1] % parallel.num_tensor:
             raise ConfigError(
-                f"data.max_masks = {keys.shape[1]} does not divide by the {placement.num_tensor} "
+                f"data.max_masks = {keys.shape[1]} does not divide by the {parallel.num_tensor} "
                 "devices of sharding.tensor, which share the masks of an image"
             )
         return on_each_device(params, constants, embeddings, keys, masks_packed, image_hw)
@@ -114,6 +120,8 @@ def build_train_step(
     loss_config: LossConfig,
     *,
     seed: int,
+    parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+    param_specs: Any | None = None,
     accumulate_steps: int = 1,
     remat_rounds: bool = True,
     ema_decay: float = 0.0,
@@ -129,21 +137,27 @@ def build_train_step(
       prompt_config: how the simulated user behaves.
       loss_config: what the losses weigh.
       seed: of prompts, dropout and dropped paths.
+      parallel: the devices.
+      param_specs: how they store the parameters; None for whole ones.
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
       remat_rounds: see ``rounds.run_rounds``.
       ema_decay: see ``recipe.TrainConfig``; the state must keep an average if it is not 0.
     """
-    rounds = build_rounds(model, prompt_config, loss_config, remat=remat_rounds)
+    encode = parallel.encode(
+        model, None if param_specs is None else {_ENCODER: param_specs[_ENCODER]}
+    )
+    rounds = build_rounds(
+        model, prompt_config, loss_config, parallel=parallel, remat=remat_rounds
+    )
 
     def loss_sums(params, constants, batch: Batch, key):
         """Sum over all objects of the loss, and sums of what is reported."""
         encode_key, rounds_key = jax.random.split(key)
-        variables = {"params": params, "constants": constants}
-        images = normalize_images(batch.image, batch.image_hw)
-        embeddings = model.apply(
-            variables, images, train=True, rngs={"dropout": encode_key}, method=Sam.encode
+        embeddings = encode(
+            {_ENCODER: params[_ENCODER]},
+            normalize_images(batch.image, batch.image_hw),
+            drop_path_scales(encode_key, model.config.image_encoder, batch.image.shape[0]),
         )
-
         results = rounds(
             {part: params[part] for part in PROMPTED_PARTS},
             constants,

@@ -2,8 +2,8 @@
 
 A window's rows do not begin where a TPU's tiles do, so a compiler moves tokens several times to cut
 a grid: once to pad it, and once for each order of axes in between. Here a step reads one row of
-windows, moves each row of a window by itself, and writes it once. The LayerNorm beside a cut, and
-the sum of a block's two branches, are done to the rows while they are at hand.
+windows, moves each row of a window by itself, and writes it once. The LayerNorm before or after it,
+and the residual sum, are done to the rows while they are at hand.
 
 The padding is what ``windows.window_partition`` says: zeros, at the bottom and right.
 """
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
 
 # What one number of a row takes, about: for the compiler's schedule, and for plans.
 _FLOPS = 20
@@ -32,7 +32,7 @@ class _Shape:
     grid: GridShape
     window_size: int
     epsilon: float
-    interpret: bool
+    interpret: Any
 
     @property
     def num_windows(self) -> tuple[int, int]:
@@ -46,14 +46,14 @@ def supports(grid: GridShape, window_size: int, dim: int) -> bool:
     return dim % LANES == 0 and window_size % 2 == 0 and grid[1] % (2 * SUBLANES) == 0
 
 
-def norm_and_cut(
+def norm_partition(
     tokens: Float[Array, "b gh gw d"],
     scale: Float[Array, " d"],
     shift: Float[Array, " d"],
     window_size: int,
     *,
     epsilon: float,
-    interpret: bool,
+    interpret: Any,
 ) -> tuple[Float[Array, "bw s s d"], Float[Array, "b gh gw d"]]:
     """Windows of the normalised tokens, and the tokens.
 
@@ -68,18 +68,18 @@ def norm_and_cut(
       interpret: whether to run it without a TPU, slowly.
     """
     shape = _Shape(tokens.shape[1:3], window_size, epsilon, interpret)
-    windows, tokens = _norm_and_cut(shape, tokens, _row(scale), _row(shift))
+    windows, tokens = _norm_partition(shape, tokens, _row(scale), _row(shift))
     return windows.reshape(-1, window_size, window_size, windows.shape[-1]), tokens
 
 
-def join_and_norm(
+def unpartition_add_norm(
     tokens: Float[Array, "b gh gw d"],
     windows: Float[Array, "bw s s d"],
     scale: Float[Array, " d"],
     shift: Float[Array, " d"],
     *,
     epsilon: float,
-    interpret: bool,
+    interpret: Any,
 ) -> tuple[Float[Array, "b gh gw d"], Float[Array, "b gh gw d"]]:
     """Sum of tokens and what windows say of them, and the sum normalised.
 
@@ -93,7 +93,7 @@ def join_and_norm(
     size = windows.shape[1]
     shape = _Shape(tokens.shape[1:3], size, epsilon, interpret)
     windows = windows.reshape(windows.shape[0], size * size, -1)
-    return _join_and_norm(shape, tokens, windows, _row(scale), _row(shift))
+    return _unpartition_add_norm(shape, tokens, windows, _row(scale), _row(shift))
 
 
 def _row(vector: Array) -> Array:
@@ -101,20 +101,20 @@ def _row(vector: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm_and_cut(shape: _Shape, tokens: Array, scale: Array, shift: Array):
+def _norm_partition(shape: _Shape, tokens: Array, scale: Array, shift: Array):
     def of_row(vectors, rows):
         scale, shift = vectors
         return _Rows(window=_normalised(shape, *rows)[0] * scale + shift)
 
-    (windows,) = _call(shape, "norm_and_cut", of_row, [tokens], [scale, shift], to_windows=True)
+    (windows,) = _call(shape, "norm_partition", of_row, [tokens], [scale, shift], to_windows=True)
     return windows, tokens
 
 
-def _norm_and_cut_forward(shape, tokens, scale, shift):
-    return _norm_and_cut(shape, tokens, scale, shift), (tokens, scale)
+def _norm_partition_forward(shape, tokens, scale, shift):
+    return _norm_partition(shape, tokens, scale, shift), (tokens, scale)
 
 
-def _norm_and_cut_backward(shape, residuals, gradients):
+def _norm_partition_backward(shape, residuals, gradients):
     tokens, scale = residuals
     d_windows, d_tokens = gradients
 
@@ -125,7 +125,7 @@ def _norm_and_cut_backward(shape, residuals, gradients):
 
     d_tokens, *d_norm = _call(
         shape,
-        "norm_and_cut_backward",
+        "norm_partition_backward",
         of_row,
         [tokens, d_tokens],
         [scale],
@@ -136,32 +136,32 @@ def _norm_and_cut_backward(shape, residuals, gradients):
     return d_tokens, *d_norm
 
 
-_norm_and_cut.defvjp(_norm_and_cut_forward, _norm_and_cut_backward)
+_norm_partition.defvjp(_norm_partition_forward, _norm_partition_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _join_and_norm(shape: _Shape, tokens: Array, windows: Array, scale: Array, shift: Array):
+def _unpartition_add_norm(shape: _Shape, tokens: Array, windows: Array, scale: Array, shift: Array):
     def of_row(vectors, rows):
         scale, shift = vectors
         tokens, branch = rows
-        # Normalised is what is stored, as by a block that is not cut.
+        # Normalised is what is stored, as by a block without windows.
         tokens = (tokens + branch).astype(dtype).astype(jnp.float32)
         return _Rows(grids=(tokens, _normalised(shape, tokens)[0] * scale + shift))
 
     dtype = tokens.dtype
     return tuple(
         _call(
-            shape, "join_and_norm", of_row, [tokens], [scale, shift], windows=windows, num_grids=2
+            shape, "unpartition_add_norm", of_row, [tokens], [scale, shift], windows=windows, num_grids=2
         )
     )
 
 
-def _join_and_norm_forward(shape, tokens, windows, scale, shift):
-    tokens, normed = _join_and_norm(shape, tokens, windows, scale, shift)
+def _unpartition_add_norm_forward(shape, tokens, windows, scale, shift):
+    tokens, normed = _unpartition_add_norm(shape, tokens, windows, scale, shift)
     return (tokens, normed), (tokens, scale)
 
 
-def _join_and_norm_backward(shape, residuals, gradients):
+def _unpartition_add_norm_backward(shape, residuals, gradients):
     tokens, scale = residuals
 
     def of_row(vectors, rows):
@@ -172,7 +172,7 @@ def _join_and_norm_backward(shape, residuals, gradients):
 
     d_tokens, d_windows, *d_norm = _call(
         shape,
-        "join_and_norm_backward",
+        "unpartition_add_norm_backward",
         of_row,
         [tokens, *gradients],
         [scale],
@@ -183,7 +183,7 @@ def _join_and_norm_backward(shape, residuals, gradients):
     return d_tokens, d_windows, *d_norm
 
 
-_join_and_norm.defvjp(_join_and_norm_forward, _join_and_norm_backward)
+_unpartition_add_norm.defvjp(_unpartition_add_norm_forward, _unpartition_add_norm_backward)
 
 
 def _normalised(shape: _Shape, tokens):
@@ -209,7 +209,7 @@ class _Rows:
 
     Attributes:
       grids: rows ``[gw, d]`` of grids.
-      window: a row of the grid that is cut, or None.
+      window: a row of the grid that is cut into windows, or None.
       sums: rows of what is summed over all tokens.
     """
 
@@ -240,7 +240,7 @@ def _call(
     of_grid = pl.BlockSpec((1, size, gw, d), lambda i, r: (i, r, 0, 0))
     of_windows = pl.BlockSpec((across, size * size, d), lambda i, r: (i * down + r, 0, 0))
     of_sum = pl.BlockSpec((1, SUBLANES, d), lambda i, r: (i, 0, 0))
-    inputs = [*vectors, *grids, *([] if windows is None else [windows])]
+    inputs = (tuple(vectors), tuple(grids), () if windows is None else (windows,))
     outputs: list[tuple[Any, pl.BlockSpec]] = [
         *[(jax.ShapeDtypeStruct(grids[0].shape, dtype), of_grid)] * num_grids,
         *[(jax.ShapeDtypeStruct((b * down * across, size * size, d), dtype), of_windows)]
@@ -251,70 +251,62 @@ def _call(
     word = jnp.int32 if pack == 2 else dtype
     num_moved = (windows is not None) + to_windows
 
-    def kernel(*refs):
-        refs = list(refs)
+    def kernel(input_refs, output_refs, *scratch):
+        vector_refs, grid_refs, window_refs = input_refs
+        refs = list(output_refs)
 
         def take(count):
             taken, refs[:count] = refs[:count], []
             return taken
 
-        vector_refs, grid_refs = take(len(vectors)), take(len(grids))
-        window_refs, grid_outs = take(windows is not None), take(num_grids)
-        window_outs, sum_outs = take(to_windows), take(num_sums)
-        cuts = [_Cut(shape, words, row) for words, row in zip(*[iter(refs)] * 2, strict=True)]
+        grid_outs, window_outs, sum_outs = take(num_grids), take(to_windows), take(num_sums)
+        moved = [_Windows(shape, words, row) for words, row in zip(*[iter(scratch)] * 2, strict=True)]
         for ref in sum_outs:
 
             @pl.when(pl.program_id(1) == 0)
             def _(ref=ref):
                 ref[...] = jnp.zeros_like(ref)
 
-        for cut in cuts:
-            cut.clear_row()
+        for windows_of_row in moved:
+            windows_of_row.clear_row()
         for ref in window_refs:
-            cuts[0].load(ref)
+            moved[0].load(ref)
         weights = [ref[...] for ref in vector_refs]
         for row in range(size):
             rows = [ref[0, row].astype(jnp.float32) for ref in grid_refs]
-            rows += [cuts[0].row(row, dtype).astype(jnp.float32) for _ in window_refs]
+            rows += [moved[0].row(row, dtype).astype(jnp.float32) for _ in window_refs]
             made = of_row(weights, rows)
             is_inside = pl.program_id(1) * size + row < gh
             for ref, value in zip(grid_outs, made.grids, strict=True):
                 ref[0, row] = value.astype(dtype)
             if made.window is not None:
-                cuts[-1].set_row(row, jnp.where(is_inside, made.window, 0.0).astype(dtype))
+                moved[-1].set_row(row, jnp.where(is_inside, made.window, 0.0).astype(dtype))
             for ref, value in zip(sum_outs, made.sums, strict=True):
                 inside = jnp.where(is_inside, value, 0.0)
                 ref[0] += jnp.sum(inside.reshape(-1, SUBLANES, d), axis=0)
         for ref in window_outs:
-            cuts[-1].store(ref)
+            moved[-1].store(ref)
 
     scratch = [
         pltpu.VMEM((across, _whole_tiles(size * size // pack), d), word),
         pltpu.VMEM((_whole_tiles(across * size // pack), d), word),
     ]
-    shapes = [made for made, _ in outputs]
-    results = pl.pallas_call(
+    results = fused_call(
         kernel,
+        inputs,
+        (
+            (pl.BlockSpec((1, d), lambda i, r: (0, 0)),) * len(vectors),
+            (of_grid,) * len(grids),
+            () if windows is None else (of_windows,),
+        ),
+        outputs,
         grid=(b, down),
-        in_specs=[
-            *[pl.BlockSpec((1, d), lambda i, r: (0, 0)) for _ in vectors],
-            *[of_grid for _ in grids],
-            *([] if windows is None else [of_windows]),
-        ],
-        out_specs=[spec for _, spec in outputs],
-        out_shape=shapes,
-        scratch_shapes=scratch * num_moved,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=_FLOPS * grids[0].size,
-            transcendentals=b * gh * gw,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *shapes)),
-        ),
+        flops=_FLOPS * grids[0].size,
+        transcendentals=b * gh * gw,
+        scratch=scratch * num_moved,
         interpret=shape.interpret,
         name=name,
-    )(*inputs)
+    )
     num_kept = len(results) - num_sums
     return [*results[:num_kept], *(jnp.sum(x, axis=(0, 1))[None] for x in results[num_kept:])]
 
@@ -324,7 +316,7 @@ def _whole_tiles(rows: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cut:
+class _Windows:
     """A row of windows, in words of 32 bits: numbers of a token, or of a pair of them.
 
     Tokens of 16 bits lie in pairs, and only whole words can begin anywhere in a tile.

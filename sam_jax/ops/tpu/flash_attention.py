@@ -9,6 +9,7 @@ cheap axis. Terms and logits are float32.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.positional import relative_positions
-from sam_jax.ops.tpu_kernel import LANES, SUBLANES, VMEM_LIMIT_BYTES, product
+from sam_jax.ops.full_precision import multiply
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, product
 
 # A block of logits of 512 x 512 takes 1 MB, and a handful of its size are alive at once.
 _TOKENS_PER_BLOCK = 512
@@ -38,7 +40,7 @@ class _Blocks:
     grid: GridShape
     rows: int
     queries: int
-    interpret: bool
+    interpret: Any
 
     @property
     def keys(self) -> int:
@@ -57,7 +59,7 @@ class _Blocks:
         return self.num_tokens // self.queries
 
 
-def _cut(grid: GridShape, interpret: bool) -> _Blocks | None:
+def _cut(grid: GridShape, interpret: Any) -> _Blocks | None:
     gh, gw = grid
     tokens = gh * gw
     # A whole axis may have any size, a part of it whole tiles.
@@ -90,9 +92,9 @@ def flash_attention(
     table_w: Float[Array, "entries_w c"],
     num_heads: int,
     *,
-    interpret: bool,
+    interpret: Any,
 ) -> Float[Array, "b gh gw d"]:
-    """Attention of all cells of each grid with each other; see ``ops.attention.grid_attention``.
+    """Attention of all tokens of each grid with each other; see ``ops.attention.grid_attention``.
 
     Args:
       qkv: projections, e = 3 d: queries of all heads, then keys, then values.
@@ -117,7 +119,7 @@ def flash_attention(
     terms_w = jnp.einsum("xhwc,wjc->xjhw", q, by_column, preferred_element_type=jnp.float32)
     q, k, v = (rearrange(x, "x h w c -> x (h w) c") for x in (q, k, v))
     terms_h, terms_w = (rearrange(x, "x i h w -> x i (h w)") for x in (terms_h, terms_w))
-    q = q * q.shape[-1] ** -0.5
+    q = multiply(q, q.shape[-1] ** -0.5)
     out = _attend(blocks, q, k, v, terms_h, terms_w)
     return rearrange(out, "(b a) c (h w) -> b h w (a c)", a=num_heads, h=gh)
 
@@ -227,30 +229,27 @@ def _call(blocks, kernel, name, q, *, grid, inputs, in_specs, outputs, scratch, 
     """
     heads, tokens, channels = q.shape
     logits = heads * tokens * tokens
-    return pl.pallas_call(
-        functools.partial(kernel, blocks),
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=[spec for spec, _, _ in outputs],
-        out_shape=[
-            jax.ShapeDtypeStruct(
-                (heads, tokens, channels) if rows is None else (heads, rows, tokens), dtype
-            )
-            for _, rows, dtype in outputs
+
+    def on_refs(inputs, outputs, *scratch):
+        kernel(blocks, *inputs, *outputs, *scratch)
+
+    shapes = [(heads, tokens, channels) if rows is None else (heads, rows, tokens)
+              for _, rows, _ in outputs]
+    return fused_call(
+        on_refs,
+        inputs,
+        in_specs,
+        [
+            (jax.ShapeDtypeStruct(shape, dtype), spec)
+            for shape, (spec, _, dtype) in zip(shapes, outputs, strict=True)
         ],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT_BYTES,
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * logits * channels,
-            transcendentals=logits,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs),
-        ),
+        grid=grid,
+        flops=2 * products * logits * channels,
+        transcendentals=logits,
+        scratch=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         interpret=blocks.interpret,
         name=name,
-    )(*inputs)
+    )
 
 
 def _logits(blocks: _Blocks, q, k, terms_h, terms_w):

@@ -1,4 +1,4 @@
-"""What kernels for TPUs share."""
+"""Sizes, calls and arithmetic that the TPU kernels share."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,59 +14,73 @@ from jax.typing import DTypeLike
 # Numbers in a row of a vector register, and rows.
 LANES = 128
 SUBLANES = 8
-# Name, to ``jax.checkpoint``, of what takes a kernel to compute again and little memory to keep.
-WORTH_KEEPING = "worth keeping"
 # Of the memory beside a core: what is fetched for the next step, and a handful of blocks of logits.
 VMEM_LIMIT_BYTES = 100 * 2**20
-# Cells of a step: the more, the less they wait for one another.
+# Image tokens of a step: the more, the less they wait for one another.
 _BLOCKS = (2048, 1024, 512, 256, LANES)
 
 
-def block_of(num_cells: int) -> int:
-    """Cells of a step of a kernel: many, of which whole steps make all."""
-    return next(block for block in _BLOCKS if num_cells % block == 0)
+def tile_size(num_tokens: int) -> int:
+    """Tokens of a kernel's step: the largest of ``_BLOCKS`` that divides ``num_tokens``."""
+    return next(block for block in _BLOCKS if num_tokens % block == 0)
 
 
-def call_on_trees(
-    kernel: Callable[[Any, Any], None],
+def fused_call(
+    kernel: Callable[..., None],
     inputs: Any,
     in_specs: Any,
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
     *,
     grid: tuple[int, ...],
     flops: int,
-    interpret: bool,
+    transcendentals: int = 0,
+    scratch: Sequence[Any] = (),
+    last_axis: str = "arbitrary",
+    interpret: Any,
     name: str,
 ) -> Sequence[jax.Array]:
-    """``kernel`` of references to a tree of inputs, and to the outputs, for each step of a grid.
+    """Outputs of a kernel that runs once for each step of a grid.
 
-    Steps along the last axis of the grid follow one another; the others may be any core's.
+    Steps along the last axis of the grid follow one another, unless that is said to be "parallel";
+    the others may be any core's.
 
     Args:
-      kernel: what to do.
+      kernel: ``kernel(inputs, outputs, *scratch)`` of references, the inputs in their tree.
       inputs: a tree of arrays.
       in_specs: their blocks, in the same tree.
       outputs: shapes and blocks.
       grid: steps.
-      flops: of all steps.
-      interpret: whether to run it without a TPU, slowly.
+      flops, transcendentals: of all steps, for the compiler's schedule and for cost reports.
+      scratch: shapes of memory that steps share.
+      last_axis: "arbitrary" or "parallel".
+      interpret: whether to run it without a TPU, slowly; or parameters of the simulator.
       name: of the kernel.
     """
     leaves, tree = jax.tree.flatten(inputs)
     shapes = [shape for shape, _ in outputs]
+
+    def on_refs(*refs):
+        num_in, num_out = len(leaves), len(shapes)
+        kernel(
+            jax.tree.unflatten(tree, refs[:num_in]),
+            refs[num_in : num_in + num_out],
+            *refs[num_in + num_out :],
+        )
+
     return pl.pallas_call(
-        lambda *refs: kernel(jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]),
+        on_refs,
         grid=grid,
         in_specs=jax.tree.leaves(in_specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
         out_specs=[spec for _, spec in outputs],
         out_shape=shapes,
+        scratch_shapes=list(scratch),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(*("parallel",) * (len(grid) - 1), "arbitrary"),
+            dimension_semantics=(*("parallel",) * (len(grid) - 1), last_axis),
             vmem_limit_bytes=VMEM_LIMIT_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
             flops=flops,
-            transcendentals=0,
+            transcendentals=transcendentals,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*leaves, *shapes)),
         ),
         interpret=interpret,

@@ -1,13 +1,12 @@
-"""Low-resolution maps and masks by the cells they belong to.
+"""Masks as bits, an integer for each low-resolution pixel; and the order of pixels that suits it.
 
-A cell of the image embeddings has 4 x 4 low-resolution pixels, its sub-pixels. Maps are kept as
-``[16, cells]`` where the model works with them: sub-pixels row by row on the first axis, cells on
-the last. What makes logits of cells, or cells of logits, then moves nothing, and the last axis
-fills the lanes of any processor, which 4 pixels would not.
+An image token has 4 x 4 low-resolution pixels, its sub-pixels. Where masks and logits are worked
+with beside the model, they are kept as ``[16, tokens]``: sub-pixels row by row on the first axis,
+image tokens on the last, which fills the lanes of any processor.
 
-A mask at the resolution of the image is an integer of such a map, a bit for each image pixel of a
-sub-pixel, row by row from the highest: two bytes stand for what would take 16 as booleans, and
-sums over all pixels of a mask become counts of bits.
+A packed mask is an integer for each sub-pixel, with a bit for each image pixel of it, row by row
+from the highest: two bytes stand for what would take 16 as booleans, and sums over all pixels of a
+mask become counts of bits.
 """
 
 import dataclasses
@@ -27,24 +26,24 @@ SUBPIXELS = SIDE * SIDE
 _SCALES = (1, 2, 4)
 
 
-def to_cells(maps: Shaped[Array, "*batch lh lw"]) -> Shaped[Array, "*batch 16 cells"]:
-    """Maps in the order of cells."""
+def to_subpixels(maps: Shaped[Array, "*batch lh lw"]) -> Shaped[Array, "*batch 16 tokens"]:
+    """Maps by sub-pixel and image token."""
     return rearrange(maps, "... (h r) (w c) -> ... (r c) (h w)", r=SIDE, c=SIDE)
 
 
 def to_image(
-    maps: Shaped[Array, "*batch 16 cells"], grid: GridShape
+    maps: Shaped[Array, "*batch 16 tokens"], grid: GridShape
 ) -> Shaped[Array, "*batch lh lw"]:
-    """Maps in the order of the image."""
+    """Maps in the order of the image; the inverse of ``to_subpixels``."""
     return rearrange(maps, "... (r c) (h w) -> ... (h r) (w c)", r=SIDE, h=grid[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskGrid:
-    """The pixels of an image by sub-pixels of cells.
+class MaskLayout:
+    """Which bit of which integer each pixel of an image is.
 
     Attributes:
-      grid: rows and columns of cells.
+      grid: rows and columns of image tokens.
       scale: image pixels along a side of a sub-pixel.
     """
 
@@ -52,18 +51,18 @@ class MaskGrid:
     scale: int
 
     @classmethod
-    def of(cls, grid: GridShape, image_size: tuple[int, int]) -> "MaskGrid":
+    def of(cls, grid: GridShape, image_size: tuple[int, int]) -> "MaskLayout":
         """For an image of a height and width.
 
         Raises:
           ConfigError: if a sub-pixel would not have 1, 2 or 4 pixels along both sides.
         """
         for scale in _SCALES:
-            mask_grid = cls(grid, scale)
-            if mask_grid.image_size == tuple(image_size):
-                return mask_grid
+            mask_layout = cls(grid, scale)
+            if mask_layout.image_size == tuple(image_size):
+                return mask_layout
         raise ConfigError(
-            f"masks of {image_size[0]} x {image_size[1]} pixels on {grid[0]} x {grid[1]} cells: "
+            f"masks of {image_size[0]} x {image_size[1]} pixels on {grid[0]} x {grid[1]} image tokens: "
             f"patches must have a side of {', '.join(str(SIDE * scale) for scale in _SCALES)}"
         )
 
@@ -73,8 +72,8 @@ class MaskGrid:
         gh, gw = self.grid
         return SIDE * self.scale * gh, SIDE * self.scale * gw
 
-    def pack(self, packed: UInt8[Array, "*batch h w8"]) -> Int[Array, "*batch 16 cells"]:
-        """Words of ``numpy.packbits(masks, axis=-1)``."""
+    def pack(self, packed: UInt8[Array, "*batch h w8"]) -> Int[Array, "*batch 16 tokens"]:
+        """Packed masks of ``numpy.packbits(masks, axis=-1)``."""
         scale, in_byte = self.scale, 8 // self.scale
         shifts = 8 - scale * (1 + jnp.arange(in_byte, dtype=jnp.int32))
         parts = (packed.astype(jnp.int32)[..., None] >> shifts) & (2**scale - 1)
@@ -82,24 +81,24 @@ class MaskGrid:
         rows = rearrange(parts, "... (h r y) (w c) -> y ... (r c) (h w)", r=SIDE, y=scale, c=SIDE)
         return sum(row << scale * (scale - 1 - y) for y, row in enumerate(rows))
 
-    def area(self, image_hw: Int[Array, "b 2"]) -> Int[Array, "b 16 cells"]:
-        """Words of what is image and not padding."""
+    def area(self, image_hw: Int[Array, "b 2"]) -> Int[Array, "b 16 tokens"]:
+        """The packed mask of what is image and not padding."""
         return self.of_masks(valid_area(image_hw, self.image_size))
 
     def bits(self) -> list[tuple[int, tuple[int, int]]]:
-        """Bits of a word, with row and column of their pixels inside the sub-pixel."""
+        """Bits of an integer, with row and column of their pixels inside the sub-pixel."""
         last = self.scale**2 - 1
         return [(last - i, divmod(i, self.scale)) for i in range(self.scale**2)]
 
-    def of_masks(self, masks: Bool[Array, "*batch h w"]) -> Int[Array, "*batch 16 cells"]:
-        """Words of masks."""
+    def of_masks(self, masks: Bool[Array, "*batch h w"]) -> Int[Array, "*batch 16 tokens"]:
+        """Packs masks."""
         return self.pack(jnp.packbits(masks, axis=-1))
 
-    def to_masks(self, words: Int[Array, "*batch 16 cells"]) -> Bool[Array, "*batch h w"]:
-        """Masks of words."""
+    def to_masks(self, packed_masks: Int[Array, "*batch 16 tokens"]) -> Bool[Array, "*batch h w"]:
+        """Unpacks masks."""
         scale, in_byte = self.scale, 8 // self.scale
         shifts = scale * np.arange(scale)[::-1]
-        lines = jnp.stack([words >> int(shift) & (2**scale - 1) for shift in shifts])
+        lines = jnp.stack([packed_masks >> int(shift) & (2**scale - 1) for shift in shifts])
         lines = rearrange(lines, "y ... (r c) (h w) -> ... (h r y) (w c)", r=SIDE, h=self.grid[0])
         width = lines.shape[-1]
         lines = jnp.pad(lines, (*((0, 0),) * (lines.ndim - 1), (0, -width % in_byte)))
@@ -108,70 +107,70 @@ class MaskGrid:
         packed = jnp.sum(lines << shifts, axis=-1).astype(jnp.uint8)
         return jnp.unpackbits(packed, axis=-1)[..., : width * scale].astype(bool)
 
-    def boxes(self, words: Int[Array, "*batch 16 cells"]) -> Float[Array, "*batch 4"]:
+    def boxes(self, packed_masks: Int[Array, "*batch 16 tokens"]) -> Float[Array, "*batch 4"]:
         """Tight boxes ``x0, y0, x1, y1`` in pixel indices, both corners inside the mask.
 
         All zeros for an empty mask. A prompt names pixels by their index; the model adds the half
         pixel itself.
         """
-        words = rearrange(words, "... (r c) (h w) -> ... r c h w", r=SIDE, h=self.grid[0])
+        packed_masks = rearrange(packed_masks, "... (r c) (h w) -> ... r c h w", r=SIDE, h=self.grid[0])
 
         def first_and_last(across: tuple[int, int], along: int):
             """Pixels that the mask spans along y (0) or x (1)."""
-            axes = [words.ndim + axis for axis in across]
-            joined = jax.lax.reduce(words, np.int32(0), jax.lax.bitwise_or, axes)
+            axes = [packed_masks.ndim + axis for axis in across]
+            joined = jax.lax.reduce(packed_masks, np.int32(0), jax.lax.bitwise_or, axes)
             lines = [0] * self.scale
             for bit, place in self.bits():
                 lines[place[along]] |= 1 << bit
             occupied = jnp.stack([joined & line for line in lines], axis=-1) != 0
-            occupied = rearrange(occupied, "... part cell line -> ... (cell part line)")
+            occupied = rearrange(occupied, "... part token line -> ... (token part line)")
             first = jnp.argmax(occupied, axis=-1)
             return first, occupied.shape[-1] - 1 - jnp.argmax(occupied[..., ::-1], axis=-1)
 
         y0, y1 = first_and_last((-3, -1), 0)
         x0, x1 = first_and_last((-4, -2), 1)
         boxes = jnp.stack([x0, y0, x1, y1], axis=-1).astype(jnp.float32)
-        exists = jnp.any(words != 0, axis=(-4, -3, -2, -1))
+        exists = jnp.any(packed_masks != 0, axis=(-4, -3, -2, -1))
         return jnp.where(exists[..., None], boxes, 0.0)
 
     def sample_pixel(
-        self, key: Array, words: Int[Array, "16 cells"]
+        self, key: Array, packed_masks: Int[Array, "16 tokens"]
     ) -> tuple[Int[Array, " 2"], Int[Array, " 3"]]:
-        """One pixel ``(x, y)`` of a mask, every one equally likely, and its place among the words.
+        """One pixel ``(x, y)`` of a mask, every one equally likely, and its place in the packed mask.
 
         The first pixel of all if the mask is empty. Draws a rank among the mask's pixels, then
-        finds the sub-pixel, the cell and the bit that hold it by running sums: never a random
+        finds the sub-pixel, the token and the bit that hold it by running sums: never a random
         number per pixel.
 
         Returns:
-          the pixel, and its sub-pixel, cell and bit, for ``bit_at``.
+          the pixel, and its sub-pixel, token and bit, for ``bit_at``.
         """
-        counts = jax.lax.population_count(words)
+        counts = jax.lax.population_count(packed_masks)
         rank = jax.random.randint(key, (), 0, jnp.maximum(jnp.sum(counts), 1))
         subpixel, rank = _of_rank(jnp.sum(counts, axis=1), rank)
-        cell, rank = _of_rank(counts[subpixel], rank)
+        token, rank = _of_rank(counts[subpixel], rank)
         bits, places = zip(*self.bits(), strict=True)
-        order, rank = _of_rank(words[subpixel, cell] >> jnp.array(bits) & 1, rank)
-        row, column = (SIDE * x for x in jnp.divmod(cell, self.grid[1]))
+        order, rank = _of_rank(packed_masks[subpixel, token] >> jnp.array(bits) & 1, rank)
+        row, column = (SIDE * x for x in jnp.divmod(token, self.grid[1]))
         row, column = row + subpixel // SIDE, column + subpixel % SIDE
         y, x = jnp.array(places)[order]
         pixel = jnp.stack([self.scale * column + x, self.scale * row + y])
-        place = jnp.stack([subpixel, cell, jnp.array(bits)[order]])
-        exists = jnp.any(words != 0)
+        place = jnp.stack([subpixel, token, jnp.array(bits)[order]])
+        exists = jnp.any(packed_masks != 0)
         first = jnp.array([0, 0, bits[0]])
         pixel, place = jnp.where(exists, pixel, 0), jnp.where(exists, place, first)
         return pixel.astype(jnp.int32), place.astype(jnp.int32)
 
 
-def bit_at(words: Int[Array, "16 cells"], place: Int[Array, " 3"]) -> Int[Array, ""]:
-    """1 where the mask has the pixel at a place that ``MaskGrid.sample_pixel`` gave, else 0."""
-    subpixel, cell, bit = place
-    return words[subpixel, cell] >> bit & 1
+def bit_at(packed_masks: Int[Array, "16 tokens"], place: Int[Array, " 3"]) -> Int[Array, ""]:
+    """1 where the mask has the pixel at a place that ``MaskLayout.sample_pixel`` gave, else 0."""
+    subpixel, token, bit = place
+    return packed_masks[subpixel, token] >> bit & 1
 
 
-def num_pixels(words: Int[Array, "*batch 16 cells"]) -> Float[Array, "*batch"]:
+def num_pixels(packed_masks: Int[Array, "*batch 16 tokens"]) -> Float[Array, "*batch"]:
     """Pixels of masks."""
-    counts = jax.lax.population_count(words)
+    counts = jax.lax.population_count(packed_masks)
     return jnp.sum(counts, axis=(-2, -1), dtype=jnp.int32).astype(jnp.float32)
 
 

@@ -14,6 +14,7 @@ column, in two bfloat16 parts, so that large terms keep their digits.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops.tpu_kernel import LANES, VMEM_LIMIT_BYTES, product
+from sam_jax.ops.tpu.kernel import LANES, fused_call, product
 
 # Rows of a window have the first half of a tile, columns the second; in each, the terms' leading
 # digits have the first half and the rest the second.
@@ -36,7 +37,7 @@ class _Shape:
     grid: GridShape
     num_heads: int
     head_dim: int
-    interpret: bool
+    interpret: Any
 
     @property
     def dim(self) -> int:
@@ -69,9 +70,9 @@ def window_attention(
     table_w: Float[Array, "entries_w c"],
     num_heads: int,
     *,
-    interpret: bool,
+    interpret: Any,
 ) -> Float[Array, "n gh gw d"]:
-    """Attention of all cells of each grid with each other; see ``ops.attention.grid_attention``.
+    """Attention of all tokens of each grid with each other; see ``ops.attention.grid_attention``.
 
     Args:
       qkv: projections, e = 3 d: queries of all heads, then keys, then values.
@@ -81,7 +82,8 @@ def window_attention(
     """
     n, gh, gw, _ = qkv.shape
     shape = _Shape((gh, gw), num_heads, table_h.shape[-1], interpret)
-    out = _attend(shape, qkv.reshape(n, gh * gw, -1), _stack_tables(shape, table_h, table_w))
+    tables = _stack_tables(shape, table_h, table_w).astype(qkv.dtype)
+    out = _attend(shape, qkv.reshape(n, gh * gw, -1), tables)
     return out.reshape(n, gh, gw, -1)
 
 
@@ -109,17 +111,21 @@ def _ones_at_keys(shape: _Shape, dtype) -> np.ndarray:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(shape: _Shape, qkv: Array, tables: Array) -> Array:
     n, tokens, _ = qkv.shape
-    return pl.pallas_call(
+    (out,) = fused_call(
         functools.partial(_forward_kernel, shape),
-        grid=(n,),
-        in_specs=_input_specs(shape, tokens),
-        out_specs=_one_window(tokens, shape.dim),
-        out_shape=jax.ShapeDtypeStruct((n, tokens, shape.dim), qkv.dtype),
-        compiler_params=_compiler_params("parallel"),
-        cost_estimate=_cost(shape, n, tokens, qkv.dtype.itemsize, products=2),
-        interpret=shape.interpret,
+        (qkv, tables, jnp.asarray(_ones_at_keys(shape, qkv.dtype), qkv.dtype)),
+        _input_specs(shape, tokens),
+        [
+            (
+                jax.ShapeDtypeStruct((n, tokens, shape.dim), qkv.dtype),
+                _one_window(tokens, shape.dim),
+            )
+        ],
+        **_call_options(shape, n, tokens, products=2),
+        last_axis="parallel",
         name="window_attention",
-    )(qkv, tables, jnp.asarray(_ones_at_keys(shape, qkv.dtype), qkv.dtype))
+    )
+    return out
 
 
 def _attend_forward(shape, qkv, tables):
@@ -129,33 +135,26 @@ def _attend_forward(shape, qkv, tables):
 def _attend_backward(shape, residuals, d_out):
     qkv, tables = residuals
     n, tokens, _ = qkv.shape
-    d_qkv, d_tables = pl.pallas_call(
+    d_qkv, d_tables = fused_call(
         functools.partial(_backward_kernel, shape),
-        grid=(n,),
-        in_specs=[*_input_specs(shape, tokens), _one_window(tokens, shape.dim)],
-        out_specs=[_one_window(tokens, 3 * shape.dim), _whole(LANES, shape.dim)],
-        out_shape=[
-            jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
-            jax.ShapeDtypeStruct(tables.shape, jnp.float32),
+        (qkv, tables, jnp.asarray(_ones_at_keys(shape, qkv.dtype), qkv.dtype), d_out),
+        (*_input_specs(shape, tokens), _one_window(tokens, shape.dim)),
+        [
+            (jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), _one_window(tokens, 3 * shape.dim)),
+            (jax.ShapeDtypeStruct(tables.shape, jnp.float32), _whole(LANES, shape.dim)),
         ],
-        compiler_params=_compiler_params("arbitrary"),
-        cost_estimate=_cost(shape, n, tokens, qkv.dtype.itemsize, products=5),
-        interpret=shape.interpret,
+        **_call_options(shape, n, tokens, products=5),
         name="window_attention_backward",
-    )(qkv, tables, jnp.asarray(_ones_at_keys(shape, qkv.dtype), qkv.dtype), d_out)
+    )
     return d_qkv, d_tables.astype(tables.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _input_specs(shape: _Shape, tokens: int) -> list[pl.BlockSpec]:
+def _input_specs(shape: _Shape, tokens: int) -> tuple[pl.BlockSpec, ...]:
     """Of projections, tables, and ones at keys."""
-    return [
-        _one_window(tokens, 3 * shape.dim),
-        _whole(LANES, shape.dim),
-        _whole(tokens, LANES),
-    ]
+    return _one_window(tokens, 3 * shape.dim), _whole(LANES, shape.dim), _whole(tokens, LANES)
 
 
 def _one_window(tokens: int, width: int) -> pl.BlockSpec:
@@ -166,17 +165,14 @@ def _whole(rows: int, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((rows, width), lambda window: (0, 0))
 
 
-def _compiler_params(semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=(semantics,), vmem_limit_bytes=VMEM_LIMIT_BYTES)
-
-
-def _cost(shape: _Shape, n: int, tokens: int, itemsize: int, products: int) -> pl.CostEstimate:
+def _call_options(shape: _Shape, n: int, tokens: int, products: int) -> dict[str, Any]:
     logits = n * shape.num_heads * tokens * tokens
-    return pl.CostEstimate(
-        flops=2 * products * logits * shape.head_dim,
-        transcendentals=logits,
-        bytes_accessed=n * tokens * shape.dim * itemsize * (4 if products == 2 else 7),
-    )
+    return {
+        "grid": (n,),
+        "flops": 2 * products * logits * shape.head_dim,
+        "transcendentals": logits,
+        "interpret": shape.interpret,
+    }
 
 
 def _shift(shape: _Shape, x, *, undo: bool = False):
@@ -240,7 +236,9 @@ class _Tiles:
                 self._ref[0, :, start : start + LANES] = whole
 
 
-def _forward_kernel(shape, qkv, tables, ones, out):
+def _forward_kernel(shape, inputs, outputs):
+    qkv, tables, ones = inputs
+    (out,) = outputs
     written = _Tiles(shape, out)
     for head in range(shape.num_heads):
         q = _of_head(shape, head, qkv)
@@ -252,7 +250,10 @@ def _forward_kernel(shape, qkv, tables, ones, out):
         written.add(head, product(weights.astype(values.dtype), values, (1, 0)))
 
 
-def _backward_kernel(shape, qkv, tables, ones, d_out, d_qkv, d_tables):
+def _backward_kernel(shape, inputs, outputs):
+    qkv, tables, ones, d_out = inputs
+    d_qkv, d_tables = outputs
+
     @pl.when(pl.program_id(0) == 0)
     def _():
         d_tables[...] = jnp.zeros_like(d_tables)

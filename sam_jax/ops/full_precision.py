@@ -1,0 +1,74 @@
+"""Float32 where half precision would not do: sums over many numbers, factors, exact products.
+
+A bfloat16 number has eight binary digits. A sum that is kept in one stands still when it is 256
+times as large as what is added to it: 65,536 ones make 256. Processors sum inside a product in
+float32, but a sum has the type that it is written in, and so has the one that differentiation
+makes: whatever many places share, such as a bias, has the sum over these places as its gradient.
+What is written with the functions below is summed in float32 and rounded once.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from sam_jax.arrays import Array, Float
+from sam_jax.ops.tpu.kernel import SUBLANES, product
+
+# Of products of float32 numbers that need all their digits, as coordinates do. By default a TPU
+# rounds what it multiplies to bfloat16, an NVIDIA GPU to the ten digits of TensorFloat-32.
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def broadcast_to(
+    x: Float[Array, "..."], shape: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "..."]:
+    """``x`` at every place of a larger shape; its gradient is their sum, in float32."""
+    return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
+
+
+def add_shared(x: Float[Array, "*shape"], shared: Float[Array, "..."]) -> Float[Array, "*shape"]:
+    """``x + shared`` in the type of ``x``, for what many places of ``x`` share."""
+    return x + broadcast_to(shared, x.shape, x.dtype)
+
+
+def add_bias(x: Float[Array, "*batch c"], bias: Float[Array, " c"]) -> Float[Array, "*batch c"]:
+    """``add_shared`` of the bias of a dense layer, whose gradient a TPU takes as a product.
+
+    Of a sum the TPU's compiler makes a pass of its own over the gradient of ``x``, by whose count
+    it takes as long as the layer's product. A CPU takes ten times longer for the product.
+    """
+    return _add_bias(x, bias)
+
+
+@jax.custom_vjp
+def _add_bias(x, bias):
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(bias, d_out):
+    rows = d_out.reshape(-1, d_out.shape[-1])
+    total = jax.lax.platform_dependent(rows, tpu=_product_with_ones, default=_sum_of_rows)
+    return d_out, total.astype(bias.dtype)
+
+
+def _product_with_ones(rows):
+    # A single row would be made a sum again.
+    return product(jnp.ones((SUBLANES, rows.shape[0]), rows.dtype), rows, (1, 0))[0]
+
+
+def _sum_of_rows(rows):
+    return jnp.sum(rows, axis=0, dtype=jnp.float32)
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
+
+
+def multiply(
+    x: Float[Array, "..."], factor: Float[Array | np.ndarray, "..."] | float
+) -> Float[Array, "..."]:
+    """``x * factor`` in the type of ``x``, for a factor that has more digits.
+
+    1 / 0.9 as a bfloat16 number is 1.109: all that is enlarged by it would be too small.
+    """
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
