@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
@@ -225,7 +226,7 @@ class WeightShards:
             kernel, bias = (self._own_heads(w, layer.features // 3) for w in (kernel, bias))
         kernel, bias = (self._own_part(w, layer.features, -1) for w in (kernel, bias))
         kernel = self._own_part(kernel, x.shape[-1], 0)
-        y = x.astype(layer.dtype) @ kernel
+        y = jnp.matmul(x.astype(layer.dtype), kernel, precision=layer.precision)
         if self._is_in_part and layer.name in _SUMMED_OVER_PARTS:
             # Each device has the products of its own channels.
             y = jax.lax.psum(y, self._parallel.tensor_axis)

@@ -10,6 +10,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
+from sam_jax.ops.full_precision import EXACT
 from sam_jax.ops.linear import dense
 from sam_jax.ops.norm import NormWeights
 from sam_jax.ops.remat import product_of
@@ -36,16 +37,18 @@ class Dense(nn.Module):
     Attributes:
       features: channels of the output.
       dtype: type of product and output.
+      precision: of the product, see ``ops.full_precision``.
     """
 
     features: int
     dtype: DTypeLike = jnp.float32
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:
         kernel = self.param("kernel", LECUN_NORMAL, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return dense(x.astype(self.dtype), kernel, bias)
+        return dense(x.astype(self.dtype), kernel, bias, self.precision)
 
 
 class DenseParams(nn.Module):
@@ -70,18 +73,29 @@ class NormParams(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense layers of the given widths with an activation between them, none after the last."""
+    """Dense layers of the given widths with an activation between them, none after the last.
+
+    Attributes:
+      widths: channels of each layer's output.
+      activation: between layers.
+      dtype: type of the computation.
+      exact_output: whether the last layer is float32 with all digits, whatever the others are.
+    """
 
     widths: Sequence[int]
     activation: Callable[[Array], Array]
     dtype: DTypeLike = jnp.float32
+    exact_output: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:
         for index, width in enumerate(self.widths):
             if index:
                 x = self.activation(x)
-            x = product_of(Dense(width, dtype=self.dtype, name=f"dense_{index}")(x))
+            dtype, precision = self.dtype, None
+            if self.exact_output and index == len(self.widths) - 1:
+                dtype, precision = jnp.float32, EXACT
+            x = product_of(Dense(width, dtype, precision, name=f"dense_{index}")(x))
         return x
 
 

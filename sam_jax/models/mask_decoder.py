@@ -95,7 +95,9 @@ class MaskDecoder(nn.Module):
             dtype=self.dtype,
         )
         widths = (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK)
-        self.iou_head = Mlp(widths, nn.relu, self.dtype)
+        # Candidates are chosen and ranked by predictions that differ in their third digit, which
+        # numbers near 1 do not have in half precision.
+        self.iou_head = Mlp(widths, nn.relu, self.dtype, exact_output=True)
         self.hyper_networks = HyperNetworks(dim // 8, self.dtype)
         self.upscaling = Upscaling(dim)
 
@@ -158,7 +160,7 @@ class MaskDecoder(nn.Module):
         return TransformerOutput(
             mask_tokens=tokens[:, :, 1 : 2 + NUM_MULTIMASK],
             image_tokens=rearrange(image_tokens, "b p (h w) d -> b p h w d", h=gh, w=gw),
-            iou_predictions=iou_predictions.astype(jnp.float32),
+            iou_predictions=iou_predictions,
         )
 
     def predict_masks(

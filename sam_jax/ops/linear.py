@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 
@@ -10,10 +11,13 @@ from sam_jax.ops.full_precision import add_bias
 
 
 def dense(
-    x: Float[Array, "*batch d"], kernel: Float[Array, "d e"], bias: Float[Array, " e"]
+    x: Float[Array, "*batch d"],
+    kernel: Float[Array, "d e"],
+    bias: Float[Array, " e"],
+    precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "*batch e"]:
     """``x @ kernel + bias`` in the type of ``x``; the bias's gradient is summed in float32."""
-    return add_bias(x @ kernel.astype(x.dtype), bias)
+    return add_bias(jnp.matmul(x, kernel.astype(x.dtype), precision=precision), bias)
 
 
 def patch_conv(

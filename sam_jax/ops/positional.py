@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.arrays import Array, Float
+from sam_jax.ops.full_precision import EXACT
 
 
 def fourier_features(
@@ -13,12 +14,12 @@ def fourier_features(
     """Sine and cosine features of coordinates given in [0, 1], always in float32.
 
     The matrix has entries of order one, so phases reach tens of radians: bfloat16 would lose the
-    position altogether.
+    position altogether, and does inside a TPU's product unless that is asked to be exact.
 
     Source: Kirillov et al. 2023, appendix A, after Tancik et al. 2020.
     """
-    phases = (2.0 * coords_01.astype(jnp.float32) - 1.0) @ frequencies.astype(jnp.float32)
-    phases = 2.0 * jnp.pi * phases
+    coords, frequencies = (x.astype(jnp.float32) for x in (coords_01, frequencies))
+    phases = 2.0 * jnp.pi * jnp.matmul(2.0 * coords - 1.0, frequencies, precision=EXACT)
     return jnp.concatenate([jnp.sin(phases), jnp.cos(phases)], axis=-1)
 
 
@@ -58,7 +59,9 @@ def resize_table(table: Float[Array, "entries c"], size: int) -> Float[Array, "e
     entries = 2 * size - 1
     if table.shape[0] == entries:
         return table
-    return jax.image.resize(table, (entries, table.shape[1]), method="linear", antialias=False)
+    return jax.image.resize(
+        table, (entries, table.shape[1]), method="linear", antialias=False, precision=EXACT
+    )
 
 
 def relative_positions(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.arrays import Array, Float
+from sam_jax.ops.full_precision import EXACT
 
 
 def resize_bilinear(
@@ -14,7 +15,35 @@ def resize_bilinear(
     The published model resizes its logits without antialiasing in both directions;
     ``jax.image.resize`` antialiases by default when it makes things smaller.
     """
-    return jax.image.resize(maps, (*maps.shape[:-2], *size), method="linear", antialias=False)
+    return jax.image.resize(
+        maps, (*maps.shape[:-2], *size), method="linear", antialias=False, precision=EXACT
+    )
+
+
+def enlarge(maps: Float[Array, "*batch h w"], scale: int) -> Float[Array, "*batch oh ow"]:
+    """``resize_bilinear`` to ``scale`` times the height and width, as means of neighbours.
+
+    A number that is not finite stays with its neighbours. As products with matrices, which are
+    mostly zeros, it would spread over its whole row and column.
+    """
+    for axis in (maps.ndim - 2, maps.ndim - 1):
+        maps = _enlarge_axis(maps, scale, axis)
+    return maps
+
+
+def _enlarge_axis(maps, scale, axis):
+    size = maps.shape[axis]
+    edges = [(0, 0)] * maps.ndim
+    edges[axis] = (1, 1)
+    padded = jnp.pad(maps, edges, mode="edge")
+    before, after = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in (0, 2))
+    places = []
+    for place in range(scale):
+        offset = (place + 0.5) / scale - 0.5
+        neighbour, weight = (before if offset < 0 else after), abs(offset)
+        places.append((1 - weight) * maps + weight * neighbour if weight else maps)
+    enlarged = jnp.stack(places, axis + 1)
+    return enlarged.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 1 :])
 
 
 def resize_positions(
@@ -29,5 +58,9 @@ def resize_positions(
         return table
     dtype = table.dtype
     return jax.image.resize(
-        table.astype(jnp.float32), (*grid, table.shape[-1]), method="cubic", antialias=False
+        table.astype(jnp.float32),
+        (*grid, table.shape[-1]),
+        method="cubic",
+        antialias=False,
+        precision=EXACT,
     ).astype(dtype)

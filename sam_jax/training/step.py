@@ -161,7 +161,8 @@ def build_train_step(
         results = rounds(
             {part: params[part] for part in PROMPTED_PARTS},
             constants,
-            embeddings,
+            # In each round they are rounded again, so that their gradient is summed in float32.
+            embeddings.astype(jnp.float32),
             jax.random.split(rounds_key, batch.mask_valid.shape),
             batch.masks_packed,
             batch.image_hw,

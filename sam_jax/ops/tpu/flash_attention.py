@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
+from sam_jax.ops.full_precision import multiply
 from sam_jax.ops.positional import relative_positions
 from sam_jax.ops.full_precision import multiply
 from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, product
