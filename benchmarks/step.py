@@ -19,6 +19,7 @@ from benchmarks.timing import compile_for, time_compiled
 from sam_jax import work
 from sam_jax.data import train_iterator
 from sam_jax.hosts import HostsConfig, start_devices
+from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
 from sam_jax.ops.images import normalize_images
 from sam_jax.training.program import TrainProgram
@@ -106,9 +107,8 @@ def _time_parts(
     key = jax.random.key(1)
 
     def encode(params):
-        variables = {"params": params, "constants": constants}
-        rngs = {"dropout": key}
-        return model.apply(variables, images, train=True, rngs=rngs, method=Sam.encode)
+        scales = drop_path_scales(key, model.config.image_encoder, len(images))
+        return model.apply({"params": params}, images, scales, method=Sam.encode)
 
     def encoder_gradients(params, cotangents):
         return jax.vjp(encode, params)[1](cotangents)

@@ -127,7 +127,7 @@ class Parallel:
         """
         shards = None if self.is_single or param_specs is None else WeightShards(self, param_specs)
 
-        def encode(params: Any, images: Array, path_scales: Array | None) -> Array:
+        def encode(params: Any, images: Array, path_scales: Array | None) -> Any:
             if shards is None:
                 return model.apply({"params": params}, images, path_scales, method=Sam.encode)
             with shards.gathered_in_layers():
@@ -202,7 +202,7 @@ class WeightShards:
                 return self._block(module, *args)
         return next_method(*args, **kwargs)
 
-    def _block(self, block: EncoderBlock, *args: Any) -> Array:
+    def _block(self, block: EncoderBlock, *args: Any) -> Any:
         """A block with this device's part of the heads and of the MLP's hidden channels."""
         num_parts = self._parallel.num_tensor
         part = block.clone(

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float, Int
 from sam_jax.models.layers import DenseParams, NormParams
-from sam_jax.ops.full_precision import add_bias, broadcast_to
+from sam_jax.ops.full_precision import add_bias
 from sam_jax.ops.mask_embedding import MaskEmbeddingWeights, add_mask_embeddings
 from sam_jax.ops.positional import fourier_features, grid_fourier_features
 

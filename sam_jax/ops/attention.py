@@ -250,7 +250,10 @@ def _chunked(q, k, v, tables):
     dtype = q.dtype
     # What chunks share is rounded in each of them: loops sum its gradient in its own type.
     k, v = (x.astype(jnp.float32) for x in (k, v))
-    by_row, by_column = (None,) * 2 if tables is None else (x.astype(jnp.float32) for x in tables)
+    by_row: Any = None
+    by_column: Any = None
+    if tables is not None:
+        by_row, by_column = (x.astype(jnp.float32) for x in tables)
 
     @jax.checkpoint
     def one_chunk(q, k, v, by_row):

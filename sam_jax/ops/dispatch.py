@@ -32,8 +32,8 @@ AUTO = "auto"
 # Largest distance of a kernel's values and gradients from the reference's in float32, by the type
 # of its inputs, over the reference's largest magnitude.
 CHECK_TOLERANCES = {"float32": 1e-4, "bfloat16": 4e-2}
-# Gradients smaller than this part of the largest one are measured by it: that of keys' biases, which
-# softmax does not see, is nothing but rounding.
+# Gradients smaller than this part of the largest one are measured by it: that of keys' biases,
+# which softmax does not see, is nothing but rounding.
 _NEGLIGIBLE = 0.05
 
 

@@ -69,9 +69,7 @@ def _by_subpixel(weights, image_tokens, filters, *, norm_epsilon):
     x = jax.nn.gelu(x, approximate=False)
     x = jnp.einsum("bphwijd,dklc->bphwijklc", x, weights.kernel2.astype(dtype))
     x = jax.nn.gelu(add_shared(x, weights.bias2), approximate=False)
-    logits = jnp.einsum(
-        "bphwijklc,bpmc->bphwijklm", x, filters, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("bphwijklc,bpmc->bphwijklm", x, filters, preferred_element_type=jnp.float32)
     return rearrange(logits, "b p h w i j k l m -> b p m (h i k) (w j l)")
 
 

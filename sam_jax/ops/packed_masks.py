@@ -62,7 +62,7 @@ class MaskLayout:
             if mask_layout.image_size == tuple(image_size):
                 return mask_layout
         raise ConfigError(
-            f"masks of {image_size[0]} x {image_size[1]} pixels on {grid[0]} x {grid[1]} image tokens: "
+            f"masks of {image_size[0]} x {image_size[1]} pixels on {grid[0]} x {grid[1]} tokens: "
             f"patches must have a side of {', '.join(str(SIDE * scale) for scale in _SCALES)}"
         )
 
@@ -113,7 +113,9 @@ class MaskLayout:
         All zeros for an empty mask. A prompt names pixels by their index; the model adds the half
         pixel itself.
         """
-        packed_masks = rearrange(packed_masks, "... (r c) (h w) -> ... r c h w", r=SIDE, h=self.grid[0])
+        packed_masks = rearrange(
+            packed_masks, "... (r c) (h w) -> ... r c h w", r=SIDE, h=self.grid[0]
+        )
 
         def first_and_last(across: tuple[int, int], along: int):
             """Pixels that the mask spans along y (0) or x (1)."""
@@ -136,7 +138,7 @@ class MaskLayout:
     def sample_pixel(
         self, key: Array, packed_masks: Int[Array, "16 tokens"]
     ) -> tuple[Int[Array, " 2"], Int[Array, " 3"]]:
-        """One pixel ``(x, y)`` of a mask, every one equally likely, and its place in the packed mask.
+        """One pixel ``(x, y)`` of a mask, each equally likely, and its place in the packed mask.
 
         The first pixel of all if the mask is empty. Draws a rank among the mask's pixels, then
         finds the sub-pixel, the token and the bit that hold it by running sums: never a random
@@ -163,7 +165,7 @@ class MaskLayout:
 
 
 def bit_at(packed_masks: Int[Array, "16 tokens"], place: Int[Array, " 3"]) -> Int[Array, ""]:
-    """1 where the mask has the pixel at a place that ``MaskLayout.sample_pixel`` gave, else 0."""
+    """1 where the mask has the pixel at a place of ``MaskLayout.sample_pixel``, else 0."""
     subpixel, token, bit = place
     return packed_masks[subpixel, token] >> bit & 1
 

@@ -260,10 +260,12 @@ def folding_pays(
 
 def _folding_pays(weights: AttentionWeights, few: Array, many: Array, num_heads: int) -> bool:
     is_shared = known_size(many.shape[1], _OPEN_OBJECTS) == 1
+    dim, inner = weights.q_kernel.shape
     return folding_pays(
         known_size(few.shape[2], _OPEN_TOKENS),
         known_size(many.shape[2], _OPEN_TOKENS),
-        *weights.q_kernel.shape,
+        dim,
+        inner,
         num_heads,
         num_sharing=known_size(few.shape[1], _OPEN_OBJECTS) if is_shared else 1,
     )
@@ -340,7 +342,7 @@ def split_rows(x: Float[Array, "b p f d"], num_heads: int) -> Float[Array, "b p 
 
 def _contract(equation: str, few: Array, many: Array, dtype: Any = jnp.float32) -> Array:
     """A product of what objects have with what they have or share: ``p`` is dropped if shared."""
-    (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    (left, right), out = equation.split("->", maxsplit=1)[0].split(","), equation.split("->")[1]
     if many.shape[1] == 1 and few.shape[1] > 1:
         many, right = many[:, 0], right.replace("p", "")
     elif few.shape[1] == 1 and many.shape[1] > 1:
@@ -424,9 +426,9 @@ def _join_objects(x):
 
 
 def _kernels_support(tokens: Array, image_tokens: Array, num_heads: int) -> bool:
-    sizes = (known_size(size, 1) for size in image_tokens.shape[2:])
+    num_tokens, dim = (known_size(size, 1) for size in image_tokens.shape[2:])
     is_known = isinstance(tokens.shape[2], int)
-    return is_known and token_to_image_kernel.supports(*sizes, num_heads)
+    return is_known and token_to_image_kernel.supports(num_tokens, dim, num_heads)
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -440,11 +442,10 @@ def _example_inputs(dtype: Any) -> dict[str, Any]:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     dim, inner, tokens = 128, 64, normal(1, 2, 11, 128)
-    inward = [normal(dim, inner) * dim**-0.5, normal(inner) * 0.1]
+    kernel, bias = normal(dim, inner) * dim**-0.5, normal(inner) * 0.1
+    outward = normal(inner, dim) * inner**-0.5, normal(dim) * 0.1
     return {
-        "weights": AttentionWeights(
-            *inward * 3, normal(inner, dim) * inner**-0.5, normal(dim) * 0.1
-        ),
+        "weights": AttentionWeights(kernel, bias, kernel, bias, kernel, bias, *outward),
         "norm": NormWeights(1 + 0.1 * normal(dim), 0.1 * normal(dim)),
         "tokens": tokens,
         "valid": jnp.arange(11) < jnp.array([[[11], [7]]]),

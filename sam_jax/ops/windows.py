@@ -72,7 +72,7 @@ def unpartition_add_norm(
     epsilon: float,
     implementation: str = dispatch.AUTO,
 ) -> tuple[Float[Array, "b gh gw d"], Float[Array, "b gh gw d"]]:
-    """Tokens plus a branch in windows (the whole grid if ``window_size`` is 0), and its LayerNorm."""
+    """Tokens plus a branch in windows, or on the grid for size 0; and the LayerNorm of the sum."""
     if not window_size:
         tokens = tokens + branch
         return tokens, layer_norm(tokens, norm, epsilon)
@@ -91,12 +91,14 @@ def _unpartition_add_norm(tokens, windows, norm, *, epsilon):
 
 
 def _norm_partition_on_tpu(tokens, norm, *, window_size, epsilon, interpret):
-    return kernel.norm_partition(tokens, *norm, window_size, epsilon=epsilon, interpret=interpret)
+    return kernel.norm_partition(
+        tokens, norm.scale, norm.shift, window_size, epsilon=epsilon, interpret=interpret
+    )
 
 
 def _unpartition_add_norm_on_tpu(tokens, windows, norm, *, epsilon, interpret):
     return kernel.unpartition_add_norm(
-        tokens, windows, *norm, epsilon=epsilon, interpret=interpret
+        tokens, windows, norm.scale, norm.shift, epsilon=epsilon, interpret=interpret
     )
 
 

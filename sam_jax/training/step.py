@@ -16,8 +16,8 @@ from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
-from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.images import normalize_images
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.prompts import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
@@ -146,9 +146,7 @@ def build_train_step(
     encode = parallel.encode(
         model, None if param_specs is None else {_ENCODER: param_specs[_ENCODER]}
     )
-    rounds = build_rounds(
-        model, prompt_config, loss_config, parallel=parallel, remat=remat_rounds
-    )
+    rounds = build_rounds(model, prompt_config, loss_config, parallel=parallel, remat=remat_rounds)
 
     def loss_sums(params, constants, batch: Batch, key):
         """Sum over all objects of the loss, and sums of what is reported."""

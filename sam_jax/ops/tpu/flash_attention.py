@@ -20,7 +20,6 @@ from jax.experimental.pallas import tpu as pltpu
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.full_precision import multiply
 from sam_jax.ops.positional import relative_positions
-from sam_jax.ops.full_precision import multiply
 from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, product
 
 # A block of logits of 512 x 512 takes 1 MB, and a handful of its size are alive at once.
@@ -234,8 +233,10 @@ def _call(blocks, kernel, name, q, *, grid, inputs, in_specs, outputs, scratch, 
     def on_refs(inputs, outputs, *scratch):
         kernel(blocks, *inputs, *outputs, *scratch)
 
-    shapes = [(heads, tokens, channels) if rows is None else (heads, rows, tokens)
-              for _, rows, _ in outputs]
+    shapes = [
+        (heads, tokens, channels) if rows is None else (heads, rows, tokens)
+        for _, rows, _ in outputs
+    ]
     return fused_call(
         on_refs,
         inputs,

@@ -215,7 +215,7 @@ def _add_backward(static, inputs, d_out):
             ref[0, 0] += gradient.astype(jnp.float32)
         d_image[0] += d_tokens
 
-    # Each block of tokens has its own part of the weights' gradients, so that none waits for others.
+    # Each block of tokens has its own part of the weights' gradients, so that none waits.
     blocks = (logits.shape[0], logits.shape[-1] // tile_size(logits.shape[3]))
     sums = [
         (

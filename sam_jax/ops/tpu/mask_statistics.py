@@ -229,7 +229,7 @@ class _Missed(NamedTuple):
 
 
 def _missed(value: Array, on_mask: Array) -> _Missed:
-    """As ``ops.mask_statistics.pixel_terms``, but by a hyperbolic tangent: divisions take a TPU long.
+    """``ops.mask_statistics.pixel_terms`` by a hyperbolic tangent: divisions take a TPU long.
 
     A probability within 1e-7 of 0 or 1 is taken for it.
     """

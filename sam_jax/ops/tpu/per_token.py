@@ -135,7 +135,9 @@ def _output(static: _Static, tokens: Array):
     objects, num_tokens, dim = tokens.shape
     rows = static.function.out_rows
     if rows is None:
-        return jax.ShapeDtypeStruct((objects, num_tokens, dim), static.out_dtype), each_block(tokens)
+        return jax.ShapeDtypeStruct((objects, num_tokens, dim), static.out_dtype), each_block(
+            tokens
+        )
     spec = pl.BlockSpec((1, rows, tile_size(tokens.shape[1])), lambda i, j: (i, 0, j))
     return jax.ShapeDtypeStruct((objects, rows, num_tokens), static.out_dtype), spec
 
@@ -165,7 +167,12 @@ def _values(inputs):
         seeds[0, :, 0:1],
         pl.program_id(1) * tokens.shape[1],
     )
-    return tuple(ref[...] for ref in weights), tuple(ref[0] for ref in per_object), tokens[0], extras
+    return (
+        tuple(ref[...] for ref in weights),
+        tuple(ref[0] for ref in per_object),
+        tokens[0],
+        extras,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -95,10 +95,19 @@ def _means_backward(interpret, residuals, cotangents):
     d_rows, d_image_tokens = fused_call(
         _backward_kernel,
         (rows, image_tokens, positions, log_sums, offsets, d_means, d_image_tokens),
-        (*_input_specs(rows, image_tokens), statistics, statistics, per_row, each_block(image_tokens)),
+        (
+            *_input_specs(rows, image_tokens),
+            statistics,
+            statistics,
+            per_row,
+            each_block(image_tokens),
+        ),
         [
             (jax.ShapeDtypeStruct(rows.shape, jnp.float32), per_row),
-            (jax.ShapeDtypeStruct(image_tokens.shape, image_tokens.dtype), each_block(image_tokens)),
+            (
+                jax.ShapeDtypeStruct(image_tokens.shape, image_tokens.dtype),
+                each_block(image_tokens),
+            ),
         ],
         **_call_options(rows, image_tokens, products=5),
         interpret=interpret,

@@ -151,7 +151,13 @@ def _unpartition_add_norm(shape: _Shape, tokens: Array, windows: Array, scale: A
     dtype = tokens.dtype
     return tuple(
         _call(
-            shape, "unpartition_add_norm", of_row, [tokens], [scale, shift], windows=windows, num_grids=2
+            shape,
+            "unpartition_add_norm",
+            of_row,
+            [tokens],
+            [scale, shift],
+            windows=windows,
+            num_grids=2,
         )
     )
 
@@ -260,7 +266,9 @@ def _call(
             return taken
 
         grid_outs, window_outs, sum_outs = take(num_grids), take(to_windows), take(num_sums)
-        moved = [_Windows(shape, words, row) for words, row in zip(*[iter(scratch)] * 2, strict=True)]
+        moved = [
+            _Windows(shape, words, row) for words, row in zip(*[iter(scratch)] * 2, strict=True)
+        ]
         for ref in sum_outs:
 
             @pl.when(pl.program_id(1) == 0)
