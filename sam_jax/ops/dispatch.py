@@ -304,10 +304,10 @@ def form_errors(
             continue
         exact_args = jax.tree.map(_to_float32, args)
         with jax.default_matmul_precision("highest"):
-            exact = _values_and_gradients(
+            exact = values_and_gradients(
                 functools.partial(operation.reference.function, **kwargs), exact_args
             )
-        found = _values_and_gradients(functools.partial(form.function, **kwargs, **options), args)
+        found = values_and_gradients(functools.partial(form.function, **kwargs, **options), args)
         least = _NEGLIGIBLE * max(_largest(x) for x in jax.tree.leaves(exact["gradients"]))
         for (path, ours), (_, theirs) in zip(
             jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(exact), strict=True
@@ -331,7 +331,7 @@ def _to_float32(x: Any) -> Any:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _values_and_gradients(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def values_and_gradients(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Outputs, and gradients of a weighted sum of them by all arguments that have one."""
     leaves, tree = jax.tree.flatten(args)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]

@@ -74,7 +74,7 @@ def _by_subpixel(weights, image_tokens, filters, *, norm_epsilon):
 
 
 def _on_tpu(weights, image_tokens, filters, *, norm_epsilon, interpret):
-    b, p, gh, gw, _ = image_tokens.shape
+    b, _, gh, gw, _ = image_tokens.shape
     logits = kernel.predict_masks(
         weights,
         rearrange(image_tokens, "b p h w d -> (b p) (h w) d"),
