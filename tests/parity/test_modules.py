@@ -47,7 +47,9 @@ def normal(*shape: int) -> np.ndarray:
 
 def run(module: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """A module's output, compiled once, as float32 arrays."""
-    return jax.jit(lambda v, *a: module.apply(v, *a, **kwargs))(variables, *jax.tree.map(jnp.asarray, args))
+    return jax.jit(lambda v, *a: module.apply(v, *a, **kwargs))(
+        variables, *jax.tree.map(jnp.asarray, args)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
@@ -189,7 +191,11 @@ def test_upscaling(tiny: Pair) -> None:
     weights = Upscaling(DIM).apply(tiny.part("mask_decoder", "upscaling"))
     for implementation in ("reference", "by_subpixel"):
         ours = predict_masks(
-            weights, jnp.asarray(image)[None], each, norm_epsilon=1e-6, implementation=implementation
+            weights,
+            jnp.asarray(image)[None],
+            each,
+            norm_epsilon=1e-6,
+            implementation=implementation,
         )
         official.assert_equal(ours[0], theirs)
 
@@ -206,9 +212,7 @@ def test_mask_decoder(tiny: Pair, multimask_output: bool, num_tokens: int) -> No
         torch.from_numpy(dense).permute(0, 3, 1, 2),
         multimask_output,
     )
-    prompts = SparseEmbeddings(
-        jnp.asarray(sparse)[None], jnp.ones((1, *sparse.shape[:2]), bool)
-    )
+    prompts = SparseEmbeddings(jnp.asarray(sparse)[None], jnp.ones((1, *sparse.shape[:2]), bool))
     ours = run(
         MaskDecoder(DECODER, DIM),
         tiny.part("mask_decoder"),

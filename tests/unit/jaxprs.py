@@ -47,7 +47,7 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
         yield from inner.eqns
 
 
-def half_sums(jaxpr: Jaxpr, most: int, axis_sizes: Mapping[str, int] = {}) -> list[HalfSum]:  # noqa: B006
+def half_sums(jaxpr: Jaxpr, most: int, axis_sizes: Mapping[str, int] = {}) -> list[HalfSum]:
     """Sums of more than ``most`` numbers in half precision.
 
     Products and convolutions are none: their operands may be halves, but processors sum them in

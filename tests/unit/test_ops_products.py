@@ -14,8 +14,8 @@ import pytest
 
 from sam_jax.models.layers import Mlp
 from sam_jax.ops.attention import grid_attention
-from sam_jax.ops.cells import MaskGrid
 from sam_jax.ops.mask_sums import mask_sums
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.placement import Placement
 from sam_jax.ops.positional import fourier_features, grid_fourier_features, resize_table
 from sam_jax.ops.resize import resize_bilinear, resize_positions
@@ -23,7 +23,7 @@ from tests.unit.jaxprs import inexact_products, on_one_pass
 
 DIM = 32
 FREQUENCIES = jnp.asarray(np.random.default_rng(0).standard_normal((2, DIM // 2)), jnp.float32)
-MASK_GRID = MaskGrid((4, 8), 4)
+MASK_LAYOUT = MaskLayout((4, 8), 4)
 
 
 def ones(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -37,7 +37,7 @@ def attend(qkv: Any, table_h: Any, table_w: Any) -> Any:
 
 def sums(logits: Any) -> Any:
     words = jnp.zeros((1, 2, 16, 32), jnp.int32)
-    found = mask_sums(logits, words, words[:, 0], MASK_GRID, alpha=0.25, gamma=2.0)
+    found = mask_sums(logits, words, words[:, 0], MASK_LAYOUT, alpha=0.25, gamma=2.0)
     return found.focal, found.hit
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sam_jax.ops.cells import MaskGrid
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.prompts import PromptConfig, error_click, mask_round_of, noisy_box
 
 # With fixed keys, a test either always passes or always fails; a right implementation fails for
@@ -26,10 +26,10 @@ def boxes_of(box, num_samples, config=PromptConfig(), image_hw=(120, 200)):
 
 def clicks_of(predicted, masks, area, num_samples, seed=0):
     """Clicks ``[num_samples, 2]`` and labels for an object of booleans ``[h, w]``."""
-    mask_grid = MaskGrid((masks.shape[0] // 4, masks.shape[1] // 4), 1)
-    words = [mask_grid.of_masks(jnp.asarray(x)) for x in (predicted ^ masks, masks, area)]
+    mask_layout = MaskLayout((masks.shape[0] // 4, masks.shape[1] // 4), 1)
+    packed_masks = [mask_layout.of_masks(jnp.asarray(x)) for x in (predicted ^ masks, masks, area)]
     keys = jax.random.split(jax.random.key(seed), num_samples)
-    coords, labels = jax.vmap(lambda key: error_click(key, *words, mask_grid))(keys)
+    coords, labels = jax.vmap(lambda key: error_click(key, *packed_masks, mask_layout))(keys)
     return np.asarray(coords), np.asarray(labels)
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
-from tests.unit.jaxprs import HalfSum, half_sums, inexact_products
 
 from sam_jax.losses import LossConfig
 from sam_jax.models.image_encoder import ImageEncoderConfig
@@ -20,6 +19,7 @@ from sam_jax.prompts import PromptConfig
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import init_state
 from sam_jax.training.step import Batch, build_train_step
+from tests.unit.jaxprs import HalfSum, half_sums, inexact_products
 
 # Rounding of so many terms is what rounding of one is, within a factor of four.
 MOST_TERMS = 16
