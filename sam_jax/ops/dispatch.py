@@ -267,7 +267,7 @@ def _report(check: Check) -> None:
         _log.warning("%s is not used: %s; the reference is", what, check.fault)
 
 
-def check_form(operation: Operation, form: Form, *, interpret: bool) -> Check:
+def check_form(operation: Operation, form: Form, *, interpret: Any) -> Check:
     """Compares values and gradients of a form with the reference's in float32, on its examples."""
     start = time.perf_counter()
     fault = None
@@ -289,7 +289,7 @@ def check_form(operation: Operation, form: Form, *, interpret: bool) -> Check:
 
 
 def form_errors(
-    operation: Operation, form: Form, dtype: Any, *, interpret: bool
+    operation: Operation, form: Form, dtype: Any, *, interpret: Any
 ) -> dict[str, float]:
     """Largest distance of each value and gradient from the reference's in float32.
 

@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from sam_jax.losses import LossConfig
-from sam_jax.models.sam import Sam, init_variables
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.parallel import Parallel
-from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import (
     BATCH_AXES,
     TENSOR_AXIS,
@@ -26,7 +22,8 @@ from sam_jax.sharding import (
 )
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import TrainState, init_state
-from sam_jax.training.step import Batch, build_train_step
+from sam_jax.training.step import build_train_step
+from sam_jax.training.task import Task
 
 # Weights are gathered before a product. XLA would rather send pieces of them around, each with a
 # piece of the product: a hundred times as many transfers, and half as many cycles again.
@@ -38,16 +35,16 @@ class TrainProgram:
     """A run's functions, and where their arguments lie.
 
     Attributes:
-      model: the model.
+      task: what is trained.
       parallel: the devices, and what they share.
       optimizer: of its parameters.
       state_shapes: shapes and types of the training state.
       state_shardings: where it lies.
-      step: jitted; state and the fields of ``Batch`` by name in, state and metrics out. The state
-        that goes in is gone afterwards.
+      step: jitted; state and a batch's fields by name in, state and metrics out. The state that goes
+        in is gone afterwards.
     """
 
-    model: Sam
+    task: Task
     parallel: Parallel
     optimizer: optax.GradientTransformation
     state_shapes: TrainState
@@ -79,24 +76,17 @@ class TrainProgram:
             self.state_shardings,
         )
 
-    def placed_batch(self, batch_size: int, max_masks: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def placed_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, types and shardings of a batch."""
-        height, width = self.model.image_size
-        shapes = {
-            "image": ((height, width, 3), np.uint8),
-            "image_hw": ((2,), np.int32),
-            "masks_packed": ((max_masks, height, -(-width // 8)), np.uint8),
-            "mask_valid": ((max_masks,), np.bool_),
-        }
         return {
-            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=self.batch_sharding)
-            for name, (shape, dtype) in shapes.items()
+            name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=self.batch_sharding)
+            for name, field in self.task.batch_spec(batch_size).items()
         }
 
     def new_state(self, key: jax.Array) -> TrainState:
         """The state before the first step, from random parameters, made where it lies."""
         return jax.jit(
-            lambda key: self._init_state(init_variables(self.model, key)),
+            lambda key: self._init_state(self.task.init(key)),
             out_shardings=self.state_shardings,
         )(key)
 
@@ -109,15 +99,12 @@ class TrainProgram:
 
 
 def build_program(
-    model: Sam,
+    task: Task,
     *,
     num_steps: int,
     seed: int,
-    remat_rounds: bool,
     ema_decay: float,
     optimizer_config: OptimizerConfig,
-    prompt_config: PromptConfig,
-    loss_config: LossConfig,
     sharding_config: ShardingConfig,
     kernels: Kernels = "auto",
     devices: Sequence[Any] | None = None,
@@ -125,9 +112,9 @@ def build_program(
     """The program of a run on these devices, which may be ones that are only described.
 
     Args:
-      model: the model.
-      num_steps, seed, remat_rounds, ema_decay: see ``recipe.TrainConfig``.
-      optimizer_config, prompt_config, loss_config, sharding_config: the recipe.
+      task: what is trained.
+      num_steps, seed, ema_decay: see ``recipe.TrainConfig``.
+      optimizer_config, sharding_config: the recipe.
       kernels: see ``ops.dispatch.Target``.
       devices: by default all there are.
 
@@ -138,30 +125,25 @@ def build_program(
     parallel = Parallel(
         mesh, BATCH_AXES, TENSOR_AXIS, WEIGHTS_AXIS, sharding_config.reduce_dtype, kernels
     )
-    variable_shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    variable_shapes = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = build_optimizer(variable_shapes["params"], optimizer_config, num_steps)
     state_shapes = jax.eval_shape(
         lambda v: init_state(v, optimizer, keeps_ema=ema_decay > 0), variable_shapes
     )
     shardings = tree_shardings(state_shapes, mesh, sharding_config)
-    train_step = build_train_step(
-        model,
-        optimizer,
-        prompt_config,
-        loss_config,
-        seed=seed,
-        parallel=parallel,
-        param_specs=jax.tree.map(lambda sharding: sharding.spec, shardings.params),
-        accumulate_steps=optimizer_config.accumulate_steps,
-        remat_rounds=remat_rounds,
-        ema_decay=ema_decay,
-    )
     step = jax.jit(
-        # A mapping: compilers rebuild arguments from placeholders, which ``Batch`` refuses.
-        lambda state, fields: train_step(state, Batch(**fields)),
+        build_train_step(
+            task,
+            optimizer,
+            seed=seed,
+            parallel=parallel,
+            param_specs=jax.tree.map(lambda sharding: sharding.spec, shardings.params),
+            accumulate_steps=optimizer_config.accumulate_steps,
+            ema_decay=ema_decay,
+        ),
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=_COMPILER_OPTIONS.get(parallel.platform),
     )
-    return TrainProgram(model, parallel, optimizer, state_shapes, shardings, step)
+    return TrainProgram(task, parallel, optimizer, state_shapes, shardings, step)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
+import sam_jax.ops.tpu
 from sam_jax import losses  # noqa: F401 - registers what the model does not use
 from sam_jax.models import sam  # noqa: F401 - registers the model's operations
 from sam_jax.ops import dispatch
@@ -30,7 +32,10 @@ STRICT = pltpu.InterpretParams(
 
 
 def test_every_kernel_is_in_a_table() -> None:
-    assert len(KERNELS) == 8
+    """Whoever writes a kernel gives it a form, or it is never checked."""
+    folder = Path(sam_jax.ops.tpu.__path__[0])
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "kernel", "per_token"}
+    assert len(KERNELS) >= len(modules) > 0
 
 
 @kernels
@@ -52,13 +57,12 @@ def v5e() -> Iterator[jax.Device]:
 
 
 @kernels
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_kernel_compiles_for_a_tpu(
-    operation: dispatch.Operation, form: dispatch.Form, dtype: str, v5e: jax.Device
+    operation: dispatch.Operation, form: dispatch.Form, v5e: jax.Device
 ) -> None:
-    """Forward and backward, by the compiler that a v5e's programs go through."""
+    """Forward and backward in half precision, by the compiler of a v5e's programs."""
     assert operation.examples is not None
-    for args, kwargs in operation.examples(jnp.dtype(dtype)):
+    for args, kwargs in operation.examples(jnp.dtype("bfloat16")):
         if not form.supports(*args, **kwargs):
             continue
         function = functools.partial(form.function, **kwargs, interpret=False)
