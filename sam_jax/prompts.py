@@ -57,12 +57,15 @@ def noisy_box(
 
     Differs: the paper does not say how the maximum acts; SAM 2's code draws uniformly from
     +-min(10 % of the side, 20 px) instead.
+
+    Where noise brings the corners of a narrow box past each other, each takes the other's place.
     """
     side = box[2:] - box[:2] + 1.0
     noise = config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, box.shape)
     noise = jnp.clip(noise, -config.box_noise_max_px, config.box_noise_max_px)
     last = jnp.tile(image_hw[::-1] - 1, 2).astype(jnp.float32)
-    return jnp.clip(box + noise, 0.0, last)
+    corners = jnp.clip(box + noise, 0.0, last).reshape(2, 2)
+    return jnp.concatenate([jnp.min(corners, axis=0), jnp.max(corners, axis=0)])
 
 
 def error_click(

@@ -76,6 +76,21 @@ class Target:
         x, y, width, height = cv2.boundingRect(self.ground_truth.view(np.uint8))
         return x, y, x + width - 1, y + height - 1
 
+    @property
+    def model_box_xyxy(self) -> Float[np.ndarray, "4"]:
+        """The tight box in pixels of the model's input, as training takes it from a resized mask.
+
+        A corner names a pixel, so the last one names that in which the enlarged mask ends, and not
+        that in which its last pixel begins: at twice the size, pixels 3 to 5 become 6 to 11. A mask
+        that is thinner than a pixel of the model's input has its corners where it is.
+        """
+        (h, w), (oh, ow) = self.image.resized_hw, self.ground_truth.shape
+        scale = np.array([w / ow, h / oh])
+        x0, y0, x1, y1 = self.box_xyxy
+        first, last = scale * (x0, y0), scale * (x1 + 1, y1 + 1) - 1
+        middle = (first + last) / 2
+        return np.concatenate([np.minimum(first, middle), np.maximum(last, middle)])
+
     def to_model(self, coords: Float[np.ndarray, "*batch 2"]) -> Float[np.ndarray, "*batch 2"]:
         """Coordinates ``(x, y)`` of original pixels as those of the model's input."""
         (h, w), (oh, ow) = self.image.resized_hw, self.ground_truth.shape
@@ -340,8 +355,7 @@ def run_boxes(
     shape = (model.num_rows, model.num_columns)
     boxes = np.zeros((*shape, 4), np.float32)
     for place, target in batch.targets.items():
-        corners = np.array(target.box_xyxy, float).reshape(2, 2)
-        boxes[place] = target.to_model(corners).ravel()
+        boxes[place] = target.model_box_xyxy
     prompts = model.prompts(boxes_xyxy=boxes, box_valid=np.ones(shape, bool))
     candidates, choice, _ = model.propose(variables, batch, prompts)
     candidates, choice = np.asarray(candidates), np.asarray(choice)

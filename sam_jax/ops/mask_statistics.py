@@ -14,8 +14,9 @@ from einops import rearrange
 from sam_jax.arrays import Array, Bool, Float, Int
 from sam_jax.errors import ConfigError
 from sam_jax.ops import dispatch
+from sam_jax.ops.full_precision import EXACT
 from sam_jax.ops.packed_masks import MaskLayout, to_subpixels
-from sam_jax.ops.resize import resize_bilinear
+from sam_jax.ops.resize import enlarge
 from sam_jax.ops.tpu import mask_statistics as kernel
 
 
@@ -79,9 +80,10 @@ def _reference(
 ):
     def of_objects(low_res_logits, packed_masks):
         """Objects on the first axis, images on the second."""
-        values = resize_bilinear(low_res_logits, mask_layout.image_size)
         on_mask = mask_layout.to_masks(packed_masks)[:, :, None]
         inside = mask_layout.to_masks(area)[:, None]
+        # What the padding's logits are is nobody's concern, and infinite ones times zero are NaN.
+        values = jnp.where(inside, enlarge(low_res_logits, mask_layout.scale), 0.0)
         focal, probability = pixel_terms(values, on_mask, alpha=alpha, gamma=gamma)
         return MaskStatistics(
             focal_sum=_sum_over(inside, focal),
@@ -122,15 +124,19 @@ def pixel_terms(
     place where a training step touches every pixel of every mask, and one exponential and one
     logarithm serve both the cross-entropy and the probability.
     """
-    # Against a positive target the logit is negated, so one formula covers both.
-    against = jnp.where(on_mask, -values, values)
-    decay = jnp.exp(-jnp.abs(values))
+    # All is said by the logit's sign and size. Everything asks the same question of the sign, so
+    # that a logit of zero is on one side of it everywhere: slopes of absolute values and maxima
+    # would each be a mean of both sides', and their product is not the mean of the products.
+    is_positive = values >= 0
+    size = jnp.where(is_positive, values, -values)
+    decay = jnp.exp(-size)
     most = 1.0 / (1.0 + decay)
-    cross_entropy = jnp.maximum(against, 0.0) - jnp.log(most)
     least = decay * most
-    missed = jnp.where(against >= 0, most, least)
+    is_wrong = is_positive ^ on_mask
+    cross_entropy = jnp.where(is_wrong, size, 0.0) - jnp.log(most)
+    missed = jnp.where(is_wrong, most, least)
     focal = jnp.where(on_mask, alpha, 1.0 - alpha) * missed**gamma * cross_entropy
-    return focal, jnp.where(values >= 0, most, least)
+    return focal, jnp.where(is_positive, most, least)
 
 
 def _sum_over(
@@ -140,9 +146,7 @@ def _sum_over(
 
     It would fuse the arithmetic into a sum and run it one pixel at a time on a CPU.
     """
-    return jnp.einsum(
-        "...hw,...hw->...", values, region.astype(values.dtype), precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum("...hw,...hw->...", values, region.astype(values.dtype), precision=EXACT)
 
 
 def _on_tpu(

@@ -90,8 +90,13 @@ def layer_of(path: str, depth: int) -> int:
 
 
 def is_decayed(path: str, ndim: int) -> bool:
-    """Whether a parameter's weights decay: not biases, norms and the table of positions."""
-    return ndim > 1 and not path.endswith("pos_embed")
+    """Whether a parameter's weights decay: not biases, norms and the table of positions.
+
+    Learned tokens decay all alike, those that are a single vector as well: published code keeps
+    each as a table with one row, and excludes biases and norms.
+    """
+    is_token = path.rpartition("/")[2] in ("not_a_point", "no_mask")
+    return is_token or (ndim > 1 and not path.endswith("pos_embed"))
 
 
 @dataclasses.dataclass(frozen=True)

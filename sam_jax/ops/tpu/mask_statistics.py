@@ -183,7 +183,8 @@ def _between(before: Array, at: Array, after: Array, place: int, scale: int) -> 
     offset = (place + 0.5) / scale - 0.5
     if not offset:
         return at
-    return at + abs(offset) * ((before if offset < 0 else after) - at)
+    weight = abs(offset)
+    return (1 - weight) * at + weight * (before if offset < 0 else after)
 
 
 def _line(shape: _Shape, maps: Array, inside: Array, y: int) -> tuple[Array, Array, Array]:
