@@ -13,9 +13,11 @@ from ml_collections import config_flags
 from sam_jax.configuration import from_mapping
 from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import ConfigError, readable_errors
+from sam_jax.evaluation.report import results_folder
 from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.places import check_folder
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
@@ -23,7 +25,7 @@ CHECKPOINT = flags.DEFINE_string(
 )
 EMA = flags.DEFINE_bool("ema", True, "The averaged parameters, where a run keeps them.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the run; by default the newest.")
-OUT = flags.DEFINE_string("out", None, "Folder for results; by default `eval` in the checkpoint's.")
+OUT = flags.DEFINE_string("out", None, "Folder for results; by default RUN/eval or FILE_eval.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a cluster.")
 flags.mark_flag_as_required("config")
 
@@ -41,16 +43,16 @@ def main(argv: list[str]) -> None:
     model = build_model(from_mapping(ModelConfig, config["model"], "model"))
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
     evaluators = {name: Evaluator(model, e, show_progress=True) for name, e in evals.items()}
+    out = Path(OUT.value or results_folder(CHECKPOINT.value))
+    for name in evaluators:
+        check_folder(out / name)
     variables = variables_for(model, CHECKPOINT.value, step=STEP.value, ema=EMA.value)
     variables = jax.device_put(variables)
-    run = CHECKPOINT.value.removesuffix(".pth").removesuffix(".safetensors")
-    out = Path(OUT.value or run + "/eval")
     for name, evaluate in evaluators.items():
         report = evaluate(variables)
-        if jax.process_index() > 0:
-            continue
-        report.print_table()
-        report.write(out / name)
+        if jax.process_index() == 0:
+            report.print_table()
+            report.write(out / name)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sam_jax.checkpoint import CheckpointConfig, save_config
+from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import readable_errors
 from sam_jax.evaluation.run import EvalConfig, Evaluator
-from sam_jax.hosts import HostsConfig, is_first, start_devices
+from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.training import loop
 from sam_jax.training.recipe import Recipe
 
@@ -35,8 +35,6 @@ def main(argv: list[str]) -> None:
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, recipe.sharding.cpu_devices)
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    if is_first():
-        save_config(WORKDIR.value, config)
     loop.train(
         workdir=WORKDIR.value,
         recipe=recipe,
@@ -44,7 +42,8 @@ def main(argv: list[str]) -> None:
             recipe.data, process_index=jax.process_index(), process_count=jax.process_count()
         ),
         checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-        evaluators={name: Evaluator(recipe.model, section) for name, section in evals.items()},
+        evaluators={name: Evaluator(recipe.task.model, section) for name, section in evals.items()},
+        sections=config,
     )
 
 

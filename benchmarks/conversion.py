@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.report import output_file
 from sam_jax.convert import checkpoints, onnx_export
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import VARIANTS
@@ -29,7 +30,7 @@ def main() -> None:
     """Measures all conversions, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="vit_h", choices=VARIANTS)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=output_file, help="write the figures there")
     parser.add_argument("--convert", nargs=3, metavar=("SOURCE", "TARGET", "TO"))
     args = parser.parse_args()
     if args.convert:

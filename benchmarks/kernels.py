@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import output_file
 from sam_jax import hlo
 from sam_jax.ops.attention import GRID_ATTENTION
 from sam_jax.ops.dispatch import Operation
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--topology", default="v5e:1x1", help="one chip (%(default)s)")
     parser.add_argument("--only", nargs="*", default=sorted(CASES), help="cases (all)")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--out", type=output_file, help="a JSON file")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         # Read when the compiler is loaded, which is when the devices are described.

@@ -32,7 +32,7 @@ def load(args: argparse.Namespace) -> Recipe:
     recipe = Recipe.of(sections)
     if not args.synthetic:
         return recipe
-    source = {"kind": "synthetic", "image_size": recipe.model.image_size}
+    source = {"kind": "synthetic", "image_size": recipe.task.model.image_size}
     return Recipe.of(sections | {"data": {**sections["data"], "sources": (source,)}})
 
 

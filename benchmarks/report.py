@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Timing
+from sam_jax import places
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,8 +50,19 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--repeats", type=int, default=5, help="timed calls (%(default)s)")
-    result.add_argument("--out", type=Path, help="the JSON file, by default in runs/benchmarks")
+    result.add_argument(
+        "--out", type=output_file, help="the JSON file, by default in runs/benchmarks"
+    )
     return result
+
+
+def output_file(text: str) -> Path:
+    """A file to write, as a type of arguments: one that cannot be is found before the work."""
+    try:
+        places.check_file(text)
+    except places.PlaceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def publish(

@@ -25,7 +25,7 @@ from sam_jax.ops.images import normalize_images
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe
 from sam_jax.training.state import TrainState
-from sam_jax.training.step import Batch, build_rounds
+from sam_jax.training.tasks.segment import Batch, build_rounds
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     run = recipe.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
-    program = run.program()
+    program, task = run.program(), run.task
     iterator = train_iterator(run.data)
     batch = _on_devices(next(iterator), program)
     state = program.new_state(jax.random.key(run.train.seed))
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # The count of objects matters for what was useful, and their slots for what was computed.
     per_image = float(np.mean(num_masks)) / run.data.batch_size
-    count = (run.model.config, run.prompts, run.data.batch_size)
+    count = (task.model.config, task.prompts, run.data.batch_size)
     flops = work.step_flops(*count, run.data.max_masks)
     useful = work.step_flops(*count, per_image, useful=True)
     devices = list(program.mesh.devices.flat)
-    limit = limits.matmul_flops_per_second(run.model.dtype, devices)
+    limit = limits.matmul_flops_per_second(task.dtype, devices)
     rates = [
         report.Rate("FLOP/s", flops / timing.best, limit),
         report.Rate("FLOP/s without padding", useful / timing.best, limit),
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     facts = {
         "work_flops": flops,
         "useful_flops": useful,
-        "num_rounds": run.prompts.num_rounds,
+        "num_rounds": task.prompts.num_rounds,
         "sources": recipe.names_of(run.data.sources),
         "fresh_batches": args.fresh_batches,
     }
@@ -99,10 +99,11 @@ def _time_parts(
     repeats: int,
 ) -> dict[str, float]:
     """Best seconds of a step's parts: gradients of the encoder, gradients of the rounds, update."""
-    model, params, constants = program.model, state.params, state.constants
+    task, params, constants = run.task, state.params, state.constants
+    model = task.model
     fields = Batch(**batch)
     images = jax.jit(normalize_images)(fields.image, fields.image_hw)
-    rounds = build_rounds(model, run.prompts, run.losses, remat=run.train.remat_rounds)
+    rounds = build_rounds(model, task.prompts, task.losses, remat=run.train.remat_rounds)
     keys = jax.random.split(jax.random.key(0), fields.mask_valid.shape)
     key = jax.random.key(1)
 

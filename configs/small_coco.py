@@ -12,8 +12,13 @@ from ml_collections import ConfigDict
 from configs.small_recipe import small_config
 
 
-def get_config(folder: str) -> ConfigDict:
+def get_config(folder: str = "") -> ConfigDict:
     """The recipe for the data sets in a folder."""
+    if not (folder and Path(folder).is_dir()):
+        raise FileNotFoundError(
+            f"configs/small_coco.py takes the folder of the data sets: --config "
+            f"configs/small_coco.py:FOLDER; found {folder!r}, which is no folder"
+        )
 
     def sources(split: str) -> tuple[dict, ...]:
         found = sorted(path.parent for path in Path(folder).glob(f"*/{split}.json"))

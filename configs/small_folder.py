@@ -6,13 +6,20 @@ FOLDER holds `train/images`, `train/masks`, `val/images` and `val/masks`. The ma
 `cat.png` (every colour but black is one object), or one file for each: `cat_*.png` or `cat/*.png`.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from configs.small_recipe import small_config
 
 
-def get_config(folder: str) -> ConfigDict:
+def get_config(folder: str = "") -> ConfigDict:
     """The recipe for the masks in a folder."""
+    if not (folder and Path(folder).is_dir()):
+        raise FileNotFoundError(
+            f"configs/small_folder.py takes the folder of the images and masks: --config "
+            f"configs/small_folder.py:FOLDER; found {folder!r}, which is no folder"
+        )
 
     def sources(split: str) -> tuple[dict, ...]:
         images, masks = f"{folder}/{split}/images", f"{folder}/{split}/masks"

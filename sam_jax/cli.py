@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,6 +160,7 @@ def export(
         raise ConfigError(
             "--int8, --single-mask, --stability-score and --extra-metrics are for --to onnx"
         )
+    checkpoints.check_target(target)
     with _progress() as say:
         say(f"reading {source}")
         weights = checkpoints.open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
@@ -225,14 +227,18 @@ def inspect(
 def predict(
     image: Annotated[Path, typer.Argument(help="A picture file.", show_default=False)],
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="PNG to write: the picture with prompts and mask.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Picture to write: the one given, with prompts and mask; PNG, JPEG..."),
+    ],
     points: Annotated[
         list[str] | None,
         typer.Option(help="x,y on the object, or x,y,0 beside it; may be repeated."),
     ] = None,
     box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1 around the object.")] = None,
     mask_out: Annotated[
-        Path | None, typer.Option(help="PNG to write: the mask alone, 255 on the object.")
+        Path | None,
+        typer.Option(help="Picture to write: the mask alone, 255 on the object; not as JPEG."),
     ] = None,
     step: Step = None,
     ema: Ema = True,
@@ -241,10 +247,18 @@ def predict(
     """Segments one object of a picture from clicks, a box, or both."""
     import numpy as np
 
+    from sam_jax import places
+    from sam_jax.convert.files import failing_as_os_error, written_whole
     from sam_jax.inference.images import open_image
     from sam_jax.inference.predictor import Predictor
     from sam_jax.inference.prompts import Prompt
-    from sam_jax.visualize import draw_boxes, draw_points, overlay_masks, save_picture
+    from sam_jax.visualize import (
+        draw_boxes,
+        draw_points,
+        overlay_masks,
+        picture_form,
+        save_picture,
+    )
 
     clicks = [_numbers(text, "--points", (2, 3)) for text in points or []]
     corners = None if box is None else _numbers(box, "--box", (4,))
@@ -253,6 +267,15 @@ def predict(
         labels=[click[2] if len(click) == 3 else 1.0 for click in clicks],
         box=corners,
     )
+    targets = {out: picture_form(out)}
+    if mask_out is not None:
+        if mask_out == out:
+            raise ConfigError(f"{out}: --out and --mask-out are the same file")
+        targets[mask_out] = picture_form(mask_out, is_mask=True)
+    for target in targets:
+        places.check_file(target)
+        if target.exists() and target.samefile(image):
+            raise ConfigError(f"{target} is the picture itself: name another file to write")
     pixels = open_image(image)
     with _progress() as say:
         say(f"reading {checkpoint}")
@@ -273,9 +296,11 @@ def predict(
             np.array([click[:2] for click in clicks]),
             np.array([int(click[2]) if len(click) == 3 else 1 for click in clicks]),
         )
-    save_picture(out, picture)
-    if mask_out is not None:
-        save_picture(mask_out, mask.astype(np.uint8) * 255)
+    for target, content in ((out, picture), (mask_out, mask.astype(np.uint8) * 255)):
+        if target is not None:
+            # What a form is too small for is a ValueError.
+            with written_whole(target) as unfinished, failing_as_os_error(ValueError):
+                save_picture(unfinished, content, targets[target])
     typer.echo(
         f"{out}: {mask.mean():.1%} of the picture, predicted IoU "
         f"{found.iou_predictions[0].max():.2f}"
@@ -355,7 +380,9 @@ def masks(
         )
     options = dataclasses.replace(start, **changes, **others)
     allow_large_pictures()
-    folder.list_pictures(source)  # before minutes are spent on loading
+    # Before minutes are spent on loading.
+    folder.list_pictures(source)
+    folder.check_target(source, out)
     if compilation_cache is not None:
         use_compilation_cache(compilation_cache)
     with _progress() as say:
@@ -434,9 +461,12 @@ def plan(
     """
     import jax
 
+    from sam_jax import places
     from sam_jax import plan as planning
     from sam_jax.training.recipe import Recipe, read_config
 
+    if json is not None:
+        places.check_file(json)
     if topology != planning.LOCAL:
         jax.config.update("jax_platforms", "cpu")
     plans: list[planning.Plan] = []
@@ -445,7 +475,7 @@ def plan(
         if topology == planning.LOCAL and not plans and recipe.sharding.cpu_devices:
             jax.config.update("jax_num_cpu_devices", recipe.sharding.cpu_devices)
         with _progress() as say:
-            say(f"compiling the step for {topology}, remat {recipe.model.remat}")
+            say(f"compiling the step for {topology}, remat {recipe.task.remat}")
             plans.append(planning.plan(recipe, topology, batch_size=batch))
     planning.print_plans(plans)
     if json is not None:
@@ -528,7 +558,9 @@ def _progress_bar(what: str) -> Iterator[Callable[[Any], None]]:
 
         def advance(progress: Any) -> None:
             count = "skipped" if progress.num_masks is None else f"{progress.num_masks} masks"
-            last = f"{progress.path.name}: {count}"
+            # A name may hold bytes that are no letters.
+            name = os.fsencode(progress.path.name).decode(errors="backslashreplace")
+            last = f"{name}: {count}"
             bar.update(task, completed=progress.done, total=progress.total, last=last)
             if not console.is_terminal:
                 console.print(Text(f"{progress.done} of {progress.total}  {last}"))

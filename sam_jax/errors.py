@@ -1,6 +1,7 @@
 """Errors that whoever runs a program can mend: shown as a message, not as a traceback."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -30,3 +31,32 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
     except mendable as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+    except (RuntimeError, AssertionError):
+        reason = _missing_devices()
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _missing_devices() -> str | None:
+    """Why JAX has no devices here, None if it has some.
+
+    It says so at the first use of one, by errors of several kinds that look like faults of the
+    code.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or "jax" not in sys.modules:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or "its plugin for them is not installed").splitlines()[0]
+        return (
+            f"JAX_PLATFORMS={platforms} asks for devices that JAX does not find ({reason}): "
+            "install JAX for them, as in pip install 'jax[cuda12]' or 'jax[tpu]', or unset "
+            "JAX_PLATFORMS to take what there is"
+        )
+    return None

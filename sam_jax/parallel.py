@@ -22,7 +22,7 @@ from sam_jax.models.image_encoder import EncoderBlock
 from sam_jax.models.layers import Dense
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.sam import Sam
-from sam_jax.ops.dispatch import Kernels, Target, tracing_for
+from sam_jax.ops.dispatch import Check, Kernels, Target, check_kernels, tracing_for
 from sam_jax.ops.full_precision import add_bias
 from sam_jax.sharding import path_name
 
@@ -70,6 +70,10 @@ class Parallel:
         if self.mesh is None:
             return Target(kernels=self.kernels)
         return Target.of(self.mesh.devices.flat[0], kernels=self.kernels)
+
+    def check_kernels(self) -> list[Check]:
+        """Checks the kernels that programs on these devices may use; none where there are none."""
+        return check_kernels(self._target)
 
     @property
     def num_tensor(self) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from sam_jax import hlo, work
+from sam_jax import hlo
 from sam_jax.errors import ConfigError, UserError
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe
@@ -285,13 +285,8 @@ def plan(recipe: Recipe, topology: str = LOCAL, *, batch_size: int | None = None
     devices, chip = devices_of(topology)
     program = recipe.program(devices)
     batch_size = batch_size or recipe.data.batch_size
-    num_parts = math.prod(program.mesh.shape[axis] for axis in program.parallel.batch_axes)
-    if batch_size % (num_parts * recipe.optimizer.accumulate_steps):
-        raise ConfigError(
-            f"a batch of {batch_size} images does not divide by {num_parts} devices that see "
-            f"different images and optimizer.accumulate_steps = {recipe.optimizer.accumulate_steps}"
-        )
-    batch = program.placed_batch(batch_size, recipe.data.max_masks)
+    recipe.check_batch(program, batch_size)
+    batch = program.placed_batch(batch_size)
     start = time.perf_counter()
     try:
         compiled = program.step.lower(program.placed_state, batch).compile()
@@ -313,13 +308,11 @@ def _read(
     compiled: Any,
     compile_seconds: float,
 ) -> Plan:
-    batch_size, num_devices = batch["image"].shape[0], program.mesh.size
+    batch_size, num_devices = jax.tree.leaves(batch)[0].shape[0], program.mesh.size
     text = compiled.as_text()
     instructions = list(hlo.instructions(text))
     transfers = hlo.collectives(text)
-    flops = work.step_flops(
-        program.model.config, recipe.prompts, batch_size, recipe.data.max_masks, useful=True
-    )
+    flops = program.task.flops(batch_size)
     if chip is None:
         chip = _measured_chip(program)
     memory = _memory(program, batch, compiled, chip)
@@ -329,7 +322,7 @@ def _read(
         num_devices=num_devices,
         mesh=dict(program.mesh.shape),
         batch_size=batch_size,
-        remat=program.model.remat,
+        remat=program.task.remat,
         memory=memory,
         work_flops=flops / num_devices,
         moved_bytes=float(sum(i.moved_bytes * i.trips for i in instructions)),
@@ -363,7 +356,7 @@ def _measured_chip(program: TrainProgram) -> Chip:
     device = program.mesh.devices.flat[0]
     stats = device.memory_stats() or {}
     size = 2048 if device.platform == "cpu" else 8192
-    matrix = jax.device_put(jnp.ones((size, size), program.model.dtype), device)
+    matrix = jax.device_put(jnp.ones((size, size), program.task.dtype), device)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(matrix, matrix))
     seconds = []

@@ -17,8 +17,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sam_jax.arrays import Bool, Float, Int, UInt8, UInt16
+from sam_jax.errors import ConfigError
 
 Color = tuple[int, int, int]
+
+# What pictures can be written as, by suffix: Pillow's names.
+PICTURE_FORMS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
 
 BLUE: Color = (0, 114, 255)
 ORANGE: Color = (255, 149, 0)
@@ -150,10 +162,39 @@ def draw_boxes(
 def save_picture(
     path: Path,
     picture: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"],
+    form: str = "PNG",
 ) -> None:
-    """Writes a PNG, whatever the suffix; makes the folder."""
+    """Writes a PNG, or another of the forms of ``picture_form``; makes the folder.
+
+    Args:
+      path: whatever its suffix.
+      picture: of more than 8 bits, as a PNG only.
+      form: by its name in Pillow.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, format="PNG")
+    options: dict[str, dict[str, int]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": 1},
+    }
+    Image.fromarray(picture).save(path, format=form, **options.get(form, {}))
+
+
+def picture_form(path: Path, *, is_mask: bool = False) -> str:
+    """Pillow's name for the form of picture that a file's name says.
+
+    Args:
+      path: the file.
+      is_mask: whether every pixel must come back as it is, which leaves JPEG out.
+
+    Raises:
+      ConfigError: if it is none that can be written.
+    """
+    forms = {s: f for s, f in PICTURE_FORMS.items() if not (is_mask and f == "JPEG")}
+    form = forms.get(path.suffix.lower())
+    if form is None:
+        ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
+        raise ConfigError(f"{path} {ending}: expected one of {', '.join(forms)}")
+    return form
 
 
 def resize_picture(

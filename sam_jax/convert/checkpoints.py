@@ -12,8 +12,16 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sam_jax import places
 from sam_jax.arrays import Array
-from sam_jax.checkpoint import CHECKPOINTS, CONFIG, restore_variables, save_config, save_variables
+from sam_jax.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    checkpoint_path,
+    restore_variables,
+    save_config,
+    save_variables,
+)
 from sam_jax.configuration import from_mapping
 from sam_jax.convert.files import (
     SAFETENSORS,
@@ -192,7 +200,7 @@ def convert(
     Raises:
       WeightsError, NamesError, CheckpointError: see ``load`` and ``save``.
     """
-    _check_target(Path(target), to)
+    check_target(Path(target), to)
     on_progress(f"reading {source}")
     weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
@@ -266,9 +274,9 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
     if not path.exists():
         path = _download(str(path_or_name))
     if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
-        run = path.parent if path.name == CHECKPOINTS else path
+        run = path if (path / CHECKPOINTS).is_dir() else path.parent
         variables = restore_variables(run, step, ema=ema)
-        return Weights(run, "orbax", _run_config(run), variables)
+        return Weights(run, "orbax", run_config(run), variables)
     if step is not None:
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
@@ -313,7 +321,7 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
       NamesError: if there are variables that have no name there.
     """
     path = Path(path)
-    _check_target(path, target)
+    check_target(path, target)
     if target == "official":
         write_torch(path, from_native(variables, "official"))
     elif target == "hugging-face":
@@ -331,13 +339,30 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
                 save_variables(folder, variables)
 
 
-def _check_target(path: Path, target: Target) -> None:
-    """Finds what is wrong with a place before the work begins, not after it."""
+def check_target(path: Path, target: Target | None = None) -> None:
+    """Finds what is wrong with a place before the work begins, not after it.
+
+    Args:
+      path: what shall be written.
+      target: in which form, see ``save``; None for a new folder of another.
+
+    Raises:
+      WeightsError: if something is there that must stay.
+      PlaceError: if it cannot be written.
+      CheckpointError: if a checkpoint there could not be read.
+    """
     if target == "official":
         if path.is_dir():
             raise WeightsError(f"{path} is a folder; name the .pth file to write")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        places.check_file(path)
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise WeightsError(f"{path} is there already; give a new or an empty folder")
+    places.check_folder(path)
+    if target == "orbax":
+        # It is written beside where it will be, and read under the name that was given.
+        checkpoint_path(path)
+        checkpoint_path(path.resolve())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,7 +458,12 @@ def _checked(variables: Mapping[str, Any], template: Mapping[str, Any], where: A
     return dict(variables)
 
 
-def _run_config(run: Path) -> SamConfig:
+def run_config(run: Path) -> SamConfig:
+    """The shape of the model that a run trains.
+
+    Raises:
+      WeightsError: if its config is missing or damaged.
+    """
     try:
         section = json.loads((run / CONFIG).read_text())["model"]
         return build_model(from_mapping(ModelConfig, dict(section), "model")).config

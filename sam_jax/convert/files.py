@@ -237,7 +237,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     # Of a link, what it points to.
     path = path.resolve()
-    unfinished = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
+    # Without the name that it will have, which may be as long as names can be.
+    unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished

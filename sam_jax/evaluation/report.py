@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_jax.arrays import UInt8
+from sam_jax.checkpoint import CHECKPOINTS
 from sam_jax.evaluation.baselines import DISK_BASELINE
 from sam_jax.evaluation.protocols import BOX_PROTOCOL, CLICK_PROTOCOLS, ORACLE
 from sam_jax.visualize import BLUE, GREEN, MUTED, ORANGE, Color, Curve, draw_curves
@@ -110,7 +111,7 @@ class EvalReport:
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial = target.with_name(f".{os.getpid()}.unfinished")
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(target)
 
@@ -220,6 +221,20 @@ class EvalReport:
 
     def _num_masks(self, row: str) -> str:
         return next((f"{d.num_masks:,}" for d in self.datasets if d.name == row), "")
+
+
+def results_folder(checkpoint: str | os.PathLike[str]) -> Path:
+    """Where results go if nobody says: into a run or a folder of weights, or beside a file of them.
+
+    Of a name on the Hugging Face Hub, into the current folder: a folder called like it would be
+    taken for the weights the next time.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return (path.parent if path.name == CHECKPOINTS else path) / "eval"
+    if path.exists():
+        return path.with_name(f"{path.stem}_eval")
+    return Path(f"{path.as_posix().strip('./').replace('/', '_')}_eval")
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -1,10 +1,12 @@
 """Automatic masks of a folder of pictures, which goes on where it was stopped."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from sam_jax.arrays import UInt8
-from sam_jax.convert.files import written_whole
+from sam_jax import places
+from sam_jax.arrays import UInt8, UInt16
+from sam_jax.convert.files import WeightsError, written_whole
 from sam_jax.data import rle
 from sam_jax.data.transforms import resize_image
 from sam_jax.errors import ConfigError
@@ -40,8 +43,18 @@ _READ_AHEAD = 2
 _DRAWN_TOGETHER = 64
 # What a 16-bit map can tell apart.
 _MAX_LABEL = 65_535
-# Bytes at a file's start in which its image is named.
-_HEAD_BYTES = 8192
+# Bytes at a file's start in which its image is named: a path has up to 4,096, and in JSON up to six
+# letters for each.
+_HEAD_BYTES = 32_768
+# What is wrong with the name of one file; all else would happen to the next picture, too.
+_OF_THE_NAME = (
+    errno.ENAMETOOLONG,
+    errno.EILSEQ,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +105,18 @@ def list_pictures(source: Path) -> list[Path]:
         if other is not path:
             raise ConfigError(f"{other} and {path} would share one annotation file; rename one")
     return found
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Finds out whether masks can be written to a folder; leaves nothing behind.
+
+    Raises:
+      ConfigError: if it lies among the pictures, or they among what is written.
+      PlaceError: if it cannot be written to.
+    """
+    _check_apart(source, source if source.is_dir() else source.parent, target)
+    for name in ("", ANNOTATIONS_FOLDER, OVERLAYS_FOLDER, LABELS_FOLDER):
+        places.check_folder(target / name)
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -149,16 +174,15 @@ def annotate_folder(
     options = options or AutomaticOptions()
     pictures = list_pictures(source)
     root = source if source.is_dir() else source.parent
-    _check_apart(source, root, target)
+    check_target(source, target)
     made_by = {"weights": predictor.fingerprint(), "source": str(root.resolve())}
     _keep_settings(target, {**made_by, **dataclasses.asdict(options)})
     files = {
         path: (target / ANNOTATIONS_FOLDER / path.relative_to(root)).with_suffix(".json")
         for path in pictures
     }
-    left = [path for path in pictures if not _is_done(files[path], path.relative_to(root))]
-    num_before, num_masks, num_annotated = len(pictures) - len(left), 0, 0
-    skipped: list[str] = []
+    left, skipped = _to_do(files, root)
+    num_before, num_masks, num_annotated = len(pictures) - len(left) - len(skipped), 0, 0
     opened = deque[tuple[Path, np.ndarray]]()
 
     def report(path: Path, count: int | None) -> None:
@@ -167,7 +191,7 @@ def annotate_folder(
 
     def readable() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         for path, pixels in _read_ahead(left):
-            if isinstance(pixels, ImageError):
+            if isinstance(pixels, Exception):
                 skipped.append(str(pixels))
                 report(path, None)
                 continue
@@ -180,24 +204,47 @@ def annotate_folder(
             relative = path.relative_to(root)
             # Thresholds of 0 let masks pass that are empty.
             records = [record for record in found if record["area"]]
-            if overlays:
-                _save_picture(target / OVERLAYS_FOLDER / relative, overlay_of(pixels, records))
-            if label_maps:
-                if len(records) > _MAX_LABEL:
-                    raise ConfigError(f"{path} has {len(records)} masks: too many for 16 bits")
-                labels = label_map(records, (pixels.shape[0], pixels.shape[1]))
-                _save_picture(target / LABELS_FOLDER / relative, labels.astype(np.uint16))
-            if link_pictures:
-                _put_beside(path, target / ANNOTATIONS_FOLDER / relative)
-            # Last, since this is the file that says that the picture is done.
-            _write_json(files[path], sa1b_annotation(records, relative, pixels.shape[:2]))
+            try:
+                if overlays:
+                    _save_picture(target / OVERLAYS_FOLDER / relative, overlay_of(pixels, records))
+                if label_maps:
+                    labels = _label_picture(path, records, pixels)
+                    _save_picture(target / LABELS_FOLDER / relative, labels)
+                if link_pictures:
+                    _put_beside(path, target / ANNOTATIONS_FOLDER / relative)
+                # Last, since this is the file that says that the picture is done.
+                _write_json(files[path], sa1b_annotation(records, relative, pixels.shape[:2]))
+            except (ImageError, WeightsError, OSError) as error:
+                if not _is_of_one_picture(error):
+                    raise
+                skipped.append(f"{path}: {error}")
+                report(path, None)
+                continue
             num_masks, num_annotated = num_masks + len(records), num_annotated + 1
             report(path, len(records))
     finally:
         _write_skipped(target / SKIPPED_NAME, skipped)
     if coco:
-        write_coco([files[path] for path in pictures if files[path].exists()], target / COCO_NAME)
+        write_coco([files[path] for path in pictures if _is_there(files[path])], target / COCO_NAME)
     return Summary(num_annotated, num_before, num_masks, skipped)
+
+
+def _to_do(files: Mapping[Path, Path], root: Path) -> tuple[list[Path], list[str]]:
+    """The pictures that are not done, and why others cannot be."""
+    left, skipped = [], []
+    for path, file in files.items():
+        try:
+            if not _is_done(file, path.relative_to(root)):
+                left.append(path)
+        except OSError as error:
+            skipped.append(f"{path}: its masks cannot be in {file}: {error.strerror}")
+    return left, skipped
+
+
+def _is_of_one_picture(error: Exception) -> bool:
+    """Whether what went wrong with a picture would not go wrong with the next one, too."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return not isinstance(cause, OSError) or cause.errno in _OF_THE_NAME
 
 
 def sa1b_annotation(
@@ -275,6 +322,8 @@ def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
             return open_image(path)
         except ImageError as error:
             return error
+        except OSError as error:
+            return ImageError(f"{path} cannot be read: {error.strerror or error}")
 
     with ThreadPoolExecutor(_READ_AHEAD) as pool:
         waiting = deque((path, pool.submit(read, path)) for path in paths[:_READ_AHEAD])
@@ -317,22 +366,44 @@ def _save_picture(path: Path, picture: np.ndarray) -> None:
         save_picture(unfinished, picture)
 
 
+def _label_picture(
+    path: Path, records: Sequence[Mapping[str, Any]], pixels: UInt8[np.ndarray, "h w 3"]
+) -> UInt16[np.ndarray, "h w"]:
+    if len(records) > _MAX_LABEL:
+        raise ConfigError(f"{path} has {len(records)} masks: too many for 16 bits")
+    return label_map(records, (pixels.shape[0], pixels.shape[1])).astype(np.uint16)
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:
+        return False  # a name that cannot be
+
+
 def _put_beside(path: Path, beside: Path) -> None:
     """Links a picture, or copies it upright if it is stored turned: its masks are upright."""
     if beside.exists() and not beside.is_symlink():
         return
-    with Image.open(path) as stored:
+    with _opened(path) as stored:
         is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) != 1
         if is_turned:
             with written_whole(beside) as unfinished:
                 ImageOps.exif_transpose(stored).save(unfinished, format=stored.format)
             return
     beside.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first, since another process may do the same.
-    link = beside.with_name(f".{beside.name}.{os.getpid()}")
-    link.unlink(missing_ok=True)
+    # Under another name first, since another process may do the same; a short one, as the picture's
+    # may be as long as names can be.
+    link = beside.with_name(f".{uuid.uuid4().hex[:8]}.link")
     link.symlink_to(path.resolve())
     link.replace(beside)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read any more: {error.strerror or error}") from None
 
 
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The training loop: from a model and a data iterator to checkpoints."""
 
-import dataclasses
+import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +12,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sam_jax.checkpoint import CheckpointConfig, Checkpointer
-from sam_jax.convert.checkpoints import variables_for
+from sam_jax.checkpoint import (
+    CONFIG,
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    config_changes,
+    save_config,
+)
+from sam_jax.convert.files import WeightsError
 from sam_jax.errors import UserError
-from sam_jax.hosts import end_now
+from sam_jax.hosts import end_now, is_first
 from sam_jax.sharding import describe
 from sam_jax.training.program import TrainProgram
 from sam_jax.training.recipe import Recipe, TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.state import TrainState
-from sam_jax.training.step import Batch
+from sam_jax.training.task import Task
 
 # Processes tell each other of signals so often: it makes them wait for the step before.
 _STEPS_BETWEEN_AGREEMENTS = 10
@@ -60,49 +67,56 @@ def train(
     data_iterator: Any,
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
+    sections: dict[str, Any] | None = None,
 ) -> TrainState:
     """Trains all steps of the recipe, from the newest checkpoint in ``workdir`` if there is one.
 
     A run that was killed and is started again goes through the same states as one that was not.
+    Nothing in ``workdir`` changes before recipe, data and checkpoint are found to fit together.
 
     Args:
       workdir: for checkpoints and TensorBoard files.
-      recipe: the model, its training and its devices.
-      data_iterator: yields mappings of the fields of ``Batch``, this process's share, and can
-        save and restore its position.
+      recipe: the task, its training and its devices.
+      data_iterator: yields mappings of the fields of the task's batch, this process's share, and
+        can save and restore its position.
       checkpoint_config: when to save.
       evaluators: called with the variables at evaluations, by name.
+      sections: the config that all of this is from, kept beside the checkpoints; None keeps none.
 
     Raises:
+      ConfigError: if the batch does not divide by the devices.
       TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
-      CheckpointError: if there is a checkpoint that does not fit.
+      CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
       WeightsError, NamesError: if ``recipe.train.init_from`` cannot be read or does not fit.
     """
     config, program = recipe.train, recipe.program()
+    recipe.check_batch(program, recipe.data.batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
+    _check_workdir(Path(workdir), checkpointer.latest_step, recipe.task)
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
     try:
         _introduce(program, reporter)
+        state = None
         if first_step:
-            state = checkpointer.restore(program.placed_state, data_iterator)
-            reporter.say(f"continuing from the checkpoint of step {first_step} in {workdir}")
-            if checkpointer.latest_has_ema and not program.keeps_ema:
-                reporter.say("its averaged parameters are dropped, as train.ema_decay is 0")
-            if program.keeps_ema and not checkpointer.latest_has_ema:
+            state = _restored_state(program, checkpointer, data_iterator, reporter)
+            if first_step >= config.num_steps:
                 reporter.say(
-                    "it has no averaged parameters: the average starts from its parameters"
+                    f"nothing is left to do: step {first_step} of {config.num_steps} is done; a "
+                    "larger train.num_steps goes on from it, and eval.py evaluates it"
                 )
-        else:
-            key = jax.random.key(config.seed)
-            if config.init_from is None:
-                state = program.new_state(key)
-            else:
-                state = program.state_from(variables_for(recipe.model, config.init_from, key=key))
-                reporter.say(f"starting from the weights in {config.init_from}")
+                return state
+        # Data that cannot be read are found out here.
+        batches = itertools.chain([next(data_iterator)], data_iterator)
+        if state is None:
+            state = _new_state(recipe, program, reporter)
+        _begin(program, checkpointer, reporter, first_step, sections)
+        if not first_step:
             reporter.say("the first step is compiled now, which can take minutes")
-        return _run(state, program, data_iterator, config, checkpointer, reporter, evaluators)
+        return _run(
+            state, program, data_iterator, batches, config, checkpointer, reporter, evaluators
+        )
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -117,6 +131,35 @@ def train(
         checkpointer.close()
 
 
+def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
+    """Refuses a folder that is something else than a run of this model.
+
+    Shapes of arrays do not tell all of a model: its config does.
+    """
+    if latest_step == 0:
+        raise CheckpointError(
+            f"{workdir} holds weights without a state of training, as sam-jax convert writes them; "
+            f"give another --workdir, and train.init_from={workdir} to start from them"
+        )
+    if not (workdir / CONFIG).exists():
+        return
+    try:
+        lines = task.differences(workdir)
+    except WeightsError as error:
+        if latest_step is not None:
+            return  # Of a run that goes on, the config is written anew.
+        raise CheckpointError(
+            f"{workdir} holds a {CONFIG} that is no run's, and no checkpoints; give another "
+            f"--workdir. {error}"
+        ) from error
+    if latest_step is not None and lines:
+        raise CheckpointError(
+            f"the run in {workdir} trains another model than the config describes; give another "
+            f"--workdir, or the model of {workdir / CONFIG} (if that is the wrong one, remove it):"
+            "\n  " + "\n  ".join(lines)
+        )
+
+
 def _introduce(program: TrainProgram, reporter: Reporter) -> None:
     """Says what runs where."""
     mesh, params = program.mesh, program.state_shapes.params
@@ -125,11 +168,55 @@ def _introduce(program: TrainProgram, reporter: Reporter) -> None:
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s) of {jax.process_count()} "
         f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
-    if mesh.size > 1:
-        reporter.note("sharding.txt", "\n".join(describe(params, program.state_shardings.params)))
+    for check in program.parallel.check_kernels():
+        agrees = (
+            "agrees with the reference" if check.fault is None else f"is not used: {check.fault}"
+        )
+        reporter.say(f"kernel {check.form} of {check.operation} {agrees}")
 
 
-def _run(state, program, data_iterator, config, checkpointer, reporter, evaluators):
+def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:
+    """The newest checkpoint's state; the data are moved to their place."""
+    state = checkpointer.restore(program.placed_state, data_iterator)
+    reporter.say(
+        f"continuing from the checkpoint of step {checkpointer.latest_step} in {reporter.workdir}"
+    )
+    if checkpointer.latest_has_ema and not program.keeps_ema:
+        reporter.say("its averaged parameters are dropped, as train.ema_decay is 0")
+    if program.keeps_ema and not checkpointer.latest_has_ema:
+        reporter.say("it has no averaged parameters: the average starts from its parameters")
+    return state
+
+
+def _new_state(recipe: Recipe, program: TrainProgram, reporter: Reporter) -> TrainState:
+    """The state before the first step, from random or from other weights."""
+    config, key = recipe.train, jax.random.key(recipe.train.seed)
+    if config.init_from is None:
+        return program.new_state(key)
+    state = program.state_from(recipe.task.load(config.init_from, key))
+    reporter.say(f"starting from the weights in {config.init_from}")
+    return state
+
+
+def _begin(program, checkpointer, reporter, first_step: int, sections) -> None:
+    """Makes what a run keeps in its folder; all that is needed for its steps is there."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all processes have what they need")
+    checkpointer.begin()
+    reporter.begin()
+    if sections is not None and is_first():
+        changes = config_changes(reporter.workdir, sections)
+        kept = save_config(reporter.workdir, sections, done_steps=first_step)
+        if kept is not None:
+            what = "; ".join(changes or ["it could not be read"])
+            reporter.say(f"the config is another now: {what}; the one before is kept in {kept}")
+    if program.mesh.size > 1:
+        params = program.state_shapes.params
+        lines = describe(params, program.state_shardings.params)
+        reporter.note("sharding.txt", "\n".join(lines))
+
+
+def _run(state, program, data_iterator, batches, config, checkpointer, reporter, evaluators):
     stopwatch, interval = Stopwatch(), []
     profile = Profile(config.profile_steps, reporter)
     first_step = int(state.step)
@@ -137,7 +224,7 @@ def _run(state, program, data_iterator, config, checkpointer, reporter, evaluato
         for step in range(first_step + 1, config.num_steps + 1):
             profile.before(step)
             with stopwatch.during("input"):
-                batch = _global_batch(next(data_iterator), program.batch_sharding)
+                batch = _global_batch(next(batches), program)
             state, metrics = program.step(state, batch)
             interval.append(metrics)
             if len(interval) > 1:
@@ -162,8 +249,10 @@ def _run(state, program, data_iterator, config, checkpointer, reporter, evaluato
                 if step % config.log_every == 0 or is_last:
                     seconds, spent = stopwatch.read()
                     seconds -= spent["evaluation"] + spent["checkpoint"]
-                    means |= _rates(interval, len(batch["image"]), seconds, spent["input"])
-                    reporter.train_metrics(step, means)
+                    batch_size = jax.tree.leaves(batch)[0].shape[0]
+                    unit = program.task.unit
+                    rates = _rates(interval, unit, batch_size, seconds, spent["input"])
+                    reporter.train_metrics(step, means | rates, _news(program.task, means, rates))
                     interval = []
             if is_saved:
                 with stopwatch.during("checkpoint"):
@@ -195,11 +284,11 @@ def _is_evaluated(step: int, config: TrainConfig) -> bool:
     return is_due or step == config.num_steps
 
 
-def _global_batch(local: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:
+def _global_batch(local: Mapping[str, np.ndarray], program: TrainProgram) -> dict[str, jax.Array]:
     """This process's share of the images as part of the arrays over all devices."""
     return {
-        field.name: jax.make_array_from_process_local_data(sharding, local[field.name])
-        for field in dataclasses.fields(Batch)
+        name: jax.make_array_from_process_local_data(program.batch_sharding, local[name])
+        for name in program.task.batch_spec(1)
     }
 
 
@@ -208,14 +297,26 @@ def _means(interval: list[dict]) -> dict[str, float]:
     return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
-def _rates(interval, batch_size: int, seconds: float, input_seconds: float) -> dict[str, float]:
-    num_masks = sum(float(m["num_masks"]) for m in interval)
+def _rates(
+    interval, unit: str, batch_size: int, seconds: float, input_seconds: float
+) -> dict[str, float]:
+    count = sum(float(m[f"num_{unit}"]) for m in interval)
     return {
         "images_per_second": len(interval) * batch_size / seconds,
-        "masks_per_second": num_masks / seconds,
+        f"{unit}_per_second": count / seconds,
         "seconds_per_step": seconds / len(interval),
         "input_wait_rate": input_seconds / seconds,
     }
+
+
+def _news(task: Task, means: Mapping[str, float], rates: Mapping[str, float]) -> str:
+    """An interval in a line."""
+    return (
+        f"{task.headline(means)}  "
+        f"{rates['images_per_second']:.1f} img/s  "
+        f"{rates[f'{task.unit}_per_second']:.1f} {task.unit}/s  "
+        f"input wait {100 * rates['input_wait_rate']:.0f} %"
+    )
 
 
 @contextmanager

@@ -40,8 +40,8 @@ class TrainProgram:
       optimizer: of its parameters.
       state_shapes: shapes and types of the training state.
       state_shardings: where it lies.
-      step: jitted; state and a batch's fields by name in, state and metrics out. The state that goes
-        in is gone afterwards.
+      step: jitted; state and a batch's fields by name in, state and metrics out. The state that
+        goes in is gone afterwards.
     """
 
     task: Task

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,13 @@ from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
-from sam_jax.models.sam import Sam
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.prompts import PromptConfig
-from sam_jax.sharding import ShardingConfig
+from sam_jax.sharding import BATCH_AXES, ShardingConfig
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.program import TrainProgram, build_program
+from sam_jax.training.tasks.segment import SegmentTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,9 @@ class TrainConfig:
 class Recipe:
     """The sections of a config that say what a training step is, built."""
 
-    model: Sam
+    task: SegmentTask
     kernels: Kernels
     data: DataConfig
-    prompts: PromptConfig
-    losses: LossConfig
     optimizer: OptimizerConfig
     sharding: ShardingConfig
     train: TrainConfig
@@ -79,33 +78,53 @@ class Recipe:
         """
         model_config = from_mapping(ModelConfig, sections["model"], "model")
         model = build_model(model_config)
-        data = {**sections["data"], "image_size": model.image_size}
-        return cls(
-            model=model,
-            kernels=model_config.kernels,
-            data=from_mapping(DataConfig, data, "data"),
+        data = from_mapping(
+            DataConfig, {**sections["data"], "image_size": model.image_size}, "data"
+        )
+        train = from_mapping(TrainConfig, sections["train"], "train")
+        task = SegmentTask(
+            model,
             prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
             losses=from_mapping(LossConfig, sections["losses"], "losses"),
+            max_masks=data.max_masks,
+            remat_rounds=train.remat_rounds,
+        )
+        return cls(
+            task=task,
+            kernels=model_config.kernels,
+            data=data,
             optimizer=from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
             sharding=from_mapping(ShardingConfig, sections["sharding"], "sharding"),
-            train=from_mapping(TrainConfig, sections["train"], "train"),
+            train=train,
         )
 
     def program(self, devices: Sequence[Any] | None = None) -> TrainProgram:
         """The training step on these devices; see ``build_program``."""
         return build_program(
-            self.model,
+            self.task,
             num_steps=self.train.num_steps,
             seed=self.train.seed,
-            remat_rounds=self.train.remat_rounds,
             ema_decay=self.train.ema_decay,
             optimizer_config=self.optimizer,
-            prompt_config=self.prompts,
-            loss_config=self.losses,
             sharding_config=self.sharding,
             kernels=self.kernels,
             devices=devices,
         )
+
+    def check_batch(self, program: TrainProgram, batch_size: int) -> None:
+        """Finds out whether every device gets the same share of a batch.
+
+        Raises:
+          ConfigError: if not.
+        """
+        num_shares = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
+        num_parts = self.optimizer.accumulate_steps
+        if batch_size % (num_shares * num_parts):
+            raise ConfigError(
+                f"a batch of {batch_size} images does not divide by {num_shares} devices that see "
+                f"different images and optimizer.accumulate_steps = {num_parts}: data.batch_size "
+                f"must be a multiple of {num_shares * num_parts}"
+            )
 
 
 def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
@@ -128,7 +147,10 @@ def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ConfigError(f"--config {path}: the file has no function get_config")
-    config = get_config(argument) if argument else get_config()
+    try:
+        config = get_config(argument) if argument else get_config()
+    except TypeError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
     for text in settings:
         key, value = _setting(text)
         try:

@@ -20,6 +20,8 @@ from sam_jax.hosts import is_first
 class Reporter:
     """Reports from the first process, and is silent on the others.
 
+    Nothing is written before ``begin`` or the first number.
+
     Args:
       workdir: where the TensorBoard files go, in a folder of their own.
       first_step: done before; what an interrupted run wrote of later ones is superseded.
@@ -30,11 +32,9 @@ class Reporter:
         self._speaks = is_first()
         self._workdir = Path(workdir)
         self._num_steps = num_steps
+        self._first_step = first_step
         self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
-        self._writer = None
-        if self._speaks:
-            folder = str(self._workdir / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=first_step + 1)
+        self._writer: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -55,6 +55,13 @@ class Reporter:
         """Where the run keeps what it leaves."""
         return self._workdir
 
+    def begin(self) -> None:
+        """Opens the files."""
+        if self._speaks and self._writer is None:
+            # Absolute, since what stands before a colon would be taken for a scheme.
+            folder = str(self._workdir.absolute() / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=self._first_step + 1)
+
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         self._console.print(text, markup=False)
@@ -69,17 +76,9 @@ class Reporter:
         """Moves the progress bar."""
         self._progress.update(self._task, completed=step)
 
-    def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records a training interval's means and prints the chief ones."""
+    def train_metrics(self, step: int, metrics: Mapping[str, float], news: str) -> None:
+        """Records a training interval's means, and prints what is news of it."""
         self._write(step, {f"train/{name}": value for name, value in metrics.items()})
-        ious = [value for name, value in metrics.items() if name.startswith("iou_round_")]
-        news = (
-            f"loss {metrics['loss']:.2f}  "
-            f"IoU {ious[0]:.3f} first, {ious[-1]:.3f} last round  "
-            f"{metrics['images_per_second']:.1f} img/s  "
-            f"{metrics['masks_per_second']:.1f} masks/s  "
-            f"input wait {100 * metrics['input_wait_rate']:.0f} %"
-        )
         self._progress.update(self._task, news=news)
         self.say(f"step {step}/{self._num_steps}  {news}")
 
@@ -89,14 +88,35 @@ class Reporter:
         self._write(step, {f"eval/{name}/{key}": value for key, value in numbers.items()})
         if self._writer is not None:
             for title, picture in report.pictures.items():
+                self._check_writer()
                 image = np.asarray(picture)
                 self._writer.add_image(f"eval/{name}/{title}", image, step, dataformats="HWC")
+            self._check_writer()
             self._writer.flush()
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.begin()
         if self._writer is not None:
             for name, value in scalars.items():
+                self._check_writer()
                 self._writer.add_scalar(name, value, step)
+
+    def _check_writer(self) -> None:
+        """Ends the run if nobody takes what is handed over, which would then wait for ever.
+
+        tensorboardX writes in a thread, which an error ends without a word to others.
+        """
+        writer = None if self._writer is None else self._writer.file_writer.event_writer
+        if writer is not None and not writer._worker.is_alive():
+            writer._event_queue.cancel_join_thread()
+            with contextlib.suppress(OSError):
+                writer._ev_writer.close()
+            writer._closed = True  # or it would be asked to write when the program ends
+            self._writer = None
+            raise OSError(
+                f"{self._workdir / 'tensorboard'} takes no more numbers: the disk is full, or was "
+                "taken away. Once that is mended, the same command continues"
+            )
 
     def close(self) -> None:
         """Ends the progress bar and the files."""

@@ -1,9 +1,11 @@
 """What a run trains, as the loop, the step, reports and plans see it."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
 from sam_jax.parallel import Parallel
@@ -26,6 +28,16 @@ class Task(Protocol):
         """What losses are means over, in the plural, as in "masks"."""
         ...
 
+    @property
+    def dtype(self) -> DTypeLike:
+        """Type of the computation."""
+        ...
+
+    @property
+    def remat(self) -> str:
+        """What the backward pass computes again, for reports."""
+        ...
+
     def init(self, key: Array) -> dict[str, Any]:
         """Fresh variables, ``{"params": ..., "constants": ...}``; also under ``jax.eval_shape``."""
         ...
@@ -35,6 +47,14 @@ class Task(Protocol):
 
         Raises:
           UserError: if they cannot be read or do not fit.
+        """
+        ...
+
+    def differences(self, run: Path) -> list[str]:
+        """In what the model of a run's folder differs from this one, a line each.
+
+        Raises:
+          WeightsError: if the folder's config is not a run's.
         """
         ...
 

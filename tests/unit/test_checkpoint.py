@@ -1,6 +1,12 @@
-"""Averaged parameters in checkpoints: kept, started, dropped. Whole runs are in tests/e2e."""
+"""Checkpoints: where they can be, what averages come back, and what a run keeps as it was.
+
+Whole runs are in tests/e2e.
+"""
 
 import dataclasses
+import hashlib
+import json
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.checkpoint import CheckpointConfig, Checkpointer, restore_variables
+from sam_jax import checkpoint
+from sam_jax.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    restore_variables,
+    save_config,
+    save_variables,
+)
 from sam_jax.data.pipeline import TrainIterator, train_iterator
+from sam_jax.errors import ConfigError, UserError
 from sam_jax.training import loop
 from sam_jax.training.recipe import Recipe, read_config
 from sam_jax.training.state import TrainState
@@ -129,3 +144,278 @@ def test_a_run_says_what_becomes_of_the_average(
 def test_an_average_needs_something_to_average() -> None:
     with pytest.raises(Exception, match="ema_decay must be at least 0 and less than 1, got 1"):
         Recipe.of(read_config(CONFIG, ["train.ema_decay=1.0"]))
+
+
+# Brackets, stars and question marks are read as patterns, others as parts of URLs.
+ODD_NAMES = [
+    "lr=[1e-3]",
+    "runs [1]/a",
+    "[!a]",
+    "a**b",
+    "".join(set(string.punctuation) - set("/\\[]*?")),
+    "checkpoints",
+    "x.orbax-checkpoint-tmp-1",
+    "s3:",
+    "%41 ",
+    "..é\n😀...",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_run_may_be_called_anything_that_can_be_read(
+    tmp_path: Path, data: TrainIterator, name: str
+) -> None:
+    state, workdir = example(averaged=False), tmp_path / name
+    checkpointer = Checkpointer(workdir, CheckpointConfig(keep=1))
+    checkpointer.save(dataclasses.replace(state, step=state.step - 1), data)
+    checkpointer.save(state, data)
+    checkpointer.close()
+    checkpointer = Checkpointer(workdir, CheckpointConfig())
+    assert_same(checkpointer.restore(placed(state), data), state)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(STEP)]
+    assert_same(restore_variables(workdir), state.variables)
+    save_variables(tmp_path / "converted" / name, state.variables)
+    assert_same(restore_variables(tmp_path / "converted" / name), state.variables)
+
+
+def test_a_pattern_does_not_take_the_files_of_another_run(
+    tmp_path: Path, data: TrainIterator
+) -> None:
+    for name, factor in (("run1", 5), ("run[1]", 1), ("run?", 2)):
+        state = example(averaged=False)
+        params = jax.tree.map(lambda x, factor=factor: factor * x, state.params)
+        saved(dataclasses.replace(state, params=params), tmp_path / name, data).close()
+    for name, factor in (("run1", 5), ("run[1]", 1), ("run?", 2)):
+        kernel = restore_variables(tmp_path / name)["params"]["kernel"]
+        np.testing.assert_array_equal(kernel, factor * np.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("{tmp}/a\\b", "the backslash for a slash"),
+        ("{tmp}/gs:", "for a bucket"),
+        ("/gs/run", "for a bucket"),
+        ("gs://bucket/run", "is a URL"),
+        ("file:///tmp/run", "is a URL"),
+        ("{tmp}/\udcff", "no UTF-8"),
+    ],
+)
+def test_what_would_be_written_elsewhere_is_refused(
+    tmp_path: Path, path: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = path.format(tmp=tmp_path)
+    for call in (
+        lambda: Checkpointer(path, CheckpointConfig()),
+        lambda: restore_variables(path),
+        lambda: save_variables(path, {}),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("at", ["the next save", "the end"])
+def test_a_first_checkpoint_that_cannot_be_read_is_an_error(
+    tmp_path: Path, data: TrainIterator, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glob = checkpoint._LiteralPath.glob
+
+    def none_of_the_data(path: Any, pattern: str) -> Iterator[Any]:
+        return iter(()) if path.name == "data" else glob(path, pattern)
+
+    monkeypatch.setattr(checkpoint._LiteralPath, "glob", none_of_the_data)
+    state = example(averaged=False)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.save(state, data)
+    later = dataclasses.replace(state, step=state.step + 1)
+    notice = {
+        "the next save": lambda: checkpointer.save(later, data),
+        "the end": checkpointer.close,
+    }[at]
+    with pytest.raises(CheckpointError, match=r"of step 3 was written to .* and cannot be read"):
+        notice()
+    checkpointer.close()
+
+
+def test_variables_that_cannot_be_read_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise ValueError("NOT_FOUND")
+
+    monkeypatch.setattr(checkpoint, "_shapes", fail)
+    with pytest.raises(CheckpointError, match=r"what was written to .* cannot be read: NOT_FOUND"):
+        save_variables(tmp_path, {"params": {"kernel": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (
+            ValueError("EXHAUSTED: x: No space left on device [os_error_code='28']"),
+            True,
+        ),
+        (ValueError("a fault of the code"), False),
+    ],
+)
+def test_a_full_disk_is_a_message(
+    tmp_path: Path,
+    data: TrainIterator,
+    error: Exception,
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise error
+
+    state = example(averaged=False)
+    checkpointer = saved(state, tmp_path, data)
+    checkpointer.begin()
+    monkeypatch.setattr(checkpointer._manager, "save", save)
+    words = "No space left on device; the newest whole one: step 3" if is_told else "a fault"
+    with pytest.raises(CheckpointError if is_told else ValueError, match=words):
+        checkpointer.save(dataclasses.replace(state, step=state.step + 1), data)
+    checkpointer.close()
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """Times and hashes of all that is there."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+        )
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+SETTINGS = (f"train.num_steps={STEP}", "train.eval_every=0")
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, without its having been trained."""
+    workdir = tmp_path_factory.mktemp("good")
+    sections = read_config(CONFIG, SETTINGS)
+    recipe = Recipe.of(sections)
+    iterator = train_iterator(recipe.data)
+    state = recipe.program(jax.devices()[:1]).new_state(jax.random.key(0))
+    saved(dataclasses.replace(state, step=state.step + STEP), workdir, iterator).close()
+    iterator.close()
+    save_config(workdir, sections)
+    (workdir / "tensorboard").mkdir()
+    # What a killed run leaves.
+    (workdir / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    return workdir
+
+
+def train(workdir: Path, *settings: str) -> TrainState:
+    """As train.py does."""
+    sections = read_config(CONFIG, (*SETTINGS, *settings))
+    recipe = Recipe.of(sections)
+    return loop.train(
+        workdir=workdir,
+        recipe=recipe,
+        data_iterator=train_iterator(recipe.data),
+        checkpoint_config=CheckpointConfig(),
+        evaluators={},
+        sections=sections,
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.encoder.embed_dim=24",
+        # The same arrays, another model.
+        "model.decoder.num_heads=1",
+        "model.encoder.window_size=2",
+        "model.image_size=(48,48)",
+        "optimizer.schedule='nonsense'",
+        "optimizer.accumulate_steps=3",
+        "data.batch_size=12",
+        "data.sources=({'kind': 'sa1b', 'path': '/nowhere'},)",
+        "data.sources=({'kind': 'coco', 'path': '/nowhere.json', 'images': '/'},)",
+        "sharding.data=3",
+        "sharding.rules=(('nothing$', ()),)",
+    ],
+)
+def test_a_command_that_fails_leaves_a_run_as_it_was(good_run: Path, setting: str) -> None:
+    before = contents(good_run)
+    with pytest.raises((UserError, OSError)):
+        train(good_run, "train.num_steps=9", setting)
+    assert contents(good_run) == before
+
+
+def test_data_that_cannot_be_read_leave_no_trace(good_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for index in range(3):
+        (tmp_path / "data" / f"{index}.json").write_text(json.dumps({"annotations": []}))
+    source = f"data.sources=({{'kind': 'sa1b', 'path': {str(tmp_path / 'data')!r}}},)"
+    before = contents(good_run)
+    for workdir in (good_run, tmp_path / "new"):
+        with pytest.raises(UserError, match="missing image"):
+            train(workdir, "train.num_steps=9", source)
+    assert contents(good_run) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_are_missing_leave_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        train(tmp_path / "new", f"train.init_from={tmp_path / 'nothing.pth'}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_run_says_so_and_stays(good_run: Path, capsys: Any) -> None:
+    before = contents(good_run)
+    assert int(train(good_run).step) == STEP
+    assert "nothing is left to do: step 3 of 3 is done" in " ".join(capsys.readouterr().err.split())
+    assert contents(good_run) == before
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "converted", "file"])
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path, kind: str) -> None:
+    workdir = tmp_path / "weights"
+    if kind == "file":
+        workdir.touch()
+    else:
+        workdir.mkdir()
+        (workdir / "config.json").write_text('{"model_type": "sam"}')
+        if kind == "converted":
+            save_variables(workdir, {"params": {"kernel": jnp.ones(2)}})
+    before = contents(tmp_path)
+    words = {"converted": "train.init_from=", "hugging face": "no run's", "file": "is a file|Not a"}
+    with pytest.raises(UserError, match=words[kind]):
+        train(workdir)
+    assert contents(tmp_path) == before
+
+
+def test_a_config_that_changed_is_kept(tmp_path: Path) -> None:
+    config = {"train": {"num_steps": 3, "pair": (1, 2)}}
+    assert save_config(tmp_path, config) is None
+    assert save_config(tmp_path, config, done_steps=3) is None
+    later = {"train": {"num_steps": 5, "pair": (1, 2)}}
+    assert checkpoint.config_changes(tmp_path, later) == ["train.num_steps 3 -> 5"]
+    assert save_config(tmp_path, later, done_steps=3) == "config_until_step_3.json"
+    # Nothing was saved since: the one that made the checkpoint stays.
+    save_config(tmp_path, config, done_steps=3)
+    kept = json.loads((tmp_path / "config_until_step_3.json").read_text())
+    assert kept["train"]["num_steps"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "config_until_step_3.json",
+    ]
+
+
+@pytest.mark.parametrize("file", ["small_coco.py", "small_coco.py:/nowhere", "small_folder.py"])
+def test_configs_say_what_they_take(file: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"takes the folder .*\.py:FOLDER; found"):
+        read_config(f"configs/{file}")
+
+
+def test_an_argument_too_many_is_named() -> None:
+    with pytest.raises(ConfigError, match="takes 0 positional arguments"):
+        read_config("configs/demo.py:x")

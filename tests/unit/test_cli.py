@@ -1,6 +1,8 @@
 """The console script as a user meets it: what it prints, what it leaves, how it fails."""
 
 import dataclasses
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from sam_jax import cli
 from sam_jax.convert.checkpoints import save
 from sam_jax.convert.files import write_safetensors
 from sam_jax.convert.names import from_native
+from sam_jax.visualize import picture_form
 from tests.golden.tiny import TINY, random_variables
 
 SQUARE = dataclasses.replace(
@@ -136,6 +139,91 @@ def test_predict(sam_jax, run: Path, tmp_path: Path) -> None:
     done = sam_jax(*arguments, "--points", "10,99")
     assert done.code == 1
     assert "point (10, 99) lies outside of the image" in done.err
+
+
+def test_predict_writes_what_the_name_says(sam_jax, run: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    arguments = ("predict", tmp_path / "in.png", "--checkpoint", run, "--points", "10,20")
+    seen, mask = tmp_path / "seen.JPG", tmp_path / "mask.webp"
+    done = sam_jax(*arguments, "--out", seen, "--mask-out", mask)
+    assert done.code == 0, done.err
+    with Image.open(seen) as picture, Image.open(mask) as alone:
+        assert (picture.format, alone.format) == ("JPEG", "WEBP")
+        assert set(np.unique(alone)) <= {0, 255}
+    for form, suffix in (("TIFF", "tif"), ("BMP", "bmp"), ("PNG", "png"), ("JPEG", "jpeg")):
+        assert picture_form(tmp_path / f"x.{suffix}") == form
+
+
+@pytest.mark.parametrize(
+    ("out", "mask_out", "words"),
+    [
+        ("seen.xyz", None, "ends in '.xyz': expected one of .png, .jpg"),
+        ("seen", None, "has no ending: expected"),
+        ("in.png", None, "is the picture itself"),
+        ("folder.png", None, "is a folder"),
+        ("in.png/x.png", None, "Not a directory"),
+        ("x.png", "mask.jpg", "expected one of .png, .webp"),
+        ("x.png", "x.png", "are the same file"),
+    ],
+)
+def test_places_are_checked_before_weights_are_read(
+    sam_jax, tmp_path: Path, out: str, mask_out: str | None, words: str
+) -> None:
+    """There are no weights, which would be the first to be missed."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "in.png")
+    (tmp_path / "folder.png").mkdir()
+    others = () if mask_out is None else ("--mask-out", tmp_path / mask_out)
+    arguments = ("predict", tmp_path / "in.png", "--checkpoint", tmp_path / "no.pth")
+    done = sam_jax(*arguments, "--points", "1,2", "--out", tmp_path / out, *others)
+    assert (done.code, done.err.count("error: ")) == (1, 1)
+    assert words in done.err.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "target", "words"),
+    [
+        ("convert", ("--to", "orbax"), "a\\b", "the backslash for a slash"),
+        ("convert", ("--to", "orbax"), "file/x", "Not a directory"),
+        ("convert", ("--to", "hugging-face"), "x" * 256, "File name too long"),
+        ("convert", (), "x" * 300 + ".pth", "File name too long"),
+        ("convert", (), "file/x.pth", "Not a directory"),
+        ("export", (), "file", "is there already"),
+        ("export", (), "full", "is there already"),
+        ("export", ("--to", "stablehlo"), "file/x", "Not a directory"),
+    ],
+)
+def test_targets_are_checked_before_weights_are_read(
+    sam_jax, tmp_path: Path, command: str, options: tuple[str, ...], target: str, words: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    done = sam_jax(command, tmp_path / "no.pth", tmp_path / target, *options)
+    assert done.code == 1
+    assert words in done.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "precious"]
+
+
+def test_converted_runs_may_be_called_anything(sam_jax, run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "runs [1]" / "lr=[1e-3]*"
+    done = sam_jax("convert", run, target, "--to", "orbax")
+    assert done.code == 0, done.err
+    assert sam_jax("inspect", target).code == 0
+
+
+def test_masks_of_names_that_are_no_letters(sam_jax, run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    for name, data in ((b"\xff.png", content.getvalue()), (b"\xfe.png", b"broken")):
+        (source / os.fsdecode(name)).write_bytes(data)
+    arguments = ("masks", source, "--checkpoint", run, "--points-per-side", 1, "--coco")
+    done = sam_jax(*arguments, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "\\xff.png: " in done.err
+    assert "1 skipped" in done.err
 
 
 def test_masks(sam_jax, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

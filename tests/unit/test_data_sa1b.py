@@ -224,6 +224,36 @@ def test_other_files_are_no_tars(tmp_path: Path, content: bytes) -> None:
         Sa1bSource(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("name", ["runs [1]", "a*b", "[!a]", "?", "**", "[", "{a,b}"])
+def test_folders_that_look_like_patterns(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    write_tar(folder / "sa_1[x].tar", sa1b_files([1]))
+    write_tar(folder / "sa_2.tar", sa1b_files([2]))
+    for path, numbers in (
+        (folder / "sa_*.tar", [1, 2]),
+        (folder / "sa_1[x].tar", [1]),
+        (folder / "sa_[2].tar", [2]),
+        (folder, [1, 2]),
+        (tmp_path / "*" / "sa_2.tar", [2]),
+    ):
+        assert hws(Sa1bSource(path)) == [numbered_hw(number) for number in numbers]
+
+
+def test_a_folder_that_leads_nowhere_is_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "part[1]").mkdir()
+    (tmp_path / "part1").mkdir()
+    write_tar(tmp_path / "part1" / "sa_3.tar", sa1b_files([3]))
+    assert hws(Sa1bSource(tmp_path / "part[1]" / "sa_*.tar")) == [numbered_hw(3)]
+
+
+def test_a_tar_whose_name_is_as_long_as_names_can_be(tmp_path: Path) -> None:
+    for number in (1, 2):
+        name = f"{number}{'猫' * 83}x.tar"
+        for source in (Sa1bSource(write_tar(tmp_path / name, sa1b_files([number]))),) * 2:
+            assert hws(source) == [numbered_hw(number)]
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no image"):
         Sa1bSource(tmp_path)

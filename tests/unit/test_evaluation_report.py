@@ -9,7 +9,7 @@ from rich.console import Console
 from sam_jax.evaluation.clicks import Click
 from sam_jax.evaluation.gallery import Gallery
 from sam_jax.evaluation.protocols import EvalImage, Outcome, Target
-from sam_jax.evaluation.report import DatasetReport, EvalReport
+from sam_jax.evaluation.report import DatasetReport, EvalReport, results_folder
 
 
 def report(names=("coco", "cells"), protocols=("center", "random"), skipped=None):
@@ -170,3 +170,24 @@ def test_gallery_ignores_other_protocols():
     gallery = Gallery("box", 1)
     gallery.offer(outcome("a", 0.5))
     assert gallery.picture() is None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        ("run", "run/eval"),
+        ("run/checkpoints", "run/eval"),
+        ("demo.pt", "demo_eval"),
+        ("sam.b.pth", "sam.b_eval"),
+        ("bare", "bare_eval"),
+    ],
+)
+def test_results_go_where_a_folder_can_be(tmp_path, checkpoint, expected):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("demo.pt", "sam.b.pth", "bare"):
+        (tmp_path / name).touch()
+    assert results_folder(tmp_path / checkpoint) == tmp_path / expected
+
+
+def test_results_of_a_name_on_the_hub_make_no_folder_of_that_name():
+    assert str(results_folder("facebook/sam-vit-base")) == "facebook_sam-vit-base_eval"

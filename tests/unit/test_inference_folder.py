@@ -1,7 +1,9 @@
 """A folder of pictures: what is written, what is skipped, and that a stop loses nothing."""
 
+import errno
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from sam_jax.inference import folder
 from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
+from sam_jax.places import PlaceError
 from tests.golden.tiny import TINY, random_variables
 
 OPTIONS = AutomaticOptions(
@@ -253,3 +256,81 @@ def test_linked_folders_are_followed_once(
     (elsewhere / "back").symlink_to(pictures)
     names = [str(path.relative_to(pictures)) for path in folder.list_pictures(pictures)]
     assert names == ["a.png", "b.jpg", "link/d.png", "more/c.JPEG"]
+
+
+def test_names_as_long_as_names_can_be(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    """80 Chinese characters; and a picture's 255 bytes, which are 256 for its JSON."""
+    fits = ["猫" * 80 + ".jpg", "x" * 244 + ".jpg", "x" * 250 + ".jpg"]
+    too_long = ["y" * 251 + ".jpg"]
+    for name in fits + too_long:
+        Image.new("RGB", (8, 8)).save(pictures / name)
+    Image.new("RGB", (8, 8)).save(pictures / "more" / ("z" * 250 + ".webp"))
+    everything = {"coco": True, "label_maps": True, "link_pictures": True}
+    for num_annotated, num_before in ((7, 0), (0, 7)):
+        summary = folder.annotate_folder(
+            predictor, pictures, tmp_path / "out", OPTIONS, **everything
+        )
+        assert (summary.num_annotated, summary.num_before) == (num_annotated, num_before)
+        (skipped,) = summary.skipped
+        assert too_long[0] in skipped
+        assert "File name too long" in skipped
+    assert (tmp_path / "out" / "skipped.txt").read_text().strip() == skipped
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_one_bad_file_stops_no_folder(
+    predictor: Predictor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (pictures / "dangling.jpg").symlink_to(tmp_path / "nothing")
+    (pictures / "loop.jpg").symlink_to(pictures / "loop.jpg")
+    # Where the masks of a picture belong there is something else.
+    (out / "annotations" / "a.json" / "x").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(pictures / "locked.png")
+    open_image = folder.open_image
+
+    def locked(path: Path) -> np.ndarray:
+        if path.name == "locked.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_image(path)
+
+    monkeypatch.setattr(folder, "open_image", locked)
+    summary = folder.annotate_folder(predictor, pictures, out, OPTIONS, coco=True)
+    assert summary.num_annotated == 2
+    assert len(summary.skipped) == 4
+    reasons = (out / "skipped.txt").read_text()
+    for words in (
+        "a.json: Is a directory",
+        "dangling.jpg does not exist",
+        "loop.jpg",
+        "locked.png",
+    ):
+        assert words in reasons
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_target_that_takes_no_more_ends_it(
+    predictor: Predictor,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    def save(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folder, "save_picture", save)
+    with pytest.raises(WeightsError, match=f"could not write .*: {os.strerror(code)}"):
+        folder.annotate_folder(predictor, pictures, tmp_path / "out", OPTIONS)
+    assert not list((tmp_path / "out").rglob("annotations/**/*.json"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "out"])
+def test_a_target_that_cannot_be_is_refused(pictures: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "overlays").touch()
+    with pytest.raises(PlaceError):
+        folder.check_target(pictures, tmp_path / place)

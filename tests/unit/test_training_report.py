@@ -1,6 +1,7 @@
 """Profiles of some steps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +33,22 @@ def test_a_profile_is_of_the_steps_asked_for(
         reporter.close()
     assert bool(list(tmp_path.glob("profile/**/*.pb"))) == is_written
     assert ("a profile is in" in capsys.readouterr().err) == is_written
+
+
+# What the thread says on its way out.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_no_endless_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    reporter = Reporter(tmp_path, 0, 5)
+    reporter.begin()
+    assert reporter._writer is not None
+    thread = reporter._writer.file_writer.event_writer._worker
+    monkeypatch.setattr(thread._record_writer, "write_event", write)
+    report = SimpleNamespace(as_flat_dict=lambda: {"a": 1.0}, pictures={})
+    reporter._write(1, report.as_flat_dict())
+    thread.join(timeout=10)
+    with pytest.raises(OSError, match="tensorboard takes no more numbers: the disk is full"):
+        reporter.evaluation(2, "x", report)
+    reporter.close()

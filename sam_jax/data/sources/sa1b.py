@@ -29,6 +29,8 @@ _BLOCK = tarfile.BLOCKSIZE
 # Scanning waits for storage, not for the processor.
 _SCAN_THREADS = 8
 _MAX_OPEN_TARS = 128
+# Of a tar's name in that of its index, which has some 45 bytes more.
+_MAX_LABEL_BYTES = 200
 
 
 class Sa1bSource:
@@ -118,12 +120,7 @@ def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     """The tars and the extracted folders that `parts` name, sorted."""
     tars, folders = set(), set()
     for part in parts:
-        # Taken literally first: a real path may contain glob's characters.
-        pattern = Path(part)
-        if pattern.exists():
-            matches = [pattern]
-        else:
-            matches = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+        matches = _matches(Path(part))
         if not matches:
             raise FileNotFoundError(f"nothing at {part}")
         for match in matches:
@@ -134,6 +131,22 @@ def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
             else:
                 folders.add(match)
     return sorted(tars), sorted(folders)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a path or a pattern names.
+
+    Folders that are there are taken literally, as their names may hold what patterns are made of;
+    where that leads nowhere, the whole is a pattern.
+    """
+    literal, rest = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
+    while rest and (literal / rest[0]).exists():
+        literal, rest = literal / rest[0], rest[1:]
+    if not rest:
+        return [literal]
+    found = list(literal.glob("/".join(rest)))
+    whole = pattern.relative_to(pattern.anchor)
+    return found or list(Path(pattern.anchor).glob(str(whole)))
 
 
 class _Shard(Protocol):
@@ -261,12 +274,14 @@ def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
     # Tars of one name from two folders may share a cache.
     origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
     state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    path = folder / f"{tar.name}.{origin}.{state}.npy"
+    # A name may be as long as names can be; what it is of is in the digest, too.
+    label = os.fsdecode(os.fsencode(tar.name)[:_MAX_LABEL_BYTES])
+    path = folder / f"{label}.{origin}.{state}.npy"
     if not path.exists():
         index = scan_tar(tar)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            own = f"{tar.name}.{origin}."
+            own = f"{label}.{origin}."
             outdated = [old for old in folder.glob("*.npy") if old.name.startswith(own)]
             _write_atomically(path, index)
         except OSError as error:
@@ -281,7 +296,7 @@ def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
 
 def _write_atomically(path: Path, array: np.ndarray) -> None:
     """Other processes see the whole file or none; any may be the last writer."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with part.open("xb") as file:
             np.save(file, array)

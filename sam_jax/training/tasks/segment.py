@@ -5,6 +5,7 @@ Source: Kirillov et al. 2023, appendix A.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from sam_jax import work
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
-from sam_jax.convert.checkpoints import variables_for
+from sam_jax.convert.checkpoints import run_config, variables_for
+from sam_jax.convert.geometry import differences
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.image_encoder import drop_path_scales
@@ -70,6 +73,16 @@ class SegmentTask:
         """Losses are means over masks."""
         return "masks"
 
+    @property
+    def dtype(self) -> DTypeLike:
+        """Type of the model's computation."""
+        return self.model.dtype
+
+    @property
+    def remat(self) -> str:
+        """What the encoder's blocks compute again."""
+        return self.model.remat
+
     def init(self, key: Array) -> dict[str, Any]:
         """Fresh variables of the model."""
         return init_variables(self.model, key)
@@ -77,6 +90,10 @@ class SegmentTask:
     def load(self, path: str, key: Array) -> dict[str, Any]:
         """Variables of any form that ``sam_jax.load`` reads, and of a masked autoencoder."""
         return variables_for(self.model, path, key=key)
+
+    def differences(self, run: Path) -> list[str]:
+        """In what the model that a run trains differs from this one."""
+        return differences(run_config(run), self.model.config)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of the fields of ``Batch``."""
@@ -203,9 +220,7 @@ def build_rounds(
     return rounds
 
 
-def _sums(
-    results: RoundResult, mask_valid: Bool[Array, "b p"]
-) -> tuple[Float[Array, ""], Sums]:
+def _sums(results: RoundResult, mask_valid: Bool[Array, "b p"]) -> tuple[Float[Array, ""], Sums]:
     """The loss, summed over rounds and objects, and what is reported, summed over objects."""
 
     def over_objects(x):

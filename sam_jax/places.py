@@ -1,0 +1,86 @@
+"""Places to write to: what is wrong with one is said before the work, not after it."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from sam_jax.errors import UserError
+
+# Of every file system in use.
+_MAX_NAME_BYTES = 255
+
+
+class PlaceError(UserError):
+    """Something cannot be written where it shall be; the message says where and why."""
+
+
+def check_file(path: str | Path) -> None:
+    """Finds out whether a file can be written; leaves nothing behind.
+
+    Raises:
+      PlaceError: if not.
+    """
+    mode = _mode(Path(path))
+    if mode is not None and stat.S_ISDIR(mode):
+        raise PlaceError(f"{path} is a folder; name the file to write")
+    if mode is None or stat.S_ISREG(mode):
+        # Devices, such as /dev/stdout, are written to, and do not appear in their folder.
+        _check_parent(Path(path))
+
+
+def check_folder(path: str | Path) -> None:
+    """Finds out whether a folder can be made, or written to; leaves nothing behind.
+
+    Raises:
+      PlaceError: if not.
+    """
+    mode = _mode(Path(path))
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise PlaceError(f"{path} is a file; name the folder to write to")
+    if mode is None:
+        _check_parent(Path(path))
+    else:
+        _check_writable(Path(path), Path(path))
+
+
+def _mode(path: Path) -> int | None:
+    """What is there, None for nothing."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PlaceError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _check_parent(path: Path) -> None:
+    """Checks that the nearest folder that is there takes what is missing."""
+    # Of a link, what it points to.
+    missing = path.resolve()
+    while not os.path.lexists(missing.parent):
+        missing = missing.parent
+        _check_name(path, missing.name)
+    if not missing.parent.is_dir():
+        raise PlaceError(f"{path} cannot be written: {missing.parent} is no folder")
+    _check_name(path, missing.name)
+    _check_name(path, path.name)
+    _check_writable(missing.parent, path)
+
+
+def _check_name(path: Path, name: str) -> None:
+    length = len(os.fsencode(name))
+    if length > _MAX_NAME_BYTES:
+        raise PlaceError(
+            f"{path} cannot be written: the name {name[:20]}... has {length} bytes, and file "
+            f"systems take {_MAX_NAME_BYTES}"
+        )
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    try:
+        # Where the system can, a file without a name: the folder does not even change its time.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PlaceError(f"{path} cannot be written: {folder}: {error.strerror}") from error
