@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.typing import DTypeLike
@@ -17,6 +17,7 @@ Sums = dict[str, Float[Array, ""]]
 LossSums = Callable[[Any, Any, Fields, Array], tuple[Float[Array, ""], Sums]]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a run trains: a model, what a batch is, and a loss of it.
 
