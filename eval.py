@@ -40,9 +40,10 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value.to_dict()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
-    model = build_model(from_mapping(ModelConfig, config["model"], "model"))
+    model = build_model(model_config := from_mapping(ModelConfig, config["model"], "model"))
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    evaluators = {name: Evaluator(model, e, show_progress=True) for name, e in evals.items()}
+    options = {"kernels": model_config.kernels, "show_progress": True}
+    evaluators = {name: Evaluator(model, e, **options) for name, e in evals.items()}
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:
         check_folder(out / name)

@@ -42,7 +42,10 @@ def main(argv: list[str]) -> None:
             recipe.data, process_index=jax.process_index(), process_count=jax.process_count()
         ),
         checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-        evaluators={name: Evaluator(recipe.task.model, section) for name, section in evals.items()},
+        evaluators={
+            name: Evaluator(recipe.task.model, section, kernels=recipe.kernels)
+            for name, section in evals.items()
+        },
         sections=config,
     )
 

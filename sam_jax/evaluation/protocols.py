@@ -24,6 +24,7 @@ from sam_jax.evaluation.metrics import mask_iou
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
+from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import normalize_images
 from sam_jax.parallel import Parallel
 
@@ -166,6 +167,7 @@ class CompiledModel:
       prompts_per_call: places for prompts in each row.
       max_clicks: most clicks that a prompt will have.
       devices: those to use; by default all of this host's.
+      kernels: see ``ops.dispatch.Target``.
     """
 
     def __init__(
@@ -176,10 +178,11 @@ class CompiledModel:
         prompts_per_call: int,
         max_clicks: int,
         devices: Sequence[jax.Device] | None = None,
+        kernels: Kernels = "auto",
     ):
         devices = devices or jax.local_devices()
         mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-        parallel = Parallel(mesh, ("rows",))
+        parallel = Parallel(mesh, ("rows",), kernels=kernels)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_row = NamedSharding(mesh, PartitionSpec("rows"))
         self.image_size = model.image_size

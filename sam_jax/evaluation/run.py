@@ -47,6 +47,7 @@ from sam_jax.evaluation.protocols import (
 )
 from sam_jax.evaluation.report import DatasetReport, EvalReport
 from sam_jax.models.sam import Sam
+from sam_jax.ops.dispatch import Kernels
 
 BASELINES = (DISK_BASELINE, *BOX_BASELINES)
 # Batches that are under way at once: while the host scores one, the device decodes another.
@@ -129,6 +130,7 @@ class Evaluator:
       model: the model.
       config: datasets and protocols.
       devices: of this host; by default all.
+      kernels: see ``ops.dispatch.Target``.
       show_progress: whether to draw a bar on the terminal, if there is one.
 
     Raises:
@@ -142,6 +144,7 @@ class Evaluator:
         config: EvalConfig,
         *,
         devices: Sequence[jax.Device] | None = None,
+        kernels: Kernels = "auto",
         show_progress: bool = False,
     ):
         self._config = config
@@ -156,6 +159,7 @@ class Evaluator:
             prompts_per_call=config.prompts_per_call,
             max_clicks=max(config.num_clicks),
             devices=devices,
+            kernels=kernels,
         )
         self._measures = {f"{p}_{n}" for p in CLICK_PROTOCOLS for n in config.num_clicks}
         self._measures |= {f"{p}_1_{ORACLE}" for p in CLICK_PROTOCOLS}
