@@ -45,7 +45,9 @@ def operation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Operati
             [
                 Form("kernel", function, is_kernel=True, **options),
                 Form("on_gpu", reference, platforms=("gpu",)),
-                Form("fast", reference, supports=lambda x: x.shape[0] < 4, pays=lambda x: x.ndim > 1),
+                Form(
+                    "fast", reference, supports=lambda x: x.shape[0] < 4, pays=lambda x: x.ndim > 1
+                ),
                 Form("reference", reference),
             ],
             examples=examples,

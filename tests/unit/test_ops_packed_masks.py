@@ -65,7 +65,7 @@ def test_packed_masks_of_the_area(mask_layout: MaskLayout) -> None:
 def test_a_layout_fits_the_image_or_says_why_not() -> None:
     assert MaskLayout.of((64, 64), (1024, 1024)) == MaskLayout((64, 64), 4)
     assert MaskLayout.of((4, 6), (32, 48)) == MaskLayout((4, 6), 2)
-    with pytest.raises(ConfigError, match=r"28 x 42 pixels on 2 x 3 image tokens: .* side of 4, 8, 16"):
+    with pytest.raises(ConfigError, match=r"28 x 42 pixels on 2 x 3 tokens: .* side of 4, 8, 16"):
         MaskLayout.of((2, 3), (28, 42))
 
 
