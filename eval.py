@@ -1,10 +1,10 @@
 """Evaluates a run: python eval.py --config configs/demo.py --checkpoint runs/demo [--out FOLDER].
 
-Runs every evaluation of the config's section `evals`, by the code that training calls, prints the
-scores and writes them, curves and examples to a folder for each.
+Runs the evaluations of the config's section `evals`; prints and writes scores, curves, examples.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -40,9 +40,10 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value.to_dict()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
-    model = build_model(model_config := from_mapping(ModelConfig, config["model"], "model"))
+    model_config = from_mapping(ModelConfig, config["model"], "model")
+    model = build_model(model_config)
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    options = {"kernels": model_config.kernels, "show_progress": True}
+    options: Any = {"kernels": model_config.kernels, "show_progress": True}
     evaluators = {name: Evaluator(model, e, **options) for name, e in evals.items()}
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:
