@@ -3,6 +3,8 @@
 python train.py --config configs/demo.py --workdir runs/demo [--config.SECTION.KEY=VALUE ...]
 """
 
+import contextlib
+
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -35,19 +37,23 @@ def main(argv: list[str]) -> None:
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, recipe.sharding.cpu_devices)
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    loop.train(
-        workdir=WORKDIR.value,
-        recipe=recipe,
-        data_iterator=train_iterator(
+    # Closing it says what of the data was left out.
+    with contextlib.closing(
+        train_iterator(
             recipe.data, process_index=jax.process_index(), process_count=jax.process_count()
-        ),
-        checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-        evaluators={
-            name: Evaluator(recipe.task.model, section, kernels=recipe.kernels)
-            for name, section in evals.items()
-        },
-        sections=config,
-    )
+        )
+    ) as data_iterator:
+        loop.train(
+            workdir=WORKDIR.value,
+            recipe=recipe,
+            data_iterator=data_iterator,
+            checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
+            evaluators={
+                name: Evaluator(recipe.task.model, section, kernels=recipe.kernels)
+                for name, section in evals.items()
+            },
+            sections=config,
+        )
 
 
 if __name__ == "__main__":

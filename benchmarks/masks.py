@@ -28,8 +28,8 @@ from benchmarks import published, report
 from sam_jax.convert.checkpoints import load
 from sam_jax.convert.names import from_native
 from sam_jax.data.sources.synthetic import SyntheticSource
+from sam_jax.images import read_image
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks
-from sam_jax.inference.images import open_image
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.models.sam import init_variables
@@ -116,7 +116,7 @@ def _images(args: argparse.Namespace) -> list[np.ndarray]:
     )
     # From all over the folders, which may hold hundreds of one kind first.
     chosen = np.linspace(0, len(files) - 1, min(args.num_images, len(files))).astype(int)
-    return [open_image(files[index]) for index in chosen]
+    return [read_image(files[index]) for index in chosen]
 
 
 def _options(args: argparse.Namespace, predictor: Predictor, image: np.ndarray) -> AutomaticOptions:

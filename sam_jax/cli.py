@@ -249,7 +249,7 @@ def predict(
 
     from sam_jax import places
     from sam_jax.convert.files import failing_as_os_error, written_whole
-    from sam_jax.inference.images import open_image
+    from sam_jax.images import read_image
     from sam_jax.inference.predictor import Predictor
     from sam_jax.inference.prompts import Prompt
     from sam_jax.visualize import (
@@ -276,7 +276,7 @@ def predict(
         places.check_file(target)
         if target.exists() and target.samefile(image):
             raise ConfigError(f"{target} is the picture itself: name another file to write")
-    pixels = open_image(image)
+    pixels = read_image(image)
     with _progress() as say:
         say(f"reading {checkpoint}")
         predictor = Predictor.load(checkpoint, step=step, ema=ema, decoder_heads=decoder_heads)
@@ -361,7 +361,6 @@ def masks(
 
     from sam_jax.inference import folder
     from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions
-    from sam_jax.inference.images import allow_large_pictures
     from sam_jax.inference.predictor import Buckets, Predictor, use_compilation_cache
 
     named: dict[str, Any] = {
@@ -379,7 +378,6 @@ def masks(
             f"{', '.join(sorted(twice))}: given as an option of its own and by --option"
         )
     options = dataclasses.replace(start, **changes, **others)
-    allow_large_pictures()
     # Before minutes are spent on loading.
     folder.list_pictures(source)
     folder.check_target(source, out)

@@ -23,6 +23,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
 )
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+# Up to the bracket's end; types of operands may hold brackets of their own.
+_OPERANDS = re.compile(r"(?:[^()]+|\([^()]*\))*")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 # What moves no bytes by itself.
 _FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple", "after-all", "iota"}
@@ -31,8 +33,11 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = [su](?:32|64)\[\]\S* constant\((\d+)\)")
 _CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|calls)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}"
+)
 _KERNEL_NAME = re.compile(r"(\w+)\)*/pallas_call$")
-_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
+_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +167,13 @@ def instructions(text: str) -> Iterator[Instruction]:
 
 
 def _operand_bytes(line: str, match: re.Match[str], sizes: dict[str, int]) -> int:
-    operands = line[match.end() : line.find(")", match.end())]
-    return sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", operands))
+    return sum(sizes.get(name, 0) for name in _operands(line, match))
+
+
+def _operands(line: str, match: re.Match[str]) -> list[str]:
+    """Names of what an instruction takes."""
+    operands = _OPERANDS.match(line, match.end())
+    return re.findall(r"%([\w.\-]+)", operands[0]) if operands else []
 
 
 def collectives(text: str) -> list[Collective]:
@@ -179,8 +189,7 @@ def collectives(text: str) -> list[Collective]:
         if kind in COLLECTIVES:
             result = instruction.result
             if instruction.kind.endswith("-start"):
-                # Operands stand beside the results, and counters after them.
-                result = result[len(result) // 2 :] if kind == "all-reduce" else _last_array(result)
+                result = _result_of_start(result, instruction.text)
             key = (kind, bytes_of(result), _group_size(instruction.text))
             counts[key] += instruction.trips
         elif kind in ("fusion", "async") and "async-collective-start" in instruction.text[:80]:
@@ -193,9 +202,14 @@ def collectives(text: str) -> list[Collective]:
     return sorted(found, key=lambda c: -c.sent_bytes)
 
 
-def _last_array(types: str) -> str:
-    sizes = [f"{name}[{size}]" for name, size, _ in _ARRAY.findall(types) if size]
-    return max(sizes, key=bytes_of) if sizes else ""
+def _result_of_start(types: str, line: str) -> str:
+    """Of the types that the start of a transfer makes, those of the transfer's results."""
+    arrays = [f"{name}[{size}]" for name, size, _ in _ARRAY.findall(types)]
+    match = _INSTRUCTION.match(line)
+    count = len(_operands(line, match)) if match else 0
+    # Operands stand before the results, and counters after them; but some compilers name only the
+    # results of a sum, which are as many as its operands.
+    return " ".join(arrays[count : 2 * count] if 0 < count < len(arrays) else arrays)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
@@ -234,10 +248,11 @@ def _group_size(line: str) -> int | None:
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+    if match := _MESH_GROUPS.search(line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         total = 1
-        for axis in re.findall(r"'(\w+)'", match[2]):
-            total *= int(sizes.get(axis, 1))
+        # A part of an axis says after a colon where in the axis it lies, and its size.
+        for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2]):
+            total *= int(part or sizes.get(axis, 1))
         return total
     return None

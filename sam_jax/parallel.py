@@ -7,6 +7,7 @@ linen's, in the way that the one table of shardings says (``sharding.tree_shardi
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -79,6 +80,11 @@ class Parallel:
     def num_tensor(self) -> int:
         """Devices that share the work on an image."""
         return self._size(self.tensor_axis)
+
+    @property
+    def num_batch(self) -> int:
+        """Devices, or groups of them, that see different images."""
+        return math.prod(self._size(axis) for axis in self.batch_axes)
 
     @property
     def num_shards(self) -> int:

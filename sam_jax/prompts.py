@@ -61,7 +61,9 @@ def noisy_box(
     Where noise brings the corners of a narrow box past each other, each takes the other's place.
     """
     side = box[2:] - box[:2] + 1.0
-    noise = config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, box.shape)
+    noise = (
+        config.box_noise_rate * jnp.tile(side, 2) * jax.random.normal(key, box.shape, jnp.float32)
+    )
     noise = jnp.clip(noise, -config.box_noise_max_px, config.box_noise_max_px)
     last = jnp.tile(image_hw[::-1] - 1, 2).astype(jnp.float32)
     corners = jnp.clip(box + noise, 0.0, last).reshape(2, 2)
@@ -94,5 +96,5 @@ def mask_round_of(key: Array, config: PromptConfig) -> Int[Array, ""]:
     Uniform over the places before, between and after the corrections; -1 if there is none.
     """
     if not config.random_mask_round:
-        return jnp.array(-1)
-    return jax.random.randint(key, (), 1, config.num_corrections + 2)
+        return jnp.int32(-1)
+    return jax.random.randint(key, (), 1, config.num_corrections + 2, jnp.int32)

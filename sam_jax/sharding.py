@@ -53,6 +53,12 @@ class ShardingConfig:
     reduce_dtype: str = "float32"
     max_replicated_size: int = 2**18
 
+    def __post_init__(self) -> None:
+        if self.reduce_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"reduce_dtype must be 'float32' or 'bfloat16', got {self.reduce_dtype!r}"
+            )
+
 
 def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh with axes ``data``, ``fsdp`` and ``tensor`` over all devices.

@@ -20,6 +20,7 @@ import importlib.util  # noqa: E402
 from collections.abc import Generator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import ModuleType  # noqa: E402
+from typing import Any  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -34,6 +35,31 @@ MISSING_FOR_PARITY = [
 # The first example of a property test compiles, so no example has a deadline.
 hypothesis.settings.register_profile("sam_jax", deadline=None, derandomize=IN_CI)
 hypothesis.settings.load_profile("sam_jax")
+
+
+# What is compared with frozen or published answers is compiled as users compile it.
+COMPILED_WELL = {"golden", "parity"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Compiles quickly rather than well: most programs of the tests run once, on tiny arrays."""
+    import jax
+
+    is_quick = not COMPILED_WELL & set(item.path.parts)
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each file to one worker, which makes its fixtures once; whole runs come first."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,15 +16,49 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from sam_jax.convert.strangers import (
+    is_safetensors,
+    pickled_objects,
+    what_file_is,
+    what_folder_is,
+)
 from sam_jax.errors import UserError
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_IN_FOLDER = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 
 # Where training codes put the tensors in a file that holds more than those.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "sam", "teacher", "net", "params")
+
+
+class _Beside:
+    """What stands for a value of numpy's in a PyTorch file, which is no weight; it keeps nothing.
+
+    Numbers such as the best score are pickled as calls of numpy's. In their place this is called,
+    so that reading the file still runs nothing that the file names.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        del arguments
+
+    def __setstate__(self, state: Any) -> None:
+        del state
+
+
+# Under the names of numpy 1 and 2.
+_BESIDE = (
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "_codecs.encode",
+)
 
 
 class WeightsError(UserError, ValueError):
@@ -50,7 +84,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return _read_folder(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if what := what_file_is(path):
+        raise WeightsError(f"{path} is {what}")
+    if path.suffix == ".safetensors" or is_safetensors(path):
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
@@ -61,27 +99,31 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / SAFETENSORS_INDEX
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index}: expected JSON with a map 'weight_map': {error}") from None
-        tensors: dict[str, np.ndarray] = {}
-        for number, shard in enumerate(shards, 1):
-            # A name, not a path: an index must not lead out of its folder.
-            file = folder / Path(shard).name
-            if not file.exists():
-                raise WeightsError(f"{file} is missing: shard {number} of {len(shards)} in {index}")
-            tensors |= _read_safetensors(file)
-        return tensors
+    for index in (SAFETENSORS_INDEX, TORCH_INDEX):
+        if (folder / index).exists():
+            return _read_shards(folder / index)
     for name in (SAFETENSORS, TORCH_IN_FOLDER):
         if (folder / name).exists():
             return read_tensors(folder / name)
     raise WeightsError(
         f"{folder} holds no weights: expected {SAFETENSORS}, {SAFETENSORS_INDEX} or "
-        f"{TORCH_IN_FOLDER} in it"
+        f"{TORCH_IN_FOLDER} in it; {what_folder_is(folder)}"
     )
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{index}: expected JSON with a map 'weight_map': {error}") from None
+    tensors: dict[str, np.ndarray] = {}
+    for number, shard in enumerate(shards, 1):
+        # A name, not a path: an index must not lead out of its folder.
+        file = index.parent / Path(shard).name
+        if not file.exists():
+            raise WeightsError(f"{file} is missing: shard {number} of {len(shards)} in {index}")
+        tensors |= read_tensors(file)
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -112,18 +154,20 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = import_torch(f"reading {path.name}")
     # What training scripts save beside the tensors: a plain record, whose loading runs no code.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    harmless: list[Any] = [argparse.Namespace, *((_Beside, name) for name in _BESIDE)]
+    with torch.serialization.safe_globals(harmless):
         try:
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
         except pickle.UnpicklingError as error:
             # Not the rest of PyTorch's message, which tells how to run the file all the same.
-            named = re.findall(r"(?:GLOBAL|Unsupported \w+:?) (\S+)", str(error))
+            objects = [name for name in pickled_objects(path) if name not in _BESIDE]
+            named = ", ".join(objects[:3]) or re.sub(r"^.*rror: ", "", str(error).splitlines()[-1])
             raise WeightsError(
                 f"{path} is refused: it is damaged, or holds objects besides tensors, whose "
-                f"loading could run code ({', '.join(named[:3]) or 'unknown'}); nothing in it "
-                "was run. If you trust it, load it where it was made, and save the tensors alone: "
+                f"loading could run code ({named}); nothing in it was run. If you trust it, load "
+                "it where it was made, and save the tensors alone: "
                 "torch.save(model.state_dict(), path)."
             ) from None
         # Damaged bytes end in errors of every kind, IndexError and struct.error among them.

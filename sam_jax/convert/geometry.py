@@ -9,6 +9,7 @@ import numpy as np
 
 from sam_jax.convert.files import WeightsError
 from sam_jax.convert.names import Scheme, foreign_names
+from sam_jax.convert.strangers import which_model, which_part, without_wrapping
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
 from sam_jax.models.sam import SamConfig
@@ -31,6 +32,14 @@ def detect_scheme(
     Raises:
       WeightsError: if they are those of no checkpoint that is known here.
     """
+    found, tensors = tensors, {without_wrapping(name): array for name, array in tensors.items()}
+    if len(tensors) < len(found):
+        raise WeightsError(
+            f"{where} holds {len(found)} tensors of {len(tensors)} names, as soon as wrapping "
+            "layers (module, _orig_mod) are left out: several models in one file"
+        )
+    if what := which_model(tensors):
+        raise WeightsError(f"{where} holds {what}")
     for scheme, landmark in _LANDMARKS:
         for name in tensors:
             # A published name may follow a prefix, as long as a whole word ends before it.
@@ -40,6 +49,8 @@ def detect_scheme(
                 if scheme == "mae" and "cls_token" not in stripped:
                     continue
                 return scheme, stripped
+    if what := which_part(tensors):
+        raise WeightsError(f"{where} holds {what}")
     some = ", ".join(list(tensors)[:6])
     raise WeightsError(
         f"{where} holds no checkpoint of Segment Anything or of MAE: none of its {len(tensors)} "
@@ -136,7 +147,7 @@ def infer_config(
     candidates = _count(tensors, f"{decoder}/hyper_networks/mlp_0/dense_0/kernel", scheme)
     if candidates != NUM_MULTIMASK + 1:
         raise WeightsError(
-            f"{where} lacks a mask decoder"
+            f"{where} lacks a mask decoder: it holds an image encoder alone"
             if not candidates
             else f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
         )

@@ -5,11 +5,13 @@ Nothing here runs on an accelerator.
 """
 
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
-from sam_jax.data.corruption import TooManyCorruptSamplesError
+from sam_jax.data.corruption import NoObjectsError, TooManyCorruptSamplesError
 from sam_jax.data.pipeline import EvalExample, eval_samples, train_iterator
 from sam_jax.data.samples import (
     CorruptSampleError,
+    NoObjectError,
     Sample,
+    SkippedSampleError,
     decode_image,
     decode_masks,
 )
@@ -19,7 +21,10 @@ __all__ = [
     "CorruptSampleError",
     "DataConfig",
     "EvalExample",
+    "NoObjectError",
+    "NoObjectsError",
     "Sample",
+    "SkippedSampleError",
     "SourceConfig",
     "TooManyCorruptSamplesError",
     "TrainTransform",

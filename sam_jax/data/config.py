@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 
 from sam_jax.configuration import from_mapping
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.coco import CocoSource, Crowd
 from sam_jax.data.sources.mask_folder import MaskFolderSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.data.sources.synthetic import SyntheticSource
 from sam_jax.data.sources.tfds import TfdsSource
 from sam_jax.data.transforms import TrainTransform
 from sam_jax.errors import ConfigError
+from sam_jax.images import Orientation
 
 SourceKind = Literal["synthetic", "coco", "sa1b", "tfds", "mask_folder"]
 
@@ -39,9 +40,17 @@ class SourceConfig:
             its size does not matter.
         name: what samples say they come from; None means the kind.
         images: coco: the image folder.
+        crowd: coco: "skip" leaves annotations with iscrowd out, "keep" takes
+            them for objects.
         masks: mask_folder: the folder of masks.
+        background: mask_folder: the label of what is no object; see there.
+        ignore_labels: mask_folder: labels that are neither object nor
+            background, such as outlines.
         split: tfds: which split, as in "train" or "train[:100]".
         cache_dir: sa1b: where tar indices are kept.
+        orientation: coco, sa1b, tfds, mask_folder: which way up pictures are
+            that EXIF turns, where the sizes of their masks do not tell:
+            "upright" (the default) or "stored". Mask files likewise.
         num_images: synthetic: how many.
         image_size: synthetic: (h, w) in pixels.
         num_objects: synthetic: fewest and most objects in an image.
@@ -55,9 +64,13 @@ class SourceConfig:
     weight: float = 1.0
     name: str | None = None
     images: str | None = None
+    crowd: Crowd | None = None
     masks: str | None = None
+    background: int | None = None
+    ignore_labels: tuple[int, ...] | None = None
     split: str | None = None
     cache_dir: str | None = None
+    orientation: Orientation | None = None
     num_images: int | None = None
     image_size: tuple[int, int] | None = None
     num_objects: tuple[int, int] | None = None
@@ -65,10 +78,16 @@ class SourceConfig:
     seed: int | None = None
 
     def __post_init__(self):
+        if self.crowd is not None and self.crowd not in get_args(Crowd):
+            raise ValueError(f"crowd must be one of {get_args(Crowd)}: {self.crowd!r}")
         if self.kind not in get_args(SourceKind):
             raise ValueError(f"kind must be one of {get_args(SourceKind)}: {self.kind}")
         if not self.weight > 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
+        if self.orientation not in (None, *get_args(Orientation)):
+            raise ValueError(
+                f"orientation must be one of {get_args(Orientation)}: {self.orientation!r}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SourceConfig":
@@ -133,11 +152,6 @@ class DataConfig:
         object.__setattr__(self, "sources", sources)
         if not sources:
             raise ValueError("sources is empty")
-        sources = tuple(
-            source if isinstance(source, SourceConfig) else SourceConfig.from_dict(source)
-            for source in self.sources
-        )
-        object.__setattr__(self, "sources", sources)
         if self.batch_size < 1 or self.corrupt_grace < 1:
             raise ValueError("batch_size and corrupt_grace must be at least 1")
         if self.num_threads < 0 or self.num_workers < 0 or self.prefetch_batches < 0:

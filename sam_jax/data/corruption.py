@@ -2,77 +2,123 @@
 
 import collections
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sam_jax.data.samples import CorruptSampleError
-from sam_jax.data.transforms import DroppedMask
+from sam_jax.data.samples import NoObjectError, SkippedSampleError
+from sam_jax.data.tally import Tally
+from sam_jax.data.transforms import FILTERS, DroppedMask
 from sam_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 # Every occurrence is logged up to here, then only the 32nd, 64th, 128th, ...
 _LOG_EVERY_UP_TO = 16
 _NUM_EXAMPLES = 5
-# Masks dropped for these reasons are the recipe's filters at work, not damage.
-_FILTERS = frozenset({"too large", "too small"})
+# So many samples of a source without one that can be used are enough, however large it is.
+_MOST_WITHOUT_USE = 10_000
 
 
 class TooManyCorruptSamplesError(UserError):
     """So much of the data is unusable that training on the rest is a mistake."""
 
 
+class NoObjectsError(UserError):
+    """A data set has no mask that can be used."""
+
+
 @dataclass
 class CorruptionLog:
     """What has been skipped so far, by reason.
+
+    Samples without an object are counted apart: they are not damage.
 
     Attributes:
         max_corrupt_rate: the tolerated fraction of corrupt samples.
         grace: how many samples must have been seen before the rate is
             judged. As many corrupt samples in a row always stop the run, so
             that storage that fails late is noticed early.
-        num_seen: samples so far, good and corrupt.
-        corrupt_counts: skipped samples by reason.
-        dropped_mask_counts: masks left out of good samples by reason.
+        source_sizes: the number of samples of each source. One that has been
+            gone through about twice without a usable sample stops the run.
+        num_seen: samples so far, good or not.
+        corrupt: skipped samples by reason.
+        without_object: skipped samples that are in order but have no mask to
+            use, by reason.
+        dropped_masks: masks left out of good samples, by reason.
+        remarks: what else was decided or changed about good samples, by
+            reason.
     """
 
     max_corrupt_rate: float
     grace: int
+    source_sizes: Sequence[int] = ()
     num_seen: int = 0
-    corrupt_counts: collections.Counter = field(default_factory=collections.Counter)
-    dropped_mask_counts: collections.Counter = field(default_factory=collections.Counter)
+    corrupt: Tally = field(default_factory=Tally)
+    without_object: Tally = field(default_factory=Tally)
+    dropped_masks: Tally = field(default_factory=Tally)
+    remarks: Tally = field(default_factory=Tally)
     _num_in_a_row: int = 0
-    _examples: collections.deque = field(
+    # Samples of a source since its last good one. A run that is continued starts anew.
+    _num_without_use: collections.Counter[int] = field(default_factory=collections.Counter)
+    # Of which source what was said already. A run that is continued says it again.
+    _remarked: set[tuple[int, str]] = field(default_factory=set)
+    _examples: collections.deque[str] = field(
         default_factory=lambda: collections.deque(maxlen=_NUM_EXAMPLES)
     )
 
-    def record_good(self, name: str, dropped: Iterable[DroppedMask] = ()) -> None:
+    def record_good(
+        self,
+        name: str,
+        dropped: Iterable[DroppedMask] = (),
+        remarks: Iterable[tuple[str, str]] = (),
+        source: int = 0,
+    ) -> None:
         """Counts a sample that was used, and the masks it lost.
 
         Args:
             name: the sample, for the log.
             dropped: from `TrainTransform.with_report`.
+            remarks: from `samples.all_remarks`. The first of each reason is
+                logged for each source, since they may be true of all samples.
+            source: which of `source_sizes` it is of.
         """
         self.num_seen += 1
         self._num_in_a_row = 0
+        self._num_without_use[source] = 0
         for mask in dropped:
-            self.dropped_mask_counts[mask.reason] += 1
-            if mask.reason not in _FILTERS:
-                count = self.dropped_mask_counts[mask.reason]
-                _warn("mask", mask.reason, count, f"{name}: {mask.detail}")
+            if mask.reason in FILTERS:
+                self.dropped_masks.add(mask.reason)
+            else:
+                _count(self.dropped_masks, "mask", mask.reason, f"{name}: {mask.detail}")
 
-    def record_corrupt(self, error: CorruptSampleError) -> None:
+        for reason, detail in remarks:
+            example = f"{name}: {detail}" if detail else name
+            self.remarks.add(reason, example)
+            if (source, reason) not in self._remarked:
+                self._remarked.add((source, reason))
+                _log.warning("%s: %s; said once for each data set, counted on", example, reason)
+
+    def record_skipped(self, error: SkippedSampleError, source: int = 0) -> None:
         """Counts a sample that was skipped.
 
         Raises:
-            TooManyCorruptSamplesError: that is one too many.
+            TooManyCorruptSamplesError: it is corrupt, and one too many.
+            NoObjectsError: the source has had no usable sample for too long.
         """
         self.num_seen += 1
-        self._num_in_a_row += 1
-        self.corrupt_counts[error.reason] += 1
-        self._examples.append(str(error))
-        _warn("sample", error.reason, self.corrupt_counts[error.reason], str(error))
-        num_corrupt = self.corrupt_counts.total()
+        self._num_without_use[source] += 1
+        if isinstance(error, NoObjectError):
+            self._num_in_a_row = 0
+            _count(self.without_object, "sample skipped", error.reason, str(error))
+        else:
+            self._num_in_a_row += 1
+            self._examples.append(str(error))
+            _count(self.corrupt, "sample skipped", error.reason, str(error))
+            self._judge_corrupt()
+        self._judge_use(source)
+
+    def _judge_corrupt(self) -> None:
+        num_corrupt = self.corrupt.total()
         too_many = (
             self.num_seen >= self.grace and num_corrupt > self.max_corrupt_rate * self.num_seen
         )
@@ -80,16 +126,45 @@ class CorruptionLog:
             raise TooManyCorruptSamplesError(
                 f"{num_corrupt} of {self.num_seen} samples are corrupt "
                 f"(tolerated: {self.max_corrupt_rate:.1%}; the last "
-                f"{self._num_in_a_row} in a row). By reason: "
-                f"{dict(self.corrupt_counts)}. Latest:\n  " + "\n  ".join(self._examples)
+                f"{self._num_in_a_row} in a row). By reason:"
+                f"{self._report()}\nLatest:\n  " + "\n  ".join(self._examples)
             )
+
+    def _judge_use(self, source: int) -> None:
+        if not self.source_sizes:
+            return
+        limit = max(self.grace, min(2 * self.source_sizes[source], _MOST_WITHOUT_USE))
+        if self._num_without_use[source] >= limit:
+            raise NoObjectsError(
+                f"of the last {limit} samples read from data source {source} (counted from 0) "
+                f"none had a mask that can be used. Skipped so far:{self._report()}\n"
+                "Check the folder, and the keys that leave masks out"
+            )
+
+    def _report(self) -> str:
+        return "".join(f"\n  {line}" for line in self.lines())
+
+    def lines(self) -> list[str]:
+        """All counts, a line for each reason with an example."""
+        return [
+            *(f"samples: {line}" for line in self.corrupt.lines()),
+            *(f"samples without an object: {line}" for line in self.without_object.lines()),
+            *(f"masks of samples in use: {line}" for line in self.dropped_masks.lines()),
+            *(f"samples in use: {line}" for line in self.remarks.lines()),
+        ]
 
     def get_state(self) -> dict[str, Any]:
         """The counts, JSON-serialisable."""
         return {
             "num_seen": self.num_seen,
-            "corrupt_counts": dict(self.corrupt_counts),
-            "dropped_mask_counts": dict(self.dropped_mask_counts),
+            "corrupt_counts": dict(self.corrupt.counts),
+            "without_object_counts": dict(self.without_object.counts),
+            "dropped_mask_counts": dict(self.dropped_masks.counts),
+            "remark_counts": dict(self.remarks.counts),
+            "examples_by_reason": [
+                dict(tally.examples)
+                for tally in (self.corrupt, self.without_object, self.dropped_masks, self.remarks)
+            ],
             "num_in_a_row": self._num_in_a_row,
             "examples": list(self._examples),
         }
@@ -97,8 +172,15 @@ class CorruptionLog:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Puts back what `get_state` returned."""
         self.num_seen = state["num_seen"]
-        self.corrupt_counts = collections.Counter(state["corrupt_counts"])
-        self.dropped_mask_counts = collections.Counter(state["dropped_mask_counts"])
+        # Runs begun before these were counted have none of them.
+        without_object = state.get("without_object_counts", {})
+        remarks = state.get("remark_counts", {})
+        examples = state.get("examples_by_reason", [{}, {}, {}, {}])
+        counts = (state["corrupt_counts"], without_object, state["dropped_mask_counts"], remarks)
+        self.corrupt, self.without_object, self.dropped_masks, self.remarks = (
+            Tally(collections.Counter(count), dict(example))
+            for count, example in zip(counts, examples, strict=True)
+        )
         self._num_in_a_row = state["num_in_a_row"]
         self._examples = collections.deque(state["examples"], maxlen=_NUM_EXAMPLES)
 
@@ -107,12 +189,18 @@ def sum_of_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of one log that counted what several have."""
     total = CorruptionLog(max_corrupt_rate=1.0, grace=0)
     for state in states:
-        total.num_seen += state["num_seen"]
-        total.corrupt_counts.update(state["corrupt_counts"])
-        total.dropped_mask_counts.update(state["dropped_mask_counts"])
+        part = CorruptionLog(max_corrupt_rate=1.0, grace=0)
+        part.set_state(state)
+        total.num_seen += part.num_seen
+        total.corrupt.update(part.corrupt)
+        total.without_object.update(part.without_object)
+        total.dropped_masks.update(part.dropped_masks)
+        total.remarks.update(part.remarks)
     return total.get_state()
 
 
-def _warn(what: str, reason: str, count: int, text: str) -> None:
+def _count(tally: Tally, what: str, reason: str, text: str) -> None:
+    tally.add(reason, text)
+    count = tally.counts[reason]
     if count <= _LOG_EVERY_UP_TO or count & (count - 1) == 0:
-        _log.warning("skipped %s (%s, no. %d): %s", what, reason, count, text)
+        _log.warning("%s (%s, no. %d): %s", what, reason, count, text)

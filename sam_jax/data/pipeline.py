@@ -7,6 +7,7 @@ comes. So the state of the iterator is a position, plus what was counted, and
 a run may be resumed with other numbers of threads and workers.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,18 +20,36 @@ from sam_jax.data import rle
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
 from sam_jax.data.corruption import (
     CorruptionLog,
+    NoObjectsError,
     TooManyCorruptSamplesError,
     sum_of_states,
 )
-from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, mask_runs
+from sam_jax.data.samples import (
+    CorruptSampleError,
+    Sample,
+    SkippedSampleError,
+    all_remarks,
+    decode_image,
+    mask_runs,
+)
 from sam_jax.data.sources import Source
-from sam_jax.data.transforms import DroppedMask, PackedExample, TrainTransform, no_valid_mask
+from sam_jax.data.tally import Tally
+from sam_jax.data.transforms import (
+    DroppedMask,
+    PackedExample,
+    TrainTransform,
+    dropped_by_source,
+    no_valid_mask,
+)
 from sam_jax.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "DataConfig",
     "EvalExample",
     "EvalSamples",
+    "NoObjectsError",
     "SourceConfig",
     "TooManyCorruptSamplesError",
     "TrainIterator",
@@ -51,8 +70,10 @@ class _Loaded(NamedTuple):
 
     example: PackedExample | None
     name: str
+    source: int
     dropped: tuple[DroppedMask, ...] = ()
-    error: CorruptSampleError | None = None
+    remarks: tuple[tuple[str, str], ...] = ()
+    error: SkippedSampleError | None = None
 
 
 @dataclass(frozen=True)
@@ -60,17 +81,18 @@ class _Load(grain.transforms.RandomMap):
     """Index -> _Loaded."""
 
     source: Source
+    number: int
     transform: TrainTransform
 
     def random_map(self, index: int, rng: np.random.Generator) -> _Loaded:
         try:
             sample = self.source[index]
             example, dropped = self.transform.packed(sample, rng)
-        except CorruptSampleError as error:
+        except SkippedSampleError as error:
             # A copy: the original's traceback holds the image's bytes.
-            error = CorruptSampleError(error.name, error.reason, error.detail)
-            return _Loaded(None, error.name, error=error)
-        return _Loaded(example, sample.name, dropped)
+            error = type(error)(error.name, error.reason, error.detail)
+            return _Loaded(None, error.name, self.number, error=error)
+        return _Loaded(example, sample.name, self.number, dropped, all_remarks(sample))
 
 
 def train_iterator(
@@ -98,19 +120,20 @@ def train_iterator(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}")
     transform = config.transform()
-    streams = []
+    streams, sizes = [], []
     for number, source_config in enumerate(config.sources):
         source = build_source(source_config)
+        sizes.append(len(source))
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
         stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        streams.append(stream.random_map(_Load(source, transform)))
+        streams.append(stream.random_map(_Load(source, number, transform)))
     examples = streams[0]
     if len(streams) > 1:
         examples = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
     local_batch_size = config.batch_size // process_count
     if process_count > 1:
         examples = _Share(examples, local_batch_size, process_index, process_count)
-    batches = _Batches(examples, config, local_batch_size)
+    batches = _Batches(examples, config, local_batch_size, tuple(sizes))
     prefetched = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=config.prefetch_batches
     )
@@ -154,6 +177,7 @@ class TrainIterator(grain.DatasetIterator):
         Raises:
             TooManyCorruptSamplesError: more is unusable than the config
                 tolerates.
+            NoObjectsError: a source has no sample that can be used.
         """
         return next(self._parent)
 
@@ -186,7 +210,7 @@ class TrainIterator(grain.DatasetIterator):
 
     @property
     def num_seen(self) -> int:
-        """Samples read for the batches so far, good and corrupt."""
+        """Samples read for the batches so far, good or not."""
         return self.get_state()["skipped"]["num_seen"]
 
     @property
@@ -195,31 +219,65 @@ class TrainIterator(grain.DatasetIterator):
         return dict(self.get_state()["skipped"]["corrupt_counts"])
 
     @property
+    def without_object_counts(self) -> dict[str, int]:
+        """Samples skipped so far that are in order but have no mask to use, by reason."""
+        return dict(self.get_state()["skipped"]["without_object_counts"])
+
+    @property
     def dropped_mask_counts(self) -> dict[str, int]:
         """Masks left out of good samples so far, by reason."""
         return dict(self.get_state()["skipped"]["dropped_mask_counts"])
+
+    @property
+    def remark_counts(self) -> dict[str, int]:
+        """What was decided or changed about samples used so far, by reason."""
+        return dict(self.get_state()["skipped"]["remark_counts"])
+
+    def close(self) -> None:
+        """Ends all reading, and says in the log what has been skipped."""
+        log = CorruptionLog(max_corrupt_rate=1.0, grace=0)
+        log.set_state(self.get_state()["skipped"])
+        for line in log.lines():
+            _log.warning("in %d samples read: %s", log.num_seen, line)
+        super().close()
 
 
 class _Batches(grain.IterDataset):
     """Puts good examples into batches; skips and counts the others."""
 
-    def __init__(self, examples: grain.MapDataset, config: DataConfig, local_batch_size: int):
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        config: DataConfig,
+        local_batch_size: int,
+        source_sizes: tuple[int, ...],
+    ):
         super().__init__()
         self._examples = examples
         self._config = config
         self._local_batch_size = local_batch_size
+        self._source_sizes = source_sizes
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _BatchIterator(self._examples, self._config, self._local_batch_size)
+        log = CorruptionLog(
+            self._config.max_corrupt_rate, self._config.corrupt_grace, self._source_sizes
+        )
+        return _BatchIterator(self._examples, self._config, self._local_batch_size, log)
 
 
 class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, examples: grain.MapDataset, config: DataConfig, local_batch_size: int):
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        config: DataConfig,
+        local_batch_size: int,
+        log: CorruptionLog,
+    ):
         super().__init__()
         self._examples = examples
         self._config = config
         self._local_batch_size = local_batch_size
-        self._log = CorruptionLog(config.max_corrupt_rate, config.corrupt_grace)
+        self._log = log
         self._transform = config.transform()
         self._position = 0
         self._stream: grain.DatasetIterator | None = None
@@ -233,9 +291,9 @@ class _BatchIterator(grain.DatasetIterator):
             loaded = next(self._stream)
             self._position += 1
             if loaded.error is not None:
-                self._log.record_corrupt(loaded.error)
+                self._log.record_skipped(loaded.error, loaded.source)
             else:
-                self._log.record_good(loaded.name, loaded.dropped)
+                self._log.record_good(loaded.name, loaded.dropped, loaded.remarks, loaded.source)
                 loaded.example.unpack_into({key: array[row] for key, array in batch.items()})
                 row += 1
         return batch
@@ -325,31 +383,59 @@ class EvalExample(NamedTuple):
 class EvalSamples:
     """The samples of a source once, in order; see `eval_samples`."""
 
-    def __init__(self, source: Source, log: CorruptionLog, indices: range):
+    def __init__(self, source: Source, log: CorruptionLog, indices: range, is_all: bool):
         self._source = source
         self._log = log
         self._indices = indices
+        self._is_all = is_all
 
     def __iter__(self) -> Iterator[EvalExample]:
+        num_used = 0
         for index in self._indices:
             try:
                 sample = self._source[index]
                 example, dropped = _decode(sample)
-            except CorruptSampleError as error:
-                self._log.record_corrupt(error)
+            except SkippedSampleError as error:
+                self._log.record_skipped(error)
                 continue
-            self._log.record_good(sample.name, dropped)
+            self._log.record_good(sample.name, dropped, all_remarks(sample))
+            num_used += 1
             yield example
+        if self._is_all and not num_used:
+            raise NoObjectsError(
+                f"{self._source.name}: none of {len(self._indices)} samples has a mask that can "
+                "be used. Skipped:" + "".join(f"\n  {line}" for line in self._log.lines())
+            )
 
     @property
     def corrupt_counts(self) -> dict[str, int]:
         """Samples skipped so far, by reason."""
-        return dict(self._log.corrupt_counts)
+        return dict(self._log.corrupt.counts)
+
+    @property
+    def without_object_counts(self) -> dict[str, int]:
+        """Samples skipped so far that are in order but have no mask to use, by reason."""
+        return dict(self._log.without_object.counts)
 
     @property
     def dropped_mask_counts(self) -> dict[str, int]:
         """Masks left out of good samples so far, by reason."""
-        return dict(self._log.dropped_mask_counts)
+        return dict(self._log.dropped_masks.counts)
+
+    @property
+    def remark_counts(self) -> dict[str, int]:
+        """What was decided or changed about samples used so far, by reason."""
+        return dict(self._log.remarks.counts)
+
+    @property
+    def counted(self) -> dict[str, Tally]:
+        """All that was skipped or remarked so far, with examples, by what it is."""
+        return {
+            "images": self._log.corrupt,
+            "images without an object": self._log.without_object,
+            "masks": self._log.dropped_masks,
+            "remarks": self._log.remarks,
+        }
 
 
 def eval_samples(
@@ -371,17 +457,19 @@ def eval_samples(
 
     Returns:
         An iterable of `EvalExample`. It raises `TooManyCorruptSamplesError`
-        on the way, and has `corrupt_counts`.
+        on the way, and `NoObjectsError` at the end if this is the only share
+        and had nothing to use; it has `corrupt_counts`.
     """
     log = CorruptionLog(max_corrupt_rate, corrupt_grace)
-    return EvalSamples(source, log, range(process_index, len(source), process_count))
+    indices = range(process_index, len(source), process_count)
+    return EvalSamples(source, log, indices, is_all=process_count == 1)
 
 
 def _decode(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
     image = decode_image(sample)
     hw = image.shape[:2]
     masks = []
-    dropped = [DroppedMask("unusable annotation", text) for text in sample.unusable_masks]
+    dropped = dropped_by_source(sample)
     for index in range(len(sample.masks_rle)):
         try:
             runs = mask_runs(sample, index, hw)

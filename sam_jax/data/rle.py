@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 from pycocotools import mask as coco_mask
 
-# JPEG's own limit; anything larger is a damaged header, not a photograph.
-MAX_SIDE_PX = 65_535
+from sam_jax.images import MAX_SIDE_PX
+
 # Seven 5-bit groups hold any run of an image within MAX_SIDE_PX squared.
 _MAX_GROUPS = 7
 # What a segment covers is what lies below its top less what lies below its bottom.

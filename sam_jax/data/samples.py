@@ -1,50 +1,27 @@
 """The one form in which every source hands over an image with its masks."""
 
-import io
-import struct
-import zlib
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from sam_jax import images
 from sam_jax.data import rle as rle_codec
-
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
-_ORIENTATION = 0x0112  # the EXIF tag
-_T = TypeVar("_T")
-# What Pillow's decoders raise on damaged bytes (found by fuzzing them).
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+from sam_jax.images import Orientation, ReducedImage
 
 
-class CorruptSampleError(Exception):
-    """An image or mask of the dataset that cannot be used.
-
-    Data errors only: a wrong path in a config or a bug raises something else
-    and stops the run.
+class SkippedSampleError(Exception):
+    """A sample of the dataset that is not used.
 
     Attributes:
         name: the sample, as in `Sample.name`.
-        reason: a short fixed phrase, by which occurrences are counted:
-            "missing image", "truncated image", "unreadable image",
-            "missing json", "malformed json", "bad rle", "size mismatch",
-            "no valid mask", "truncated tar", ...
-        detail: what exactly was wrong, for the log.
+        reason: a short fixed phrase, by which occurrences are counted.
+        detail: what exactly was found, for the log.
     """
 
     def __init__(self, name: str, reason: str, detail: str = ""):
@@ -58,19 +35,40 @@ class CorruptSampleError(Exception):
         return f"{self.name}: {self.reason}{detail}"
 
 
+class CorruptSampleError(SkippedSampleError):
+    """An image or mask of the dataset that cannot be used.
+
+    Data errors only: a wrong path in a config or a bug raises something else
+    and stops the run. Reasons are "missing image", "truncated image",
+    "unreadable image", "missing json", "malformed json", "bad rle",
+    "size mismatch", "no valid mask", "truncated tar", ...
+    """
+
+
+class NoObjectError(SkippedSampleError):
+    """An image in which nothing is marked, or nothing that the filters let pass: no damage.
+
+    Reasons are "no annotation", "only empty masks" and "only filtered masks".
+    """
+
+
 @dataclass(frozen=True)
 class Sample:
     """An image with its masks, still encoded.
 
     Attributes:
-        image: an encoded file (JPEG, PNG, BMP, TIFF or WebP) or uint8
-            [h, w, 3] RGB.
+        image: a picture file (see `sam_jax.images`) or uint8 [h, w, 3] RGB.
         masks_rle: one {"size": [h, w], "counts": ...} per mask, counts
             compressed (bytes or str) or a list. Not validated yet.
         dataset: which source it comes from.
         name: the file, or tar::member, for messages and results.
         unusable_masks: what was wrong with each annotation that the source
             could not express as an RLE at all.
+        orientation: how an image that is stored turned is taken where the
+            sizes of its masks do not tell; see `is_turned`.
+        remarks: (reason, detail) of what the source decided or changed about
+            masks that are used, such as a part of a polygon; see
+            `all_remarks`.
     """
 
     image: bytes | np.ndarray
@@ -78,20 +76,25 @@ class Sample:
     dataset: str
     name: str
     unusable_masks: tuple[str, ...] = ()
+    orientation: Orientation = "upright"
+    remarks: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def header(self) -> images.Header:
+        """What the picture file says of itself; only for those that come as a file.
+
+        Raises:
+            CorruptSampleError: the bytes are no readable image.
+        """
+        assert isinstance(self.image, bytes)
+        with _picture_errors(self.name):
+            return images.read_header(self.image, self.name)
 
 
 def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:
-    """The image, RGB.
+    """The image, 8-bit RGB, as `sam_jax.images` makes it and docs/pictures.md says.
 
-    Grey images are repeated over the channels; transparency is dropped, not
-    blended. Images with more than 8 bits per grey value (16-bit PNG and TIFF,
-    floats) are stretched linearly from their own minimum and maximum to
-    0..255: such files rarely use the full range, and 12-bit microscopy
-    would come out black otherwise.
-
-    An EXIF orientation is ignored, as it is by pycocotools and in SA-1B:
-    masks index the pixels as stored. Where annotations were drawn on the
-    rotated image, the sizes disagree and `decode_masks` says why.
+    A picture that is stored turned is taken the way that its masks fit, see `is_turned`.
 
     Raises:
         CorruptSampleError: the bytes are truncated or no readable image.
@@ -113,25 +116,8 @@ def open_image(sample: Sample) -> Image.Image:
     return open_reduced(sample, None).image
 
 
-class ReducedImage(NamedTuple):
-    """An image that may have been decoded to a fraction of its size.
-
-    Attributes:
-        image: RGB, with sides of those in the file over `reduction`, rounded up.
-        reduction: 1, 2, 4 or 8. One pixel spans so many of the file, though the
-            last of a row or column may be cut short.
-    """
-
-    image: Image.Image
-    reduction: int
-
-
 def open_reduced(sample: Sample, at_least_hw: tuple[int, int] | None) -> ReducedImage:
     """The image, decoded no larger than it must be.
-
-    A JPEG holds the frequencies of blocks of 8 x 8 pixels. From the lower half
-    of them a decoder makes 4 x 4 in half of the time. Other formats come at
-    their own size.
 
     Args:
         sample: where it stands.
@@ -143,15 +129,11 @@ def open_reduced(sample: Sample, at_least_hw: tuple[int, int] | None) -> Reduced
     """
     if isinstance(sample.image, np.ndarray):
         return ReducedImage(Image.fromarray(sample.image), 1)
-
-    def read(image: Image.Image) -> ReducedImage:
-        width = image.width
-        drafted = image.draft(None, at_least_hw[::-1]) if at_least_hw else None
-        # The second part is the box that the file's pixels fill, in those of the image.
-        reduction = round(width / drafted[1][2]) if drafted else 1
-        return ReducedImage(_to_rgb(image), reduction)
-
-    return _read(sample.image, sample.name, read)
+    orientation: Orientation = "upright" if is_turned(sample) else "stored"
+    with _picture_errors(sample.name):
+        return images.decode(
+            sample.image, sample.name, orientation=orientation, at_least_hw=at_least_hw
+        )
 
 
 def image_hw(sample: Sample) -> tuple[int, int]:
@@ -162,44 +144,88 @@ def image_hw(sample: Sample) -> tuple[int, int]:
     """
     if isinstance(sample.image, np.ndarray):
         return sample.image.shape[0], sample.image.shape[1]
-    return _read(sample.image, sample.name, lambda image: (image.height, image.width))
+    header = sample.header
+    return header.upright_hw if is_turned(sample) else header.stored_hw
 
 
-def _read(content: bytes, name: str, read: Callable[[Image.Image], _T]) -> _T:
+def is_turned(sample: Sample) -> bool:
+    """Whether the image is turned as its EXIF says, rather than taken as it is stored.
+
+    Where the sizes of the masks fit one of the two, they decide; else
+    `Sample.orientation` does.
+
+    Raises:
+        CorruptSampleError: the bytes are no readable image.
+    """
+    if sample.header.orientation == 1:
+        return False
+    fitting = _fitting_orientation(sample)
+    return (fitting or sample.orientation) == "upright"
+
+
+def _fitting_orientation(sample: Sample) -> Orientation | None:
+    """The way up that most masks have the size of; None where sizes do not tell."""
+    stored_hw, upright_hw = sample.header.stored_hw, sample.header.upright_hw
+    sizes = [
+        tuple(rle["size"]) for rle in sample.masks_rle if isinstance(rle.get("size"), (list, tuple))
+    ]
+    upright, stored = sizes.count(upright_hw), sizes.count(stored_hw)
+    if upright == stored:
+        return None
+    return "upright" if upright > stored else "stored"
+
+
+def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
+    """What was decided about masks and picture and should be known: (reason, detail).
+
+    Reasons are short fixed phrases, by which occurrences are counted.
+
+    Raises:
+        CorruptSampleError: the bytes are no readable image.
+    """
+    # What the source asked about the picture is not counted twice.
+    return tuple(dict.fromkeys((*sample.remarks, *picture_remarks(sample))))
+
+
+def picture_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
+    """What was decided about the picture, as `all_remarks` has it.
+
+    Raises:
+        CorruptSampleError: the bytes are no readable image.
+    """
+    if isinstance(sample.image, np.ndarray):
+        return ()
+    found = []
+    if sample.header.orientation != 1 and _fitting_orientation(sample) is None:
+        way = "turned upright" if sample.orientation == "upright" else "taken as stored"
+        reason = (
+            f"{way}; EXIF turns it, and the sizes of its masks do not tell whether they are of "
+            "the upright picture (orientation decides)"
+        )
+        found.append((reason, ""))
+    if sample.header.has_frames:
+        found.append(("the first of several frames or pages", ""))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _picture_errors(name: str) -> Iterator[None]:
+    """Raises what a picture is refused for as a `CorruptSampleError`."""
     try:
-        return read(Image.open(io.BytesIO(content), formats=_FORMATS))
-    except UnidentifiedImageError as error:
-        detail = f"{len(content)} bytes that no decoder knows"
-        raise CorruptSampleError(name, "unreadable image", detail) from error
-    except DECODE_ERRORS as error:
-        truncated = "truncated" in str(error).lower()
-        reason = "truncated image" if truncated else "unreadable image"
-        raise CorruptSampleError(name, reason, str(error)) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.array(image, np.float64)
-        if not np.isfinite(grey).all():
-            raise ValueError("pixels are not finite")
-        grey -= grey.min()
-        if grey.any():
-            grey = grey / grey.max() * 255
-        image = Image.fromarray(np.rint(grey).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+        yield
+    except images.UnreadableImageError as error:
+        raise CorruptSampleError(name, error.reason, error.detail) from error
 
 
 def _orientation_hint(sample: Sample) -> str:
-    """A remark for size errors where EXIF rotates the image, else ""."""
-    if isinstance(sample.image, np.ndarray):
+    """A remark for size errors where EXIF turns the image, else ""."""
+    if isinstance(sample.image, np.ndarray) or sample.header.orientation == 1:
         return ""
-    orientation = _read(
-        sample.image, sample.name, lambda image: image.getexif().get(_ORIENTATION, 1)
+    header = sample.header
+    return (
+        f"; the file asks for EXIF orientation {header.orientation}: it is "
+        f"{list(header.stored_hw)} as stored, {list(header.upright_hw)} upright"
     )
-    if orientation == 1:
-        return ""
-    return f"; the file asks for EXIF orientation {orientation}: save it upright"
 
 
 def decode_masks(sample: Sample, indices: Iterable[int]) -> Bool[np.ndarray, "k h w"]:

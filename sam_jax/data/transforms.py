@@ -7,7 +7,6 @@ uint8 pixels and bit-packed masks cross the bus at an eighth to a quarter of
 the size.
 """
 
-import collections
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,12 +19,15 @@ from PIL import Image
 from sam_jax.data import rle
 from sam_jax.data.samples import (
     CorruptSampleError,
-    ReducedImage,
+    NoObjectError,
     Sample,
+    SkippedSampleError,
     image_hw,
     mask_runs,
     open_reduced,
 )
+from sam_jax.data.tally import Tally
+from sam_jax.images import ReducedImage
 
 # Luma weights of the colour jitter's grey axis (ITU-R BT.601).
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -35,12 +37,16 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _SMALL_STEP = 1.25
 
 
+# Masks dropped for these reasons are the recipe's filters at work, not damage.
+FILTERS = frozenset({"too large", "too small"})
+
+
 class DroppedMask(NamedTuple):
-    """A mask the transform left out of an otherwise good image.
+    """A mask that was left out of a sample.
 
     Attributes:
-        reason: "bad rle", "size mismatch", "unusable annotation", "empty"
-            (damage), or "too large", "too small" (filters).
+        reason: "bad rle", "size mismatch", "unusable annotation" (damage),
+            "empty", or one of `FILTERS`.
         detail: which mask, and what was wrong; "" for filters.
     """
 
@@ -48,11 +54,30 @@ class DroppedMask(NamedTuple):
     detail: str = ""
 
 
-def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> CorruptSampleError:
-    """The error of a sample that lost all its masks, to be raised."""
-    counts = collections.Counter(mask.reason for mask in dropped)
-    detail = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    return CorruptSampleError(sample.name, "no valid mask", detail or "no annotation")
+def dropped_by_source(sample: Sample) -> list[DroppedMask]:
+    """The masks that the source has left out of the sample."""
+    return [DroppedMask("unusable annotation", text) for text in sample.unusable_masks]
+
+
+def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> SkippedSampleError:
+    """The error of a sample that lost all its masks, to be raised, with all reasons.
+
+    Without a damaged mask among them, there is nothing wrong with the sample.
+    """
+    tally = Tally()
+    for mask in dropped:
+        tally.add(mask.reason, mask.detail)
+    reasons = set(tally.counts)
+    for reason, detail in sample.remarks:
+        tally.add(reason, detail)
+    detail = str(tally)
+    if not reasons:
+        return NoObjectError(sample.name, "no annotation", detail)
+    if reasons <= {"empty"}:
+        return NoObjectError(sample.name, "only empty masks", detail)
+    if reasons <= FILTERS | {"empty"}:
+        return NoObjectError(sample.name, "only filtered masks", detail)
+    return CorruptSampleError(sample.name, "no valid mask", detail)
 
 
 class _Placement(NamedTuple):
@@ -254,7 +279,8 @@ class TrainTransform:
             (example, dropped). The example has the arrays of `zeros` without b.
 
         Raises:
-            CorruptSampleError: the image is unreadable, or has no valid mask.
+            CorruptSampleError: the image is unreadable, or has damaged masks only.
+            NoObjectError: it has no mask, or none that the filters let pass.
         """
         packed, dropped = self.packed(sample, rng)
         example = self.zeros(1)
@@ -288,7 +314,8 @@ class TrainTransform:
         """The example of `with_report` in a form to hand over, and the masks left out.
 
         Raises:
-            CorruptSampleError: the image is unreadable, or has no valid mask.
+            CorruptSampleError: the image is unreadable, or has damaged masks only.
+            NoObjectError: it has no mask, or none that the filters let pass.
         """
         hw = image_hw(sample)
         placement = self._place(hw, rng)
@@ -341,7 +368,7 @@ class TrainTransform:
         """Up to max_masks masks, and the dropped."""
         grid = rle.Grid(hw, placement.scaled_hw, placement.crop_yx, placement.crop_hw)
         masks: list[PackedMask] = []
-        dropped = [DroppedMask("unusable annotation", text) for text in sample.unusable_masks]
+        dropped = dropped_by_source(sample)
         for index in order.tolist():
             if len(masks) == self.max_masks:
                 break

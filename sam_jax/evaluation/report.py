@@ -51,8 +51,9 @@ class DatasetReport:
       name: of the dataset.
       num_images: images with at least one mask.
       num_masks: masks that every mean is over.
-      skipped: images and masks left out, by reason.
-      miou: mean IoU in [0, 1] by measure; empty if there was no mask.
+      skipped: images and masks left out, and what was decided about others, by reason.
+      miou: mean IoU in [0, 1] by measure.
+      examples: one case of what was skipped, by reason; of the host that reports.
     """
 
     name: str
@@ -60,6 +61,7 @@ class DatasetReport:
     num_masks: int
     skipped: dict[str, int]
     miou: dict[str, float]
+    examples: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,10 @@ class EvalReport:
         for dataset in self.datasets:
             if dataset.skipped:
                 reasons = ", ".join(f"{n:,} {reason}" for reason, n in dataset.skipped.items())
-                console.print(f"skipped in {dataset.name}: {reasons}")
+                console.print(f"skipped or remarked in {dataset.name}: {reasons}")
+            for reason, example in dataset.examples.items():
+                # As it stands: file names may hold what rich reads as markup.
+                console.print(f"  {reason}: {example}", markup=False, highlight=False)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes diagrams of mean IoU against the number of clicks as a PNG file."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sam_jax.data.config import SourceConfig, build_source
+from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.pipeline import EvalExample, eval_samples
 from sam_jax.data.samples import Sample
 from sam_jax.data.sources import Source
@@ -169,6 +170,8 @@ class Evaluator:
                 CLICK_PROTOCOLS[p].first_click for p in config.protocols if p in CLICK_PROTOCOLS
             )
         )
+        # One case of all that was skipped, by dataset and reason; of this host's share.
+        self._examples: dict[str, dict[str, str]] = {s.name: {} for s in self._sources}
         # Baselines do not depend on the variables: the first call scores them for all.
         self._baseline_totals: IouTotals | None = None
 
@@ -181,6 +184,7 @@ class Evaluator:
 
         Raises:
           TooManyCorruptSamplesError: more of a dataset is unusable than is tolerated.
+          NoObjectsError: a dataset has no mask to evaluate on.
         """
         start = time.monotonic()
         placed = self._model.place(dict(variables))
@@ -237,10 +241,16 @@ class Evaluator:
                     totals.count(source.name, _MASKS, len(image.masks))
                     yield image
                     progress.advance(task)
-                for reason, number in samples.corrupt_counts.items():
-                    totals.count(source.name, f"images ({reason})", number)
-                for reason, number in samples.dropped_mask_counts.items():
-                    totals.count(source.name, f"masks ({reason})", number)
+                for what, tally in samples.counted.items():
+                    for reason, number in tally.counts.items():
+                        totals.count(source.name, f"{what} ({reason})", number)
+                    for reason, example in tally.examples.items():
+                        self._examples[source.name][f"{what} ({reason})"] = example
+                # Every process has opened the whole source.
+                if jax.process_index() == 0:
+                    for reason, number in source.left_out.counts.items():
+                        totals.count(source.name, reason, number)
+                self._examples[source.name] |= source.left_out.examples
 
     def _prepare(self, dataset: str, example: EvalExample) -> EvalImage:
         config = self._config
@@ -315,8 +325,16 @@ class Evaluator:
         for source in self._sources:
             events = counts.get(source.name, {})
             num_images, num_masks = events.pop(_IMAGES, 0), events.pop(_MASKS, 0)
+            if not num_masks:
+                raise NoObjectsError(
+                    f"{source.name}: none of {len(source)} samples has a mask to evaluate on; "
+                    f"skipped: {events}"
+                )
             miou = means.get(source.name, {})
-            datasets.append(DatasetReport(source.name, num_images, num_masks, events, miou))
+            examples = dict(self._examples[source.name])
+            datasets.append(
+                DatasetReport(source.name, num_images, num_masks, events, miou, examples)
+            )
         report = EvalReport(
             datasets=tuple(datasets),
             mean=mean_over_datasets(means),
@@ -340,6 +358,7 @@ class _Drawn:
 
     def __init__(self, source: Source, config: EvalConfig):
         self.name = source.name
+        self.left_out = source.left_out
         self._source = source
         self._indices = _draw(len(source), config.max_images, f"{config.seed}/{source.name}")
 

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -14,6 +14,8 @@ from pycocotools import mask as coco_mask
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
+from sam_jax.images import ImageError, as_rgb
+from sam_jax.inference.arguments import checked_embeddings, images_in, one_image
 from sam_jax.inference.candidates import (
     EDGE_TOLERANCE,
     Candidate,
@@ -26,7 +28,7 @@ from sam_jax.inference.candidates import (
     nms_by_region,
     record_of,
 )
-from sam_jax.inference.images import ImageEmbeddings, ImageError, as_rgb
+from sam_jax.inference.images import ImageEmbeddings
 from sam_jax.inference.predictor import Predictor
 from sam_jax.inference.regions import Box, Region, crop_boxes, point_grid, tile_boxes
 from sam_jax.inference.restore import restore_logits
@@ -132,10 +134,10 @@ SA1B_OPTIONS = AutomaticOptions(
 def generate_masks(
     predictor: Predictor,
     image: Any,
-    options: AutomaticOptions | None = None,
+    options: Any = None,
     *,
-    output_mode: OutputMode = "binary_mask",
-    embeddings: ImageEmbeddings | None = None,
+    output_mode: Any = "binary_mask",
+    embeddings: Any = None,
 ) -> list[dict[str, Any]]:
     """All masks of an image, as records of the released generator's form.
 
@@ -148,7 +150,7 @@ def generate_masks(
 
     Args:
       predictor: of the model.
-      image: see ``images.as_rgb``.
+      image: see ``sam_jax.images.as_rgb``.
       options: how to search.
       output_mode: a boolean array, run lengths as a list, or COCO's compressed string.
       embeddings: of the whole image, if they are at hand; only without crops and tiles.
@@ -159,20 +161,28 @@ def generate_masks(
 
     Source: Kirillov et al. 2023, appendix B; segment-anything, ``automatic_mask_generator.py``.
     """
+    if isinstance(image, list | tuple):
+        raise ImageError(
+            f"image is a {type(image).__name__} of {len(image)}: generate_masks takes one image, "
+            "generate_masks_of_many several"
+        )
+    image = one_image(image, "image")
+    if embeddings is not None:
+        embeddings = checked_embeddings(embeddings)
     (records,) = _generate(
-        predictor, [image], options or AutomaticOptions(), output_mode, embeddings
+        predictor, [image], _checked(options, output_mode), output_mode, embeddings
     )
     return records
 
 
 def generate_masks_of_many(
     predictor: Predictor,
-    images: Iterable[Any],
-    options: AutomaticOptions | None = None,
+    images: Any,
+    options: Any = None,
     *,
-    output_mode: OutputMode = "coco_rle",
+    output_mode: Any = "coco_rle",
 ) -> Iterator[list[dict[str, Any]]]:
-    """``generate_masks`` of a stream of images, in their order.
+    """``generate_masks`` of a stream of images, in their order; of what ``embed`` takes.
 
     As many regions as ``options.regions_per_batch`` are embedded and prompted at once on each of
     the predictor's devices, of one image or of several; no more images than that are in memory.
@@ -180,7 +190,23 @@ def generate_masks_of_many(
     Raises:
       ImageError: if an image cannot be used; those before it have been answered.
     """
-    return _generate(predictor, images, options or AutomaticOptions(), output_mode, None)
+    return _generate(
+        predictor, images_in(images), _checked(options, output_mode), output_mode, None
+    )
+
+
+def _checked(options: Any, output_mode: Any) -> AutomaticOptions:
+    if output_mode not in get_args(OutputMode):
+        expected = " or ".join(map(repr, get_args(OutputMode)))
+        raise ConfigError(f"output_mode is {output_mode!r}; expected {expected}")
+    if options is None:
+        return AutomaticOptions()
+    if not isinstance(options, AutomaticOptions):
+        raise ConfigError(
+            f"options is a {type(options).__name__}; expected AutomaticOptions, as in "
+            "AutomaticOptions(points_per_side=16)"
+        )
+    return options
 
 
 # Masks that wait to be measured, for each that is: enough that nobody is idle.

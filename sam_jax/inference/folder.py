@@ -5,6 +5,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import os
 import uuid
 from collections import deque
@@ -14,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
 from sam_jax import places
 from sam_jax.arrays import UInt8, UInt16
 from sam_jax.convert.files import WeightsError, written_whole
 from sam_jax.data import rle
+from sam_jax.data.files import data_files
 from sam_jax.data.transforms import resize_image
 from sam_jax.errors import ConfigError
+from sam_jax.images import PICTURE_SUFFIXES, ImageError, read_header, read_image, upright_copy
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.candidates import label_map
-from sam_jax.inference.images import ImageError, open_image
 from sam_jax.inference.predictor import Predictor
 from sam_jax.visualize import overlay_masks, palette, save_picture
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_log = logging.getLogger(__name__)
 ANNOTATIONS_FOLDER = "annotations"
 OVERLAYS_FOLDER = "overlays"
 LABELS_FOLDER = "labels"
@@ -85,7 +86,7 @@ class Summary:
 
 
 def list_pictures(source: Path) -> list[Path]:
-    """A picture file itself, or all those below a folder, sorted; links are followed.
+    """A picture file itself, or all those below a folder, as `data_files` has them.
 
     Raises:
       ConfigError: if there is none, or two differ in their suffix alone.
@@ -95,10 +96,12 @@ def list_pictures(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist")
-    found = [path for path in _files_below(source) if path.suffix.lower() in PICTURE_SUFFIXES]
+    found, hidden = data_files(source, PICTURE_SUFFIXES)
     if not found:
-        raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
-    found.sort()
+        but = f", but {len(hidden)} hidden files such as {hidden[0]}" if hidden else ""
+        raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)}){but}")
+    if hidden:
+        _log.warning("%s: %d hidden files left out, e.g. %s", source, len(hidden), hidden[0])
     by_stem: dict[Path, Path] = {}
     for path in found:
         other = by_stem.setdefault(path.with_suffix(""), path)
@@ -117,21 +120,6 @@ def check_target(source: Path, target: Path) -> None:
     _check_apart(source, source if source.is_dir() else source.parent, target)
     for name in ("", ANNOTATIONS_FOLDER, OVERLAYS_FOLDER, LABELS_FOLDER):
         places.check_folder(target / name)
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        # A link may lead back to where it is.
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(parent, name) for name in names)
 
 
 def annotate_folder(
@@ -164,7 +152,8 @@ def annotate_folder(
         of 16 bits.
       link_pictures: links the pictures beside their annotations, which makes ``annotations`` a
         folder to train on. Masks are of upright pictures: of those that are stored turned, as
-        their EXIF says, an upright copy is written.
+        their EXIF says, an upright copy is written, see
+        ``sam_jax.images.upright_copy``.
       on_progress: called after each picture.
 
     Raises:
@@ -175,6 +164,7 @@ def annotate_folder(
     pictures = list_pictures(source)
     root = source if source.is_dir() else source.parent
     check_target(source, target)
+    _check_endings(pictures if link_pictures else [])
     made_by = {"weights": predictor.fingerprint(), "source": str(root.resolve())}
     _keep_settings(target, {**made_by, **dataclasses.asdict(options)})
     files = {
@@ -191,7 +181,7 @@ def annotate_folder(
 
     def readable() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         for path, pixels in _read_ahead(left):
-            if isinstance(pixels, Exception):
+            if isinstance(pixels, ImageError):
                 skipped.append(str(pixels))
                 report(path, None)
                 continue
@@ -319,11 +309,9 @@ def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
 
     def read(path: Path) -> Any:
         try:
-            return open_image(path)
+            return read_image(path)
         except ImageError as error:
             return error
-        except OSError as error:
-            return ImageError(f"{path} cannot be read: {error.strerror or error}")
 
     with ThreadPoolExecutor(_READ_AHEAD) as pool:
         waiting = deque((path, pool.submit(read, path)) for path in paths[:_READ_AHEAD])
@@ -345,6 +333,16 @@ def _check_apart(source: Path, root: Path, target: Path) -> None:
             raise ConfigError(
                 f"{root}, whose pictures are read, lies in {target / name}, which is written to: "
                 "give another folder"
+            )
+
+
+def _check_endings(pictures: Sequence[Path]) -> None:
+    """Refuses pictures that would not be found beside their masks."""
+    for picture in pictures:
+        if picture.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ConfigError(
+                f"{picture} has no picture's ending: beside its masks nobody would find it; rename "
+                f"it ({', '.join(PICTURE_SUFFIXES)}), or leave link_pictures out"
             )
 
 
@@ -385,25 +383,20 @@ def _put_beside(path: Path, beside: Path) -> None:
     """Links a picture, or copies it upright if it is stored turned: its masks are upright."""
     if beside.exists() and not beside.is_symlink():
         return
-    with _opened(path) as stored:
-        is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        if is_turned:
-            with written_whole(beside) as unfinished:
-                ImageOps.exif_transpose(stored).save(unfinished, format=stored.format)
-            return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read any more: {error.strerror or error}") from None
+    if read_header(content, str(path)).orientation != 1:
+        with written_whole(beside) as unfinished:
+            unfinished.write_bytes(upright_copy(content, str(path)))
+        return
     beside.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first, since another process may do the same; a short one, as the picture's
     # may be as long as names can be.
     link = beside.with_name(f".{uuid.uuid4().hex[:8]}.link")
     link.symlink_to(path.resolve())
     link.replace(beside)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read any more: {error.strerror or error}") from None
 
 
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:

@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.convert.checkpoints import load
-from sam_jax.inference.images import ImageEmbeddings, as_rgb, model_input
+from sam_jax.images import as_rgb
+from sam_jax.inference.arguments import checked_embeddings, images_in, prompts_per_image
+from sam_jax.inference.images import ImageEmbeddings, model_input
 from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_rows, rows_of
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
@@ -205,17 +207,20 @@ class Predictor:
         """Height and width of the model's input, pixels."""
         return self._model.image_size
 
-    def embed(self, images: Sequence[Any]) -> ImageEmbeddings:
+    def embed(self, images: Any) -> ImageEmbeddings:
         """Embeds images, which may differ in size.
 
         Args:
-          images: 8-bit RGB, RGBA or grey arrays, see ``images.as_rgb``.
+          images: a list of images, see ``sam_jax.images.as_rgb``, or anything else that gives them
+            one by one. A lone image, which is an array ``[h, w, 3]`` or a picture of Pillow's, is a
+            list of one; see ``arguments.images_in``.
 
         Raises:
           ImageError: if an image cannot be used; it is named by its number.
         """
         size = self._model.image_size
-        checked = [as_rgb(image, f"image {index}") for index, image in enumerate(images)]
+        found = enumerate(images_in(images))
+        checked = [as_rgb(image, f"image {index}") for index, image in found]
         inputs, resized_hw = [], []
         for image in checked:
             padded, hw = model_input(image, size)
@@ -230,7 +235,7 @@ class Predictor:
             batch, batch_hw = jax.device_put((batch, batch_hw), self._by_image)
             features.append(self._encode(self._variables, batch, batch_hw)[: stop - start])
         grid = self._model.config.image_encoder.grid
-        empty = jnp.zeros((0, *grid, self._model.config.image_encoder.output_dim))
+        empty = np.zeros((0, *grid, self._model.config.image_encoder.output_dim), np.float32)
         return ImageEmbeddings(
             features=jnp.concatenate([empty, *features]),
             original_hw=np.array([i.shape[:2] for i in checked], np.int64).reshape(-1, 2),
@@ -240,16 +245,16 @@ class Predictor:
 
     def predict(
         self,
-        embeddings: ImageEmbeddings,
-        prompts: Sequence[Sequence[Prompt]],
+        embeddings: Any,
+        prompts: Any,
         *,
-        multimask_output: bool = True,
+        multimask_output: Any = True,
     ) -> list[Prediction]:
         """Masks for any number of objects in each image.
 
         Args:
-          embeddings: of the images, from ``embed`` or a file.
-          prompts: for each image its objects.
+          embeddings: ``ImageEmbeddings`` of the images, from ``embed`` or a file.
+          prompts: for each image a list of its objects' ``Prompt``s.
           multimask_output: three candidates for each object, which suits prompts that leave room
             for doubt, or the single one.
 
@@ -257,6 +262,9 @@ class Predictor:
           PromptError: if a prompt makes no sense, or embeddings are another model's.
         """
         per_image = self._checked(embeddings, prompts)
+        if not isinstance(multimask_output, bool | np.bool_):
+            raise PromptError(f"multimask_output is {multimask_output!r}; expected True or False")
+        multimask_output = bool(multimask_output)
         lengths = self._buckets.prompts
         largest = max((len(objects) for objects in per_image), default=0)
         row_length = _bucket(largest, lengths) or lengths[-1]
@@ -324,7 +332,9 @@ class Predictor:
         Raises:
           PromptError: if embeddings are another model's.
         """
-        self._check_features(embeddings)
+        self._check_features(checked_embeddings(embeddings))
+        if len(points) != len(embeddings):
+            raise PromptError(f"there are {len(embeddings)} images and points for {len(points)}")
         scale = embeddings.resized_hw[:, ::-1] / embeddings.original_hw[:, ::-1]
         sizes = [size * self.num_devices for size in self._buckets.images]
         num_images = _bucket(len(embeddings), sizes) or _round_up(len(embeddings), sizes[-1])
@@ -407,13 +417,8 @@ class Predictor:
         prompt = Prompt(points=[(0, 0)] * num_points)
         self.predict(embeddings, [[prompt]], multimask_output=multimask_output)
 
-    def _checked(self, embeddings: ImageEmbeddings, prompts: Sequence[Sequence[Prompt]]) -> list:
-        if len(prompts) != len(embeddings):
-            raise PromptError(
-                f"there are {len(embeddings)} images and prompts for {len(prompts)}; an image "
-                "without prompts needs an empty list"
-            )
-        self._check_features(embeddings)
+    def _checked(self, embeddings: Any, prompts: Any) -> list:
+        self._check_features(checked_embeddings(embeddings))
         return [
             [
                 check_prompt(
@@ -426,7 +431,7 @@ class Predictor:
                 )
                 for number, prompt in enumerate(objects)
             ]
-            for image, objects in enumerate(prompts)
+            for image, objects in enumerate(prompts_per_image(prompts, len(embeddings)))
         ]
 
     def _check_features(self, embeddings: ImageEmbeddings) -> None:
@@ -470,13 +475,16 @@ class Predictor:
             coords, valid = coords_and_valid
             shape = (*valid.shape, m)
 
+            def no_masks() -> Array:
+                return jnp.zeros((*shape, lh, lw), jnp.float32)
+
             def nothing() -> MaskPrediction:
-                return MaskPrediction(jnp.zeros((*shape, lh, lw)), jnp.full(shape, -jnp.inf))
+                return MaskPrediction(no_masks(), jnp.full(shape, -jnp.inf, jnp.float32))
 
             def something() -> MaskPrediction:
                 prompts = Prompts(
                     point_coords=coords[:, :, None],
-                    point_labels=jnp.full((*valid.shape, 1), FOREGROUND),
+                    point_labels=jnp.full((*valid.shape, 1), FOREGROUND, jnp.int32),
                     point_valid=valid[..., None],
                 )
                 output: Any = self._model.apply(
@@ -488,7 +496,7 @@ class Predictor:
                     lambda: self._model.apply(
                         variables, output, multimask_output=True, method=Sam.predict_masks
                     ),
-                    lambda: jnp.zeros((*shape, lh, lw)),
+                    no_masks,
                 )
                 return MaskPrediction(logits, ious)
 

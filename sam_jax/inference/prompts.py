@@ -99,7 +99,7 @@ def check_prompt(
     box = _check_box(prompt.box, name, original_hw)
     logits = None
     if prompt.mask is not None:
-        mask = np.asarray(prompt.mask)
+        mask = _array(prompt.mask, f"{name}: the mask")
         if mask.shape == low_res_hw and mask.dtype.kind == "f":
             if not np.isfinite(mask).all():
                 raise PromptError(f"{name}: the mask has values that are not finite")
@@ -124,7 +124,7 @@ def check_prompt(
 def _check_points(
     prompt: Prompt, name: str, original_hw: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    points = _numbers(prompt.points, f"{name}: points")
+    points = _numbers(() if prompt.points is None else prompt.points, f"{name}: points")
     if points.size == 0:
         points = points.reshape(0, 2)
     if points.ndim != 2 or points.shape[1] != 2:
@@ -132,7 +132,7 @@ def _check_points(
     if prompt.labels is None:
         labels = np.full(len(points), FOREGROUND)
     else:
-        labels = np.asarray(prompt.labels).reshape(-1)
+        labels = _array(prompt.labels, f"{name}: labels").reshape(-1)
     if len(labels) != len(points):
         raise PromptError(f"{name}: {len(points)} points come with {len(labels)} labels")
     for label in labels.tolist():
@@ -177,11 +177,23 @@ def _check_box(box: Any, name: str, original_hw: tuple[int, int]) -> np.ndarray 
 def _numbers(values: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+    # PyTorch's tensors with gradients raise errors of their own.
+    except (TypeError, ValueError, RuntimeError):
         raise PromptError(f"{name}: expected numbers, got {values!r}") from None
     if not np.isfinite(array).all():
         raise PromptError(f"{name}: {array.tolist()} has values that are not finite")
     return array
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    # Rows of several lengths; PyTorch's tensors on another device or with gradients.
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise PromptError(
+            f"{name}: expected an array, got a {type(values).__name__}: {reason}"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)

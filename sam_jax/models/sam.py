@@ -182,11 +182,13 @@ def init_variables(model: Sam, key: Array) -> dict:
     """
     height, width = model.image_size
     prompts = Prompts(
-        point_coords=jnp.zeros((1, 1, 1, 2)),
+        point_coords=jnp.zeros((1, 1, 1, 2), jnp.float32),
         point_labels=jnp.ones((1, 1, 1), jnp.int32),
         point_valid=jnp.ones((1, 1, 1), bool),
     )
-    images = jnp.zeros((1, height, width, 3))
-    return jax.jit(model.init, static_argnames="multimask_output")(
+    images = jnp.zeros((1, height, width, 3), jnp.float32)
+    variables = jax.jit(model.init, static_argnames="multimask_output")(
         key, images, prompts, multimask_output=True
     )
+    # With JAX's 64 bits turned on, Flax makes float64.
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)

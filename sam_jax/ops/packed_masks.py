@@ -148,7 +148,8 @@ class MaskLayout:
           the pixel, and its sub-pixel, token and bit, for ``bit_at``.
         """
         counts = jax.lax.population_count(packed_masks)
-        rank = jax.random.randint(key, (), 0, jnp.maximum(jnp.sum(counts), 1))
+        total = jnp.sum(counts, dtype=jnp.int32)
+        rank = jax.random.randint(key, (), 0, jnp.maximum(total, 1), jnp.int32)
         subpixel, rank = _of_rank(jnp.sum(counts, axis=1), rank)
         token, rank = _of_rank(counts[subpixel], rank)
         bits, places = zip(*self.bits(), strict=True)

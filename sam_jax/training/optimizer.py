@@ -48,6 +48,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("step", "cosine"):
             raise ValueError(f"schedule must be 'step' or 'cosine', got {self.schedule!r}")
+        if self.accumulate_steps < 1:
+            raise ValueError(f"accumulate_steps must be at least 1, got {self.accumulate_steps}")
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

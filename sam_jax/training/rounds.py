@@ -114,7 +114,8 @@ def run_rounds(
         """Of a round: for each object, a key for its click and a seed of dropout."""
         of_round = _of_each(lambda key: jax.random.split(jax.random.fold_in(key, round_index)))
         both = of_round(keys)
-        return both[..., 0], _of_each(jax.random.bits)(both[..., 1])
+        bits = _of_each(functools.partial(jax.random.bits, dtype=jnp.uint32))
+        return both[..., 0], bits(both[..., 1])
 
     first_keys, seeds = keys_and_seeds(0)
     round_keys = _of_each(jax.random.split)(first_keys)
@@ -174,7 +175,7 @@ def first_prompts(
         kind_key, point_key, box_key = jax.random.split(key, 3)
         pixel, place = mask_layout.sample_pixel(point_key, mask)
         return (
-            jax.random.bernoulli(kind_key, config.box_rate),
+            jax.random.bernoulli(kind_key, jnp.float32(config.box_rate)),
             pixel.astype(jnp.float32),
             bit_at(mask, place),
             noisy_box(box_key, box, hw, config),

@@ -10,6 +10,7 @@ import optax
 from einops import rearrange
 
 from sam_jax.arrays import Array, Float
+from sam_jax.errors import ConfigError
 from sam_jax.parallel import Parallel
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Fields, Task
@@ -43,8 +44,15 @@ def build_train_step(
       ema_decay: see ``experiment.TrainConfig``; the state must keep an average if it is not 0.
     """
     loss_sums = task.loss_sums(parallel, param_specs)
+    num_shares = parallel.num_batch
 
     def train_step(state: TrainState, batch: Fields) -> tuple[TrainState, StepMetrics]:
+        share = jax.tree.leaves(batch)[0].shape[0] // num_shares
+        if share % accumulate_steps:
+            raise ConfigError(
+                f"optimizer.accumulate_steps = {accumulate_steps} does not divide each device's "
+                f"share of the batch, which is {share} images"
+            )
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # Means are taken over the whole batch, not over a device's or a part's share of it.
         count = task.count(batch)

@@ -1,11 +1,16 @@
 """Programs as users start them, and what they leave behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
@@ -13,34 +18,95 @@ CONFIG = Path(__file__).with_name("tiny_run.py")
 # A step is compiled once for each number of devices, not once for each run. Of several processes
 # only the first would find it there, and not wait for the others.
 CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+# A few steps of a tiny model: compiling them well would take longer than running them.
+COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+# How long a test waits for one thing, on a machine that is busy with others.
+WAIT_SECONDS = 300
+# How many it may wait for. Each says what it was, so pytest must not end the test before.
+MOST_WAITS = 8
+runner_limit = pytest.mark.timeout((MOST_WAITS + 1) * WAIT_SECONDS)
 
 
-def start(program: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+class Program:
+    """A command in the background, which ends with its ``with`` block at the latest."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
+        self._folder = tempfile.TemporaryDirectory(prefix="output-")
+        self._log = Path(self._folder.name) / "log"
+        self._command = command
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | dict(environment or {}),
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def wait_until(self, what: str, is_so: Callable[[], bool], seconds: float = WAIT_SECONDS):
+        """Waits while it runs; fails, with what it printed, if it ends or time is up before."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            has_ended = self._process.poll() is not None
+            if has_ended and not is_so():
+                pytest.fail(f"{self} ended with {self._process.returncode} before {what}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"{self} has not come to {what} in {seconds} seconds")
+            time.sleep(0.02)
+
+    def wait_for_line(self, start: str) -> None:
+        """Waits until it prints a line that starts so."""
+        self.wait_until(f"a line {start!r}", lambda: f"\n{start}" in f"\n{self.output}")
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        self._process.send_signal(number)
+
+    def end(self, code: int = 0, seconds: float = WAIT_SECONDS) -> str:
+        """What it has printed, once it has ended by itself with this code."""
+        self.wait_until("its end", lambda: self._process.poll() is not None, seconds)
+        assert self._process.returncode == code, str(self)
+        return self.output
+
+    def __str__(self) -> str:
+        return f"{' '.join(self._command)}\n{self.output}\nwhich"
+
+
+def start(program: str, *flags: str, devices: int = 1) -> Program:
     """A program of the repository with the tiny config, on a CPU that poses as so many devices."""
-    environment = os.environ | {
-        # A few steps of a tiny model: compiling them well would take longer than running them.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
         "PYTHONPATH": str(ROOT),
     }
     if not any(flag.startswith("--process=") for flag in flags):
         environment["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags]
+    return Program(command, environment)
 
 
 def run(program: str, *flags: str, devices: int = 1) -> str:
     """What it prints, once it has ended well."""
     with start(program, *flags, devices=devices) as process:
-        output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+        return process.end()
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of which a run has a checkpoint."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
 
 
 def logged(workdir: Path) -> dict[str, dict[int, float]]:

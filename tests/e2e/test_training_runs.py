@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,9 +9,9 @@ import numpy as np
 import pytest
 
 from sam_jax.checkpoint import restore_variables
-from tests.e2e.programs import logged, run, start
+from tests.e2e.programs import logged, run, runner_limit, saved_steps, start
 
-EMA = "--config.train.ema_decay=0.7"
+pytestmark = runner_limit
 
 
 def assert_same_parameters(first: Path, second: Path) -> None:
@@ -30,70 +27,39 @@ def assert_same_parameters(first: Path, second: Path) -> None:
 def straight_run(tmp_path_factory) -> Path:
     """Ten steps without interruption on one device, parameters averaged."""
     workdir = tmp_path_factory.mktemp("straight")
-    run("train.py", "--workdir", str(workdir), EMA)
+    run("train.py", "--workdir", str(workdir))
     return workdir
 
 
-@pytest.fixture
-def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`start`, whose processes end with the test at the latest."""
-    processes = []
+def test_killed_and_interrupted_runs_end_bit_for_bit_where_a_straight_one_does(
+    straight_run, tmp_path
+):
+    """SIGKILL after the second checkpoint, at whatever the run is doing then; SIGTERM later."""
+    flags = ("--workdir", str(tmp_path))
+    with start("train.py", *flags) as process:
+        process.wait_until("its second checkpoint", lambda: len(saved_steps(tmp_path)) > 1)
+        process.send(signal.SIGKILL)
+        process.end(-signal.SIGKILL)
+    killed_at = saved_steps(tmp_path)[-1]
 
-    def start_and_remember(*flags: str) -> subprocess.Popen[str]:
-        processes.append(start(*flags))
-        return processes[-1]
+    rare = ("--config.train.log_every=1", "--config.checkpoint.every_steps=1000")
+    with start("train.py", *flags, *rare) as process:
+        process.wait_for_line(f"step {killed_at + 2}/")
+        process.send(signal.SIGTERM)
+        output = process.end(130)
+    assert f"continuing from the checkpoint of step {killed_at}" in output
+    assert "the same command continues" in output
+    stopped_at = saved_steps(tmp_path)[-1]
+    assert stopped_at >= killed_at + 2
 
-    yield start_and_remember
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def test_killed_runs_end_up_bit_for_bit_where_a_straight_one_does(started, straight_run, tmp_path):
-    """SIGKILL after the second and after a later checkpoint, at whatever the run is doing then."""
-    for checkpoints_to_wait_for in (2, 5):
-        process = started("train.py", "--workdir", str(tmp_path), EMA)
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit()]
-            if steps and max(steps) >= checkpoints_to_wait_for:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, f"finished before it was killed: {output}"
-    output = run("train.py", "--workdir", str(tmp_path), EMA)
-    assert "continuing from the checkpoint of step" in output
+    output = run("train.py", *flags)
+    assert f"continuing from the checkpoint of step {stopped_at}" in output
     assert_same_parameters(straight_run, tmp_path)
 
 
-def test_an_interrupted_run_saves_where_it_is(started, tmp_path):
-    flags = ("--workdir", str(tmp_path), "--config.checkpoint.every_steps=1000")
-    process = started("train.py", *flags, "--config.train.num_steps=100000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output
-    assert "the same command continues" in output
-    (step,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-    assert step >= 5
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--config.sharding.data=8",),
-        ("--config.sharding.data=2", "--config.sharding.fsdp=4"),
-    ],
-    ids=["data-parallel", "fsdp"],
-)
-def test_eight_devices_agree_with_one(straight_run, tmp_path, flags):
-    run("train.py", "--workdir", str(tmp_path), *flags, devices=8)
+def test_eight_devices_agree_with_one(straight_run, tmp_path):
+    sharded = ("--config.sharding.data=2", "--config.sharding.fsdp=4")
+    run("train.py", "--workdir", str(tmp_path), *sharded, devices=8)
     one, eight = logged(straight_run), logged(tmp_path)
     # A pixel whose logit rounds to the other side of zero moves a click, so runs part for good
     # sooner or later; the first five steps have had no time for it.
@@ -116,17 +82,17 @@ def test_eval_reproduces_the_numbers_of_the_training_loop(straight_run, tmp_path
     assert report["mean"]["center_2"] == pytest.approx(in_loop["mean/center_2"], abs=1e-6)
 
 
-def test_a_typo_in_a_flag_is_named(started, tmp_path):
-    process = started("train.py", "--workdir", str(tmp_path), "--config.train.num_stepz=3")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "num_stepz" in output
-    assert "num_steps" in output
-
-
-def test_a_missing_checkpoint_is_named(started, tmp_path):
-    process = started("eval.py", "--checkpoint", str(tmp_path / "nothing"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "does not exist" in output
+@pytest.mark.parametrize(
+    ("program", "flags", "messages"),
+    [
+        ("train.py", ("--workdir=x", "--config.train.num_stepz=3"), ("num_stepz", "num_steps")),
+        ("eval.py", ("--checkpoint=nothing",), ("does not exist",)),
+        ("train.py", ("--workdir=x", "--distributed"), ("the other processes were not found",)),
+    ],
+)
+def test_what_is_wrong_is_named_without_a_traceback(program, flags, messages):
+    with start(program, *flags) as process:
+        output = process.end(1)
+    for message in messages:
+        assert message in output
     assert "Traceback" not in output

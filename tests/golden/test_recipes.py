@@ -1,10 +1,10 @@
 """Every config builds, and the paper's recipes are pinned down to each parameter.
 
-``SAM_JAX_UPDATE_GOLDEN=1 python -m pytest tests/golden/test_recipes.py`` writes the files again.
+``SAM_JAX_UPDATE_GOLDEN=1 python -m pytest tests/golden/test_recipes.py`` writes the file again.
 """
 
 import importlib
-import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sam_jax.training.optimizer import (
 from sam_jax.training.recipe import TrainConfig
 from sam_jax.training.state import init_state
 from sam_jax.training.step import Batch, build_train_step
+from tests.golden.tables import assert_unchanged, folded
 
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER.parents[1] / "configs"
@@ -70,6 +71,8 @@ def axes_text(axes: Any) -> str:
 @pytest.mark.parametrize("config", RECIPES, indirect=True)
 def test_every_recipe_builds_its_train_step(config: ConfigDict) -> None:
     sections = config.to_dict()
+    # Blocks are of two kinds, with windows and without; four hold both, and are traced sooner.
+    sections["model"]["encoder"] |= {"depth": 4, "global_attention_blocks": (1, 3)}
     model, optimizer, state = abstract_state(sections)
     data = from_mapping(DataConfig, {**sections["data"], "image_size": model.image_size}, "data")
     for name, section in sections["evals"].items():
@@ -98,33 +101,40 @@ def test_every_recipe_builds_its_train_step(config: ConfigDict) -> None:
     assert metrics["loss"].dtype == np.float32
 
 
-@pytest.mark.parametrize("config", PAPER, indirect=True)
-def test_sharding_and_optimizer_group_of_every_parameter(
-    config: ConfigDict, request: pytest.FixtureRequest
-) -> None:
-    """One line for each parameter: path, shape, mesh axes, layer, learning rate's factor, decay."""
-    sections = config.to_dict()
-    sharding = from_mapping(ShardingConfig, sections["sharding"], "sharding")
-    _, _, state = abstract_state(sections)
-    mesh = AbstractMesh((16, sharding.fsdp, sharding.tensor), MESH_AXES)
-    shardings = tree_shardings(state, mesh, sharding)
-    groups = parameter_groups(
-        state.params, from_mapping(OptimizerConfig, sections["optimizer"], "optimizer")
-    )
-    leaves, specs = flatten_dict(state.params, sep="/"), flatten_dict(shardings.params, sep="/")
-    lines = []
-    for path, group in sorted(groups.items()):
-        axes = ",".join(axes_text(axis) for axis in specs[path].spec) or "-"
-        shape = "x".join(map(str, leaves[path].shape))
-        decay = "decayed" if group.decayed else "not decayed"
-        lines.append(f"{path} {shape} {axes} {group.layer} {group.rate_scale:.4g} {decay}\n")
-    golden = FOLDER / f"recipe_{request.node.callspec.params['config']}.txt"
-    if os.environ.get("SAM_JAX_UPDATE_GOLDEN"):
-        golden.write_text("".join(lines))
-    assert "".join(lines) == golden.read_text()
-    # The optimizer's moments lie where their parameters do.
-    moments = shardings.opt_state[1]
-    assert moments.mu == shardings.params == moments.nu
+def test_sharding_and_optimizer_group_of_every_parameter() -> None:
+    """A line for each kind of parameter: path, shape, mesh axes, layer, decay; then the rates.
+
+    The layer of a block's parameters counts from the block's own number n, that of others from the
+    one after all blocks.
+    """
+    tables = {}
+    for name in PAPER:
+        sections = importlib.import_module(f"configs.{name}").get_config().to_dict()
+        sharding = from_mapping(ShardingConfig, sections["sharding"], "sharding")
+        _, _, state = abstract_state(sections)
+        mesh = AbstractMesh((16, sharding.fsdp, sharding.tensor), MESH_AXES)
+        shardings = tree_shardings(state, mesh, sharding)
+        groups = parameter_groups(
+            state.params, from_mapping(OptimizerConfig, sections["optimizer"], "optimizer")
+        )
+        # The optimizer's moments lie where their parameters do.
+        moments = shardings.opt_state[1]
+        assert moments.mu == shardings.params == moments.nu
+
+        leaves, specs = flatten_dict(state.params, sep="/"), flatten_dict(shardings.params, sep="/")
+        last_layer = max(group.layer for group in groups.values())
+        facts = {}
+        for path, group in groups.items():
+            axes = ",".join(axes_text(axis) for axis in specs[path].spec) or "-"
+            shape = "x".join(map(str, leaves[path].shape))
+            block = re.search(r"block_(\d+)", path)
+            start, origin = ("n", int(block[1])) if block else ("last", last_layer)
+            layer = f"{start}{group.layer - origin:+d}"
+            decay = "decayed" if group.decayed else "not decayed"
+            facts[path] = f"{shape} {axes} {layer} {decay}"
+        rates = {(group.layer, f"{group.rate_scale:.4g}") for group in groups.values()}
+        tables[name] = folded(facts) + [f"layer {layer} {rate}" for layer, rate in sorted(rates)]
+    assert_unchanged(FOLDER / "recipes.txt", tables)
 
 
 @pytest.mark.parametrize(

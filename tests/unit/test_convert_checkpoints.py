@@ -364,7 +364,7 @@ def test_without_torch_and_hub_a_word_on_what_to_install(
 
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    (tmp_path / "x.pth").touch()
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02")
     with pytest.raises(WeightsError, match=r"pip install 'sam-jax\[torch\]'"):
         files.read_tensors(tmp_path / "x.pth")
     with pytest.raises(WeightsError, match="pip install huggingface_hub"):

@@ -90,8 +90,8 @@ def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
         read_tensors(tmp_path / "no.safetensors")
     with pytest.raises(WeightsError, match="holds no weights"):
         read_tensors(tmp_path)
-    picture = tmp_path / "cat.jpg"
-    picture.touch()
+    picture = tmp_path / "cat.xyz"
+    picture.write_bytes(b"\x01\x02\x03")
     with pytest.raises(WeightsError, match=r"expected a file that ends in \.safetensors"):
         read_tensors(picture)
 

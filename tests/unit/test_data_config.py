@@ -44,6 +44,7 @@ def test_configs_come_from_plain_values() -> None:
         (DataConfig, {"sources": [SYNTHETIC]}, "lacks the field 'image_size'"),
         (DataConfig, {**PLAIN, "sources": [{"kind": "coco", "pth": "x"}]}, "did you mean 'path'"),
         (SourceConfig, {"kind": "coco", "weigth": 1.0}, "did you mean 'weight'"),
+        (SourceConfig, {"kind": "coco", "crowd": "drop"}, "crowd"),
     ],
 )
 def test_unknown_keys_are_refused_with_a_suggestion(
@@ -97,10 +98,16 @@ def test_every_kind_is_built(tmp_path: Path) -> None:
         (tmp_path / folder / "a.png").write_bytes(encode_image(image))
     configs: list[tuple[SourceConfig, type, int]] = [
         (SourceConfig("synthetic", num_images=4, seed=3), SyntheticSource, 4),
-        (SourceConfig("coco", str(coco), name="mine"), CocoSource, 3),
+        (SourceConfig("coco", str(coco), name="mine", crowd="keep"), CocoSource, 3),
         (SourceConfig("sa1b", str(tar), cache_dir=str(tmp_path / "cache")), Sa1bSource, 2),
         (
-            SourceConfig("mask_folder", str(tmp_path / "photos"), masks=str(tmp_path / "masks")),
+            SourceConfig(
+                "mask_folder",
+                str(tmp_path / "photos"),
+                masks=str(tmp_path / "masks"),
+                background=0,
+                ignore_labels=(255,),
+            ),
             MaskFolderSource,
             1,
         ),

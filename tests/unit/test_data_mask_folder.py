@@ -1,10 +1,12 @@
 import logging
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sam_jax.data.label_maps import WHITE_BESIDE_LABELS
 from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, decode_masks
 from sam_jax.data.sources.mask_folder import MaskFolderSource
 from sam_jax.errors import ConfigError
@@ -100,9 +102,10 @@ def test_leftovers_are_named(folders: tuple[Path, Path], caplog: pytest.LogCaptu
     add(masks, "a.png", (LEFT * 255).astype(np.uint8))
     add(masks, "stray.png", (LEFT * 255).astype(np.uint8))
     with caplog.at_level(logging.WARNING):
-        assert len(MaskFolderSource(*folders)) == 1
-    assert "1 images without a mask, e.g. bare" in caplog.text
-    assert "stray.png" in caplog.text
+        source = MaskFolderSource(*folders)
+    assert len(source) == source.left_out.counts["images without a mask file"] == 1
+    assert f"left out: 1 images without a mask file, e.g. {images / 'bare.jpg'}" in caplog.text
+    assert f"left out: 1 mask files without an image, e.g. {masks / 'stray.png'}" in caplog.text
 
 
 def test_damage_is_told_apart(folders: tuple[Path, Path]) -> None:
@@ -119,10 +122,11 @@ def test_damage_is_told_apart(folders: tuple[Path, Path]) -> None:
     np.testing.assert_array_equal(all_masks(sample), [LEFT])
     assert "a_1.png" in sample.unusable_masks[0]
     (images / "b.jpg").unlink()
-    for index, reason in ((1, "missing image"), (2, "too many labels")):
-        with pytest.raises(CorruptSampleError) as caught:
-            source[index]
-        assert caught.value.reason == reason
+    with pytest.raises(CorruptSampleError) as caught:
+        source[1]
+    assert caught.value.reason == "missing image"
+    assert "c.png" in source[2].unusable_masks[0]
+    assert "labels; is it a photograph?" in source[2].unusable_masks[0]
 
 
 def test_wrong_folders_are_explained(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -139,3 +143,58 @@ def test_wrong_folders_are_explained(folders: tuple[Path, Path], tmp_path: Path)
     add_image(images, "a.png")
     with pytest.raises(ConfigError, match="share their masks"):
         MaskFolderSource(images, masks)
+
+
+def test_hidden_files_are_no_masks_and_no_images(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    for name in ("a.jpg", "._a.jpg", ".ipynb_checkpoints/a.jpg"):
+        add_image(images, name)
+    for name in ("a.png", "._a.png", "a/._0.png", "__MACOSX/a.png"):
+        add(masks, name, (LEFT * 255).astype(np.uint8))
+    source = MaskFolderSource(*folders)
+    assert len(source) == 1
+    np.testing.assert_array_equal(all_masks(source[0]), [LEFT])
+    assert source.left_out.counts == {"hidden files": 5}
+
+
+def test_composed_and_decomposed_names_belong_together(folders: tuple[Path, Path]) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Käfig") for form in ("NFC", "NFD"))
+    add_image(folders[0], f"{composed}.jpg")
+    add(folders[1], f"{decomposed}_1.png", (LEFT * 255).astype(np.uint8))
+    assert len(MaskFolderSource(*folders)) == 1
+
+
+def test_a_black_mask_is_a_picture_without_an_object(folders: tuple[Path, Path]) -> None:
+    add_image(folders[0], "a.jpg")
+    add(folders[1], "a.png", np.zeros(HW, np.uint8))
+    sample = MaskFolderSource(*folders)[0]
+    assert (sample.masks_rle, sample.unusable_masks) == ((), ())
+
+
+def test_what_was_decided_about_a_file_is_remarked(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    add_image(images, "a.jpg")
+    add(masks, "a.png", (LEFT * 1 + RIGHT * 2 + TOP * 255).astype(np.uint8))
+    sample = MaskFolderSource(*folders)[0]
+    assert sample.remarks == ((WHITE_BESIDE_LABELS, str(masks / "a.png")),)
+    sample = MaskFolderSource(*folders, ignore_labels=(255,))[0]
+    assert sample.remarks == ()
+    np.testing.assert_array_equal(all_masks(sample), [LEFT, RIGHT])
+    sample = MaskFolderSource(*folders, background=2, ignore_labels=(255, 0))[0]
+    np.testing.assert_array_equal(all_masks(sample), [LEFT])
+
+
+def test_names_that_differ_in_case_belong_together_if_no_other_does(
+    folders: tuple[Path, Path],
+) -> None:
+    images, masks = folders
+    for name in ("Cat.jpg", "CAT_2.jpg"):
+        add_image(images, name)
+    for name in ("cat.png", "cat_2_1.png", "CAT_2_2.png"):
+        add(masks, name, (LEFT * 255).astype(np.uint8))
+    source = MaskFolderSource(*folders)
+    assert [Path(source[i].name).name for i in range(2)] == ["CAT_2.jpg", "Cat.jpg"]
+    assert [len(source[i].masks_rle) for i in range(2)] == [2, 1]
+    add_image(images, "cAt.jpg")
+    with pytest.raises(ConfigError, match=r"cat\.png may belong to .*C?at\.jpg or "):
+        MaskFolderSource(*folders)

@@ -14,12 +14,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
-from sam_jax.data.corruption import TooManyCorruptSamplesError
+from sam_jax.data.corruption import NoObjectsError, TooManyCorruptSamplesError
 from sam_jax.data.pipeline import TrainIterator, eval_samples, train_iterator
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import (
     box_mask,
     compress,
+    encode_image,
+    gradient_image,
     numbered_hw,
     sa1b_files,
     sa1b_json,
@@ -322,7 +324,7 @@ def test_too_many_corrupt_samples_stop_the_run(opened: Any, tmp_path: Path) -> N
     with pytest.raises(TooManyCorruptSamplesError) as caught:
         take(iterator, 1000)
     message = str(caught.value)
-    assert "'missing image': " in message
+    assert "missing image, e.g. " in message
     assert "tolerated: 19.0%" in message
     assert "9.png: missing image" in message
     # Two of ten are more than 19 %, however they are spread over an epoch.
@@ -335,6 +337,112 @@ def test_nothing_but_corrupt_samples_does_not_hang(opened: Any, tmp_path: Path) 
     config = make_config(broken_coco(tmp_path, 0, 3), max_corrupt_rate=1.0, corrupt_grace=25)
     with pytest.raises(TooManyCorruptSamplesError, match=r"25 of 25 .* last 25 in a row"):
         take(opened(config), 1)
+
+
+def masks_of_black(folder: Path, good: int, black: int) -> SourceConfig:
+    """Images of size `numbered_hw(i)`, the last `black` of which have a mask without an object."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number in range(good + black):
+        hw = numbered_hw(number)
+        mask = box_mask(hw, 2, 12, 3, 23) & (number < good)
+        image = encode_image(gradient_image(hw))
+        (folder / "images" / f"{number}.png").write_bytes(image)
+        (folder / "masks" / f"{number}.png").write_bytes(encode_image(mask))
+    return SourceConfig("mask_folder", str(folder / "images"), masks=str(folder / "masks"))
+
+
+def test_pictures_without_an_object_are_no_damage(
+    opened: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(masks_of_black(tmp_path, 2, 6), max_corrupt_rate=0.0, corrupt_grace=8)
+    iterator = opened(config)
+    batches = take(iterator, 10)
+    assert set(numbers(batches)) == {0, 1}
+    assert iterator.corrupt_counts == {}
+    assert iterator.without_object_counts == {"no annotation": iterator.num_seen - 40}
+    state = json.loads(json.dumps(iterator.get_state()))
+    fresh = opened(config)
+    fresh.set_state(state)
+    assert fresh.get_state() == state
+    iterator.close()
+    count = state["skipped"]["without_object_counts"]["no annotation"]
+    assert f"samples without an object: {count} no annotation, e.g. {tmp_path}" in caplog.text
+
+
+def test_pictures_whose_objects_are_all_too_small_are_no_damage(
+    opened: Any, coco_json: Path
+) -> None:
+    # The mask of image i is 10 of 20 + i rows high: only the first images' reach the limit.
+    config = make_config(
+        coco(coco_json), max_corrupt_rate=0.0, corrupt_grace=30, min_mask_area_px=110
+    )
+    iterator = opened(config)
+    seen = set(numbers(take(iterator, 5)))
+    assert 0 in seen
+    assert seen < set(range(NUM_IMAGES))
+    assert iterator.corrupt_counts == {}
+    assert iterator.without_object_counts.keys() == {"only filtered masks"}
+
+
+@pytest.mark.parametrize("has_another_source", [False, True])
+def test_a_source_without_any_object_ends_the_run(
+    opened: Any, tmp_path: Path, coco_json: Path, has_another_source: bool
+) -> None:
+    others = [coco(coco_json)] if has_another_source else []
+    config = make_config(*others, masks_of_black(tmp_path, 0, 3), corrupt_grace=20)
+    message = rf"(?s)of the last 20 samples read from data source {len(others)} .*none had a mask"
+    with pytest.raises(NoObjectsError, match=message) as caught:
+        take(opened(config), 1000)
+    assert "20 no annotation, e.g. " in str(caught.value)
+
+
+def test_a_run_begun_before_they_were_counted_apart_goes_on(
+    opened: Any, config: DataConfig
+) -> None:
+    iterator = opened(config)
+    take(iterator, 2)
+    state = iterator.get_state()
+    expected = take(iterator, 2)
+    for key in ("without_object_counts", "examples_by_reason"):
+        del state["skipped"][key]
+    fresh = opened(config)
+    fresh.set_state(state)
+    assert_same(take(fresh, 2), expected)
+
+
+def test_reasons_reach_the_last_message(opened: Any, tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "coco", 4)
+    content = json.loads(path.read_text())
+    for number, annotation in enumerate(content["annotations"]):
+        height, width = numbered_hw(number)
+        annotation["segmentation"] = compress(np.ones((width, height), bool))
+    path.write_text(json.dumps(content))
+    with pytest.raises(TooManyCorruptSamplesError) as caught:
+        take(opened(make_config(coco(path), corrupt_grace=5)), 1)
+    for part in (
+        "5 no valid mask, e.g. ",
+        "1 size mismatch, e.g. mask 0 is [30, 2",
+        "the image [2",
+    ):
+        assert part in str(caught.value)
+
+
+def test_evaluation_without_any_object_says_so(tmp_path: Path) -> None:
+    samples = eval_samples(build_source(masks_of_black(tmp_path / "black", 0, 3)))
+    with pytest.raises(NoObjectsError, match=r"(?s)none of 3 samples .*3 no annotation, e\.g\."):
+        list(samples)
+    samples = eval_samples(
+        build_source(masks_of_black(tmp_path / "some", 1, 9)), max_corrupt_rate=0, corrupt_grace=2
+    )
+    assert len(list(samples)) == 1
+    assert samples.without_object_counts == {"no annotation": 9}
+    # One process may have all that are black; the others see to it.
+    source = build_source(masks_of_black(tmp_path / "shared", 1, 3))
+    assert [len(list(eval_samples(source, process_index=i, process_count=2))) for i in (0, 1)] == [
+        1,
+        0,
+    ]
 
 
 def test_other_errors_are_not_swallowed(opened: Any, coco_json: Path, tmp_path: Path) -> None:
@@ -355,7 +463,7 @@ def test_logging_thins_out(opened: Any, tmp_path: Path, caplog: pytest.LogCaptur
         take(iterator, 40)
     assert 39 <= iterator.corrupt_counts["missing image"] <= 41
     # 1 to 16, and 32.
-    assert len(caplog.records) == 17
+    assert sum("sample skipped" in record.message for record in caplog.records) == 17
 
 
 def test_evaluation_reads_in_order_and_skips_what_is_corrupt(tmp_path: Path) -> None:

@@ -84,6 +84,36 @@ def test_several_tars_count_as_one_source(tmp_path: Path) -> None:
     assert hws(Sa1bSource(tmp_path / "[x]")) == [numbered_hw(7)]
 
 
+def test_hidden_files_are_no_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hidden = {"._sa_1.jpg": b"x", "._sa_1.json": b"x", ".ipynb_checkpoints/sa_1.json": b"x"}
+    files = sa1b_files([1, 2]) | hidden
+    (tmp_path / "tars").mkdir()
+    tar = write_tar(tmp_path / "tars" / "a.tar", files)
+    (tmp_path / "tars" / "._a.tar").write_bytes(b"x")
+    for way in (tar, tmp_path / "tars", str(tmp_path / "tars" / "*.tar")):
+        assert hws(Sa1bSource(way)) == [numbered_hw(1), numbered_hw(2)]
+    assert "a.tar: 3 hidden files left out" in caplog.text
+    for name, content in files.items():
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    source = Sa1bSource(tmp_path / "folder")
+    assert hws(source) == [numbered_hw(1), numbered_hw(2)]
+    assert source.left_out.counts == {"hidden files": 3}
+
+
+@pytest.mark.parametrize("other", ["sa_1.png", "sa_1.JPG", "sa_1.JSON"])
+def test_two_files_of_one_pair_are_refused(tmp_path: Path, other: str) -> None:
+    files = sa1b_files([1]) | {other: b"x"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "a").mkdir()
+    ways = [tmp_path, write_tar(tmp_path / "a" / "a.tar", files)]
+    for way in ways:
+        with pytest.raises(ConfigError, match=r"sa_1\..* would share one annotation"):
+            Sa1bSource(way)
+
+
 def test_the_index_is_made_once_and_again_when_the_tar_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +322,15 @@ def test_only_rles_are_segmentations(segmentation: Any) -> None:
     content["annotations"][0]["segmentation"] = segmentation
     masks_rle, unusable = parse_annotation("a.jpg", json.dumps(content).encode())
     assert (len(masks_rle), len(unusable)) == (1, 1)
+
+
+@pytest.mark.parametrize("annotation", [{}, None, 5, [], {"bbox": [1, 2, 3, 4]}])
+def test_one_bad_annotation_costs_only_itself(annotation: Any) -> None:
+    content = json.loads(sa1b_json([box_mask((9, 12), 1, 4, 1, 5)] * 2, 1))
+    content["annotations"].insert(1, annotation)
+    masks_rle, unusable = parse_annotation("a.jpg", json.dumps(content).encode())
+    assert len(masks_rle) == 2
+    assert unusable[0].startswith("annotations[1]: ")
 
 
 def test_the_released_annotation_form(shared_data: Path) -> None:

@@ -13,9 +13,13 @@ from sam_jax.data.samples import (
     Sample,
     decode_image,
     decode_masks,
+    image_hw,
     open_reduced,
+    picture_remarks,
 )
+from sam_jax.data.transforms import TrainTransform
 from tests.unit.data_fixtures import box_mask, compress, encode_image, gradient_image, make_sample
+from tests.unit.test_images import KINDS
 
 IMAGE = gradient_image((5, 7))
 
@@ -66,16 +70,77 @@ def test_16_bit_grey_is_stretched_to_its_own_range() -> None:
     assert not decode_image(sample_of(encode_image(flat))).any()
 
 
-def test_exif_orientation_is_ignored_but_named_when_sizes_disagree() -> None:
+def turned_sample(exif_orientation: int, image: np.ndarray = IMAGE, **fields: Any) -> Sample:
+    """A picture that is stored turned, as PNG."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    rotated = encoded(Image.fromarray(IMAGE), exif=exif)
-    np.testing.assert_array_equal(decode_image(rotated), IMAGE)
-    upright_mask = compress(box_mask((7, 5), 0, 2, 0, 2))
-    sample = Sample(rotated.image, (upright_mask,), "made", "a.png")
-    with pytest.raises(CorruptSampleError, match="EXIF orientation 6") as caught:
+    exif[0x0112] = exif_orientation
+    stored = encoded(Image.fromarray(image), exif=exif)
+    return Sample(stored.image, **{"masks_rle": (), "dataset": "made", "name": "a.png", **fields})
+
+
+def test_masks_decide_which_way_up_a_picture_is() -> None:
+    upright, stored = np.rot90(IMAGE, -1), IMAGE
+    as_upright, as_stored = (
+        compress(box_mask((7, 5), 0, 2, 0, 2)),
+        compress(box_mask((5, 7), 0, 2, 0, 2)),
+    )
+    odd = compress(box_mask((6, 6), 0, 2, 0, 2))
+    cases: list[tuple[list[Any], np.ndarray | None]] = [
+        ([as_upright], upright),
+        ([as_stored], stored),
+        ([as_stored, as_upright, as_stored], stored),
+        ([as_upright, as_upright, as_stored, {"counts": ""}, {"size": 3}], upright),
+        ([], None),
+        ([as_upright, as_stored], None),
+        ([odd], None),
+    ]
+    for masks, expected in cases:
+        for key, by_key in (("upright", upright), ("stored", stored)):
+            sample = turned_sample(6, masks_rle=tuple(masks), orientation=key)
+            wanted = by_key if expected is None else expected
+            np.testing.assert_array_equal(decode_image(sample), wanted)
+            assert image_hw(sample) == wanted.shape[:2]
+            assert bool(picture_remarks(sample)) == (expected is None)
+    # In no file that says nothing of it, there is nothing to decide.
+    assert (
+        picture_remarks(encoded(Image.fromarray(IMAGE))) == picture_remarks(sample_of(IMAGE)) == ()
+    )
+
+
+def test_sizes_that_fit_neither_way_up_are_explained() -> None:
+    sample = turned_sample(6, masks_rle=(compress(box_mask((6, 6), 0, 2, 0, 2)),))
+    with pytest.raises(
+        CorruptSampleError, match=r"EXIF orientation 6: it is \[5, 7\] as stored"
+    ) as e:
         decode_masks(sample, [0])
-    assert caught.value.reason == "size mismatch"
+    assert e.value.reason == "size mismatch"
+    # The reason also reaches whoever only sees that nothing was left of it.
+    with pytest.raises(CorruptSampleError, match="EXIF orientation 6"):
+        TrainTransform(image_size=(16, 16))(sample, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_reduced_examples_are_turned_like_whole_ones(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(smooth_image((64, 96)))
+    sample = encoded(image, format=kind, exif=exif)
+    hw = image_hw(sample)
+    mask = box_mask(hw, 0, hw[0] // 2, 0, hw[1] // 4)
+    sample = Sample(sample.image, (compress(mask),), "made", "a")
+    whole, reduced = (
+        TrainTransform(image_size=(24, 24), reduced_decoding=on)(sample, np.random.default_rng(0))
+        for on in (False, True)
+    )
+    np.testing.assert_array_equal(whole["masks_packed"], reduced["masks_packed"])
+    assert whole["original_hw"].tolist() == list(hw)
+    difference = np.abs(whole["image"].astype(int) - reduced["image"])
+    assert difference.mean() < 3
+    size = (24, 16) if orientation < 5 else (16, 24)
+    upright = np.asarray(Image.fromarray(decode_image(sample)).resize(size))
+    h, w = upright.shape[:2]
+    assert np.abs(whole["image"][:h, :w].astype(int) - upright).mean() < 3
 
 
 def test_a_truncated_jpeg_is_not_padded_with_grey() -> None:
@@ -162,7 +227,7 @@ def test_the_error_survives_a_process_boundary() -> None:
 # Pillow's remarks on damaged metadata and sizes.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@hypothesis.given(data=st.data(), kind=st.sampled_from(["JPEG", "PNG", "TIFF", "BMP", "WEBP"]))
+@hypothesis.given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_damaged_files_are_images_or_corrupt(data: st.DataObject, kind: str) -> None:
     content = bytearray(encode_image(gradient_image((13, 17)), kind))
     for _ in range(data.draw(st.integers(1, 6))):

@@ -117,6 +117,11 @@ def test_threads_may_read_at_once(prepared: Path) -> None:
     assert names == [source[i % 4].name for i in range(40)]
 
 
+def test_samples_know_which_way_up_they_are_taken(prepared: Path) -> None:
+    for key in ("upright", "stored"):
+        assert TfdsSource(prepared, orientation=key)[0].orientation == key
+
+
 def test_a_part_of_a_split(prepared: Path) -> None:
     assert len(TfdsSource(prepared, split="train[:75%]")) == 3
 

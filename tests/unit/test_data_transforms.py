@@ -9,8 +9,13 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from sam_jax.data.samples import CorruptSampleError, Sample
-from sam_jax.data.transforms import TrainTransform, fit_longest_side, pack_mask, resize_image
+from sam_jax.data.samples import CorruptSampleError, NoObjectError, Sample
+from sam_jax.data.transforms import (
+    TrainTransform,
+    fit_longest_side,
+    pack_mask,
+    resize_image,
+)
 from tests.unit.data_fixtures import (
     box_mask,
     compress,
@@ -319,13 +324,44 @@ def test_the_area_limits() -> None:
     assert TrainTransform(size, min_mask_area_px=4)(sample, rng())["mask_valid"].sum() == 1
 
 
-@pytest.mark.parametrize("masks_rle", [(), (compress(np.zeros((20, 32), bool)),)])
-def test_an_image_without_a_valid_mask_is_corrupt(masks_rle: tuple) -> None:
-    sample = make_sample([np.zeros((20, 32), bool)], masks_rle=masks_rle)
-    for jitter in (None, (0.5, 2.0)):
-        with pytest.raises(CorruptSampleError) as caught:
-            TrainTransform((16, 16), scale_jitter=jitter)(sample, rng())
-        assert caught.value.reason == "no valid mask"
+@pytest.mark.parametrize("jitter", [None, (0.5, 2.0)])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"masks_rle": ()}, "no annotation"),
+        ({}, "only empty masks"),
+        ({"masks_rle": (compress(np.ones((20, 32), bool)),)}, "only filtered masks"),
+        ({"masks_rle": (compress(box_mask((20, 32), 3, 4, 3, 4)),)}, "only filtered masks"),
+        ({"masks_rle": (), "remarks": (("void outline left out", "x"),)}, "no annotation"),
+    ],
+)
+def test_an_image_without_an_object_is_no_damage(
+    changes: dict, reason: str, jitter: tuple[float, float] | None
+) -> None:
+    sample = make_sample([np.zeros((20, 32), bool)], **changes)
+    with pytest.raises(NoObjectError) as caught:
+        TrainTransform((16, 16), scale_jitter=jitter, min_mask_area_px=5)(sample, rng())
+    assert caught.value.reason == reason
+
+
+def test_an_image_that_loses_all_masks_says_why() -> None:
+    turned = compress(np.zeros((32, 20), bool))
+    nonsense = {"size": [20, 32], "counts": "nonsense"}
+    sample = make_sample(
+        [np.zeros((20, 32), bool)],
+        masks_rle=(turned, turned, nonsense),
+        unusable_masks=("annotations[7]: segmentation is 'x'",),
+    )
+    with pytest.raises(CorruptSampleError) as caught:
+        TrainTransform((16, 16))(sample, rng())
+    assert caught.value.reason == "no valid mask"
+    for part in (
+        "2 size mismatch, e.g. mask ",
+        "is [32, 20], the image [20, 32]",
+        "1 bad rle, e.g. mask 2: ",
+        "1 unusable annotation, e.g. annotations[7]: segmentation is 'x'",
+    ):
+        assert part in caught.value.detail
 
 
 def test_the_same_generator_gives_the_same_example() -> None:

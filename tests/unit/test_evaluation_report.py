@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -81,7 +82,15 @@ def test_table_fits_and_shows_percent():
     assert coco.split() == ["coco", "34,567", "centre", "10.0", "40.0", "20.0", "90.0", "30.0"]
     assert "whole box" not in text
     assert "69,134 masks on 2,400 images in 12 s" in text
-    assert "skipped in coco: 5 images (bad rle)" in text
+    assert "skipped or remarked in coco: 5 images (bad rle)" in text
+
+
+def test_examples_of_what_was_skipped_are_printed_as_they_are():
+    content = report()
+    examples = {"images (bad rle)": "runs [1]/[bold]a.png: mask 0"}
+    datasets = (dataclasses.replace(content.datasets[0], examples=examples),)
+    text = printed(dataclasses.replace(content, datasets=datasets))
+    assert "images (bad rle): runs [1]/[bold]a.png: mask 0" in text
 
 
 def test_table_of_one_dataset_has_no_mean():

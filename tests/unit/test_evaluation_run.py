@@ -16,6 +16,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam_jax.configuration import from_mapping
+from sam_jax.data import rle
+from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.protocols import (
     CompiledModel,
@@ -214,6 +216,50 @@ def test_clicks_and_scores_are_at_the_original_resolution():
     )
 
 
+@pytest.mark.parametrize(
+    "resized_hw", [(32, 48), (64, 96), (96, 192), (128, 64), (24, 30), (7, 11)]
+)
+def test_boxes_are_those_that_training_makes(resized_hw: tuple[int, int]) -> None:
+    """The tight box of the resized mask, to the half pixel by which whole pixels miss it.
+
+    Of an object thinner than a pixel of the model's input there is no resized mask, or less of it.
+    """
+    limit = 0.5 if min(resized_hw[0] / 32, resized_hw[1] / 48) >= 0.5 else 1.0
+    rng = np.random.default_rng(0)
+    masks = np.zeros((40, 32, 48), bool)
+    for mask in masks:
+        (y0, y1), (x0, x1) = (np.sort(rng.integers(0, side + 1, 2)) for side in (32, 48))
+        mask[y0 : y1 + 1, x0 : x1 + 1] = True
+    image = dataclasses.replace(
+        striped_image([16, 16], [(1,)]),
+        pixels=np.zeros((32, 48, 3), np.uint8),
+        masks=masks,
+        resized_hw=resized_hw,
+    )
+    grid, compared = rle.Grid((32, 48), resized_hw), 0
+    for number, mask in enumerate(masks):
+        ours = Target(image, number).model_box_xyxy
+        assert (ours[:2] <= ours[2:]).all()
+        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        resized = grid.resample(rle.run_lengths(encoded))
+        if not resized.any():
+            continue
+        ys, xs = np.nonzero(resized)
+        np.testing.assert_array_less(
+            np.abs(ours - [xs.min(), ys.min(), xs.max(), ys.max()]), limit + 1e-6
+        )
+        compared += 1
+    assert compared > 20
+
+
+def test_the_box_of_an_enlarged_mask_ends_where_the_mask_does() -> None:
+    image = striped_image([8, 16, 8], [(1,)])
+    image = dataclasses.replace(image, resized_hw=tuple(4 * x for x in image.masks.shape[1:]))
+    x0, y0, x1, y1 = Target(image, 0).box_xyxy
+    expected = [4 * x0, 4 * y0, 4 * x1 + 3, 4 * y1 + 3]
+    np.testing.assert_array_equal(Target(image, 0).model_box_xyxy, expected)
+
+
 def test_boxes_are_tight_and_answered_once():
     image = striped_image([8, 12, 16], [(1,), (0, 2)])
     assert Target(image, 0).box_xyxy == (8, 0, 19, 31)
@@ -312,6 +358,29 @@ def evaluator(sources, model=None, devices=ONE_DEVICE, **changes):
     return Evaluator(model or ColorSam(CONFIG), config, devices=devices)
 
 
+def test_what_a_source_leaves_out_is_in_the_report(two_sources):
+    path = Path(two_sources[0]["path"])
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 99, "file_name": "d.png", "height": 4, "width": 4})
+    content["annotations"].append({"image_id": 77, "segmentation": [[0, 0, 4, 0, 4, 4]]})
+    path.write_text(json.dumps(content))
+    report = evaluator(two_sources[:1])(variables())
+    assert report.datasets[0].skipped == {
+        "annotations of an image that is not in the file": 1,
+        "images without an annotation in use": 1,
+    }
+    assert "'d.png'" in report.datasets[0].examples["images without an annotation in use"]
+
+
+def test_a_dataset_without_any_mask_is_an_error(two_sources):
+    path = Path(two_sources[1]["path"])
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][1:]
+    path.write_text(json.dumps(content))
+    with pytest.raises(NoObjectsError, match=r"(?s)others: none of 1 samples .*1 only empty masks"):
+        evaluator(two_sources)(variables())
+
+
 def test_report_by_hand(two_sources):
     report = evaluator(two_sources, baselines=("box_filled", "disk"))(variables())
     stripes, others = report.datasets
@@ -319,6 +388,8 @@ def test_report_by_hand(two_sources):
     assert (others.name, others.num_images, others.num_masks) == ("others", 1, 1)
     assert stripes.skipped == {}
     assert others.skipped == {"masks (empty)": 1}
+    assert list(others.examples) == ["masks (empty)"]
+    assert others.examples["masks (empty)"].endswith("a.png: mask 1")
     # Masks of two or three stripes start with the widest: 16 / 36, 24 / 32 and 16 / 24.
     assert stripes.miou["center_1"] == pytest.approx((4 + 16 / 36 + 24 / 32 + 16 / 24) / 7)
     assert stripes.miou["center_2"] == pytest.approx((6 + 28 / 36) / 7)

@@ -61,6 +61,79 @@ def test_transfers_by_hand() -> None:
     assert reduce.sent_bytes == pytest.approx(11 * 256 * 2 * 3 / 4)
 
 
+@pytest.mark.parametrize(
+    ("line", "kind", "num_bytes", "group_size"),
+    [
+        # Results alone, as for GPUs.
+        ("bf16[64]{0} all-reduce-start(%x), replica_groups=[2,4]<=[8], ", "all-reduce", 128, 4),
+        ("(bf16[64]{0}, f32[8]{0}) all-reduce-start(%x, %y), ", "all-reduce", 160, None),
+        ("(f32[], f32[]) all-reduce-start(%x, %y), ", "all-reduce", 8, None),
+        # Operands before the results.
+        ("(bf16[64]{0}, bf16[64]{0}) all-reduce-start(%x), ", "all-reduce", 128, None),
+        (
+            "((bf16[8]{0}, f32[4]{0}), (bf16[64]{0}, f32[32]{0})) all-gather-start(%x, %y), ",
+            "all-gather",
+            256,
+            None,
+        ),
+        (
+            "(f32[8,8]{1,0:T(8)}, f32[64,8]{1,0:T(8)}) all-gather-start(f32[8,8]{1,0:T(8)} %x), ",
+            "all-gather",
+            2048,
+            None,
+        ),
+        ("((f32[64]{0}), f32[8]{0}) reduce-scatter-start(%x), ", "reduce-scatter", 32, None),
+        # Counters after them.
+        (
+            "(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), ",
+            "collective-permute",
+            16,
+            None,
+        ),
+        # Groups in every form.
+        (
+            "f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, ",
+            "all-reduce",
+            16,
+            8,
+        ),
+        (
+            "f32[4] all-reduce(%x), replica_groups=mesh['a'=4], device_ids=([2,4]T(1,0)) {'a'}",
+            "all-reduce",
+            16,
+            4,
+        ),
+        (
+            "f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}, ",
+            "all-reduce",
+            16,
+            2,
+        ),
+        (
+            "f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=16] {'a','b':(2)4}, ",
+            "all-reduce",
+            16,
+            8,
+        ),
+        ("f32[4] all-reduce(%x), replica_groups={}, ", "all-reduce", 16, None),
+    ],
+)
+def test_transfers_as_compilers_write_them(
+    line: str, kind: str, num_bytes: int, group_size: int | None
+) -> None:
+    text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  %t = {line}to_apply=%add\n}}\n"
+    assert hlo.collectives(text) == [hlo.Collective(kind, num_bytes, group_size, 1)]
+
+
+@pytest.mark.parametrize(
+    "target", ["tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2"]
+)
+def test_kernels_of_ours_are_known_by_their_targets(target: str) -> None:
+    text = f'ENTRY %m () -> f32[] {{\n  %k = f32[] custom-call(), custom_call_target="{target}"\n}}'
+    (instruction,) = hlo.instructions(text)
+    assert instruction.is_kernel
+
+
 def test_bytes_of_types() -> None:
     assert hlo.bytes_of("(bf16[8,128]{1,0:T(8,128)(2,1)}, f32[], pred[3])") == 2048 + 4 + 3
     assert hlo.bytes_of("bf16[8,128]{1,0:S(1)}", in_device_memory=True) == 0
@@ -82,3 +155,13 @@ def test_a_real_program() -> None:
     assert {c.kind for c in found} & {"all-reduce", "reduce-scatter", "all-gather"}
     assert all(c.group_size == 8 for c in found)
     assert sum(c.count for c in found) >= 5
+
+
+def test_groups_of_a_real_program_whose_devices_are_reordered() -> None:
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Auto))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("y",), ()))
+    gathered = jax.jit(
+        lambda x: jax.lax.with_sharding_constraint(x, whole), in_shardings=split
+    ).lower(jax.ShapeDtypeStruct((16, 16), np.float32))
+    (found,) = hlo.collectives(gathered.compile().as_text())
+    assert found == hlo.Collective("all-gather", 16 * 16 * 4, 4, 1)

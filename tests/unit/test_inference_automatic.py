@@ -9,9 +9,9 @@ import pytest
 
 from sam_jax.data import rle
 from sam_jax.errors import ConfigError
+from sam_jax.images import ImageError
 from sam_jax.inference import automatic
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks, generate_masks_of_many
-from sam_jax.inference.images import ImageError
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import PromptError
 from sam_jax.models.sam import Sam
@@ -218,7 +218,7 @@ def test_tiny_images_have_masks(predictor: Predictor, size: tuple[int, int]) -> 
 
 
 def test_what_came_before_a_bad_image_is_answered(predictor: Predictor) -> None:
-    images = [np.zeros((9, 9, 3), np.uint8)] * 2 + [np.zeros((9, 9), np.float32)]
+    images = [np.zeros((9, 9, 3), np.uint8)] * 2 + [np.zeros((9, 9, 3), np.float32)]
     answered: list[Any] = []
     together = dataclasses.replace(EVERYTHING, regions_per_batch=4)
     with pytest.raises(ImageError, match="image 2 has type float32"):

@@ -258,6 +258,22 @@ def test_linked_folders_are_followed_once(
     assert names == ["a.png", "b.jpg", "link/d.png", "more/c.JPEG"]
 
 
+def test_hidden_files_are_no_pictures(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [str(path) for path in folder.list_pictures(pictures)]
+    for name in ("._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/more/._c.JPEG"):
+        path = pictures / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no picture")
+    assert [str(path) for path in folder.list_pictures(pictures)] == names
+    assert "3 hidden files left out" in caplog.text
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._a.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds no picture .* but 1 hidden files such as"):
+        folder.list_pictures(tmp_path / "empty")
+
+
 def test_names_as_long_as_names_can_be(
     predictor: Predictor, pictures: Path, tmp_path: Path
 ) -> None:
@@ -289,14 +305,14 @@ def test_one_bad_file_stops_no_folder(
     # Where the masks of a picture belong there is something else.
     (out / "annotations" / "a.json" / "x").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(pictures / "locked.png")
-    open_image = folder.open_image
+    read_bytes = Path.read_bytes
 
-    def locked(path: Path) -> np.ndarray:
+    def locked(path: Path) -> bytes:
         if path.name == "locked.png":
             raise PermissionError(errno.EACCES, "Permission denied")
-        return open_image(path)
+        return read_bytes(path)
 
-    monkeypatch.setattr(folder, "open_image", locked)
+    monkeypatch.setattr(Path, "read_bytes", locked)
     summary = folder.annotate_folder(predictor, pictures, out, OPTIONS, coco=True)
     assert summary.num_annotated == 2
     assert len(summary.skipped) == 4
@@ -305,7 +321,7 @@ def test_one_bad_file_stops_no_folder(
         "a.json: Is a directory",
         "dangling.jpg does not exist",
         "loop.jpg",
-        "locked.png",
+        "locked.png cannot be read: Permission denied",
     ):
         assert words in reasons
 

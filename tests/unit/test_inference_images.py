@@ -1,70 +1,16 @@
-"""Images as users have them: taken as documented, or refused with a message that names them."""
+"""Images as the model takes them, and embeddings that are kept."""
 
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from sam_jax.convert.files import WeightsError, write_safetensors
-from sam_jax.inference.images import ImageEmbeddings, ImageError, as_rgb, model_input, open_image
+from sam_jax.inference.images import ImageEmbeddings, model_input
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)
-
-
-def test_what_is_taken() -> None:
-    np.testing.assert_array_equal(as_rgb(RGB), RGB)
-    grey = RGB[..., 0]
-    for form in (grey, grey[..., None]):
-        np.testing.assert_array_equal(as_rgb(form), np.stack([grey] * 3, axis=-1))
-    rgba = np.concatenate([RGB, RNG.integers(0, 256, (5, 7, 1), np.uint8)], axis=-1)
-    np.testing.assert_array_equal(as_rgb(rgba), RGB)
-    np.testing.assert_array_equal(as_rgb(grey > 100), np.stack([(grey > 100) * 255] * 3, axis=-1))
-    np.testing.assert_array_equal(as_rgb(Image.fromarray(RGB)), RGB)
-    assert as_rgb(RGB[:1, :1]).shape == (1, 1, 3)
-    # What comes out is the caller's to change, and not a view that repeats a channel.
-    assert as_rgb(grey).flags.owndata
-
-
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (RGB.astype(np.uint16), r"type uint16, expected uint8.*image // 257"),
-        (RGB / 255.0, r"type float64, expected uint8.*255 \* image"),
-        (RGB.astype(np.int32), "type int32, expected uint8"),
-        (RGB[:0], r"is empty: its shape is \(0, 7, 3\)"),
-        (RGB[None], r"has shape \(1, 5, 7, 3\)"),
-        (RGB[..., :2], r"has shape \(5, 7, 2\)"),
-        (np.zeros((3, 5, 7), np.uint8), r"has shape \(3, 5, 7\)"),
-    ],
-)
-def test_what_is_refused(image: np.ndarray, words: str) -> None:
-    with pytest.raises(ImageError, match=f"^my picture .*{words}"):
-        as_rgb(image, "my picture")
-
-
-def test_files(tmp_path: Path) -> None:
-    Image.fromarray(RGB).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(open_image(tmp_path / "x.png"), RGB)
-    Image.fromarray(RGB).convert("P").save(tmp_path / "palette.png")
-    assert open_image(tmp_path / "palette.png").shape == (5, 7, 3)
-    Image.fromarray(RGB[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match=r"deep\.png has type"):
-        open_image(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match=r"no\.png does not exist"):
-        open_image(tmp_path / "no.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
-    with pytest.raises(ImageError, match=r"cut\.png is damaged or no picture"):
-        open_image(tmp_path / "cut.png")
-
-
-def test_a_camera_that_was_held_sideways(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to see it upright
-    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(open_image(tmp_path / "x.png"), np.rot90(RGB, -1))
 
 
 def test_model_input_is_padded_at_the_bottom_and_right() -> None:

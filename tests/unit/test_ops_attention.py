@@ -1,5 +1,6 @@
 """Grid attention: the definition in numpy, and one suite for all implementations."""
 
+import types
 from typing import Any
 
 import jax
@@ -204,16 +205,79 @@ def test_what_is_chosen(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Placement, "compute_capability", 9.0 if platform == "gpu" else None)
+    monkeypatch.setattr(Placement, "compute_capability", (9, 0) if platform == "gpu" else None)
     placement = Placement(named_platform=platform)
     assert choose(grid, heads, channels, jnp.dtype(dtype), placement) == expected
 
 
-def test_an_older_gpu_takes_narrower_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Placement, "compute_capability", 8.0)
+HOPPER, OTHERS, NONE = 256, 128, 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "channels"),
+    [
+        (None, NONE),  # no NVIDIA GPU
+        ((7, 5), NONE),
+        ((8, 0), OTHERS),
+        ((8, 9), OTHERS),
+        ((9, 0), HOPPER),
+        ((10, 0), OTHERS),
+        ((10, 3), OTHERS),
+        ((12, 0), OTHERS),
+        ((12, 1), OTHERS),
+        ((13, 0), OTHERS),  # unknown yet: what all take
+    ],
+)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "grid", "needed"),
+    [
+        (12, 64, (64, 64), 192),  # ViT-B, everywhere
+        (12, 64, (14, 14), 96),
+        (16, 64, (64, 64), 192),  # ViT-L
+        (16, 80, (64, 64), 208),  # ViT-H
+        (16, 80, (14, 14), 112),
+        (16, 80, (32, 32), 144),
+    ],
+)
+def test_cudnn_is_chosen_where_it_can_be_trained(
+    capability: tuple[int, int] | None,
+    channels: int,
+    heads: int,
+    head_dim: int,
+    grid: tuple[int, int],
+    needed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Placement, "compute_capability", capability)
+    assert attention.cudnn_max_channels(capability) == channels
+    chosen = choose(grid, heads, head_dim, jnp.bfloat16, Placement(named_platform="gpu"))
+    otherwise = "extended" if grid[0] <= 32 else "chunked"
+    assert chosen == ("cudnn" if needed <= channels else otherwise)
+
+
+def test_cudnn_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Placement, "compute_capability", (10, 0))
+    qkv = jnp.zeros((1, 40, 40, 3 * 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"'cudnn' cannot do a grid of 40 x 40 .*GPU takes 128"):
+        grid_attention(
+            qkv, None, None, 1, implementation="cudnn", placement=Placement(named_platform="gpu")
+        )
+
+
+@pytest.mark.parametrize(
+    ("says", "capability"),
+    [("9.0", (9, 0)), ("12.1", (12, 1)), ("10.0", (10, 0)), ("gfx942", None), (None, None)],
+)
+def test_the_compute_capability_is_an_nvidia_gpus(
+    says: str | None, capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AMD's are GPUs, too."""
+    device = types.SimpleNamespace(**({} if says is None else {"compute_capability": says}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     placement = Placement(named_platform="gpu")
-    assert choose((64, 64), 12, 64, jnp.bfloat16, placement) == "chunked"
-    assert choose((14, 14), 12, 64, jnp.bfloat16, placement) == "cudnn"
+    assert placement.compute_capability == capability
+    if capability is None:
+        assert choose((14, 14), 12, 64, jnp.bfloat16, placement) == "extended"
 
 
 def largest_intermediate(closed: Any) -> int:

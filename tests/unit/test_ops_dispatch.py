@@ -156,7 +156,7 @@ def test_operations_stand_in_the_table_by_their_name(
     operation: Callable[..., Operation],
 ) -> None:
     made = operation()
-    assert dispatch.OPERATIONS == {"doubling": made}
+    assert {"doubling": made} == dispatch.OPERATIONS
     assert list(made.forms) == ["kernel", "on_gpu", "fast", "reference"]
     assert made.reference is made.forms["reference"]
 

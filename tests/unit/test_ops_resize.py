@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.ops.resize import resize_bilinear, resize_positions
+from sam_jax.ops.resize import enlarge, resize_bilinear, resize_positions
 
 
 def test_enlarging_by_hand() -> None:
@@ -13,6 +13,17 @@ def test_enlarging_by_hand() -> None:
     np.testing.assert_allclose(ours, [[0.0, 0.25, 0.75, 1.0]], atol=1e-7)
     ours = resize_bilinear(jnp.array([[0.0], [3.0]]), (3, 2))
     np.testing.assert_allclose(ours, [[0.0, 0.0], [1.5, 1.5], [3.0, 3.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_enlarging_by_a_whole_factor_is_resizing(scale: int) -> None:
+    maps = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 7)), jnp.float32)
+    expected = resize_bilinear(maps, (5 * scale, 7 * scale))
+    np.testing.assert_allclose(enlarge(maps, scale), expected, atol=5e-6)
+    broken = enlarge(maps.at[0, 4, 6].set(jnp.inf), scale)
+    assert np.isfinite(broken[:, : 3 * scale]).all()
+    assert np.isfinite(broken[:, :, : 5 * scale]).all()
+    assert np.isposinf(broken[0, -1, -1])
 
 
 def test_shrinking_by_hand() -> None:

@@ -56,6 +56,23 @@ def test_boxes_stay_inside_the_unpadded_image():
     assert boxes[:, [1, 3]].max() == 41
 
 
+@pytest.mark.parametrize(
+    "box",
+    [(60, 30, 60, 79), (60, 30, 139, 30), (60, 30, 60, 30), (60, 30, 61, 31), (0, 0, 0, 39)],
+    ids=["column", "row", "pixel", "two-pixels", "edge"],
+)
+def test_noise_never_swaps_the_corners_of_narrow_boxes(box):
+    """A column of pixels has a side of one, so its edges move by a tenth of a pixel each."""
+    boxes = boxes_of(box, 2000)
+    assert (boxes[:, :2] <= boxes[:, 2:]).all()
+    # The corners in order: of two deviates the smaller lies 0.56 deviations below their mean.
+    sides = np.array(box[2:]) - box[:2] + 1
+    inside = np.array(box[:2]) > 0
+    means = np.where(sides == 1, 0.1 * sides / np.sqrt(np.pi), 0)
+    offsets = np.abs((boxes[:, :2] - box[:2]).mean(0) + means)
+    assert (offsets[inside & (sides != 2)] < 0.2 * sides[inside & (sides != 2)] / 40).all()
+
+
 def test_clicks_are_uniform_over_the_error_region():
     masks = np.zeros((12, 16), bool)
     masks[2:8, 3:9] = True

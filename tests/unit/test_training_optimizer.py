@@ -73,6 +73,12 @@ def test_what_decays():
     assert not is_decayed("image_encoder/block_00/attn/qkv/bias", 1)
     assert not is_decayed("image_encoder/block_00/norm1/scale", 1)
     assert not is_decayed("image_encoder/pos_embed", 3)
+    # Learned tokens alike, tables and single vectors.
+    assert is_decayed("prompt_encoder/point_kinds", 2)
+    assert is_decayed("prompt_encoder/not_a_point", 1)
+    assert is_decayed("prompt_encoder/no_mask", 1)
+    assert is_decayed("mask_decoder/output_tokens", 2)
+    assert not is_decayed("prompt_encoder/mask_downscaling/conv1/bias", 1)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from sam_jax.data.samples import Sample
+from sam_jax.data.tally import Tally
 
 
 @runtime_checkable
@@ -14,9 +15,12 @@ class Source(Protocol):
 
     Attributes:
         name: what `Sample.dataset` says.
+        left_out: what of the data set is not among the samples, and not in
+            them, by reason. Known when the source is opened.
     """
 
     name: str
+    left_out: Tally
 
     def __len__(self) -> int: ...
 
@@ -25,5 +29,6 @@ class Source(Protocol):
 
         Raises:
             CorruptSampleError: what stands there cannot be used.
+            NoObjectError: nothing is marked in it.
         """
         ...

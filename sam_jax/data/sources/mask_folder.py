@@ -2,22 +2,23 @@
 
 import collections
 import logging
-import os
+import unicodedata
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sam_jax.data import rle
-from sam_jax.data.samples import DECODE_ERRORS, CorruptSampleError, Sample
+from sam_jax.data.files import data_files
+from sam_jax.data.label_maps import LabelMapError, read_label_map
+from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
+from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # Lossy formats smear labels into each other at every outline.
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-# More labels than this is a photograph in the wrong folder.
-_MAX_LABELS = 10_000
 
 
 class MaskFolderSource:
@@ -30,15 +31,30 @@ class MaskFolderSource:
       map with one object;
     - `sub/cat/*.png` or `sub/cat_*.png`, one mask a file: everything that is
       not 0 (black).
+
+    `docs/annotations.md` has all forms of such files, and what is refused.
     """
 
-    def __init__(self, path: str | Path, masks: str | Path, name: str = "mask_folder"):
+    def __init__(
+        self,
+        path: str | Path,
+        masks: str | Path,
+        name: str = "mask_folder",
+        background: int | None = None,
+        ignore_labels: Sequence[int] = (),
+        orientation: Orientation = "upright",
+    ):
         """Matches the files; none is opened yet.
 
         Args:
             path: the folder (tree) of images.
             masks: the folder (tree) of masks, in PNG, BMP or TIFF.
             name: what `Sample.dataset` says.
+            background: the label that is no object: a grey value, palette
+                index or colour 0xRRGGBB; None is black.
+            ignore_labels: labels that are neither object nor background.
+            orientation: see `Sample`; masks that are stored turned are taken
+                by it.
 
         Raises:
             FileNotFoundError: a folder does not exist.
@@ -46,31 +62,64 @@ class MaskFolderSource:
                 belongs to any image.
         """
         self.name = name
+        self.left_out = Tally()
+        self._background, self._ignore_labels = background, tuple(ignore_labels)
+        self._orientation = orientation
         images: dict[str, Path] = {}
-        for stem, image in _files(path, _IMAGE_SUFFIXES):
+        for stem, image in self._files(path, PICTURE_SUFFIXES):
             if stem in images:
                 raise ConfigError(f"{images[stem]} and {image} would share their masks")
             images[stem] = image
+        # Where no name is the same, one that differs in case only is.
+        folded: dict[str, list[str]] = collections.defaultdict(list)
+        for stem in images:
+            folded[stem.casefold()].append(stem)
         # Per image: (is it a label map, the file).
         found: dict[str, list[tuple[bool, Path]]] = collections.defaultdict(list)
-        strays = []
-        for stem, mask in _files(masks, _MASK_SUFFIXES):
+        num_masks = 0
+        for stem, mask in self._files(masks, _MASK_SUFFIXES):
+            num_masks += 1
             owner = _owner(stem, images)
+            if owner is None and (alike := _owner(stem.casefold(), folded)):
+                owner, *others = folded[alike]
+                if others:
+                    raise ConfigError(
+                        f"{mask} may belong to {images[owner]} or {images[others[0]]}: write its "
+                        "name as the image's is"
+                    )
             if owner is None:
-                strays.append(mask)
+                self.left_out.add("mask files without an image", str(mask))
             else:
-                found[owner].append((stem == owner, mask))
+                found[owner].append((stem.casefold() == owner.casefold(), mask))
         if not found:
+            left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(
-                f"none of the {len(strays)} masks (png, bmp, tif) in {masks} belongs "
+                f"none of the {num_masks} masks (png, bmp, tif) in {masks} belongs "
                 f"to one of the {len(images)} images in {path}; for cat.jpg, "
-                "cat.png, cat_*.png and cat/*.png would"
+                f"cat.png, cat_*.png and cat/*.png would{left_out}"
             )
-        bare = sorted(images.keys() - found.keys())
-        for what, names in (("images without a mask", bare), ("stray masks", strays)):
-            if names:
-                _log.warning("%s: %d %s, e.g. %s", path, len(names), what, names[0])
+        for stem in sorted(images.keys() - found.keys()):
+            self.left_out.add("images without a mask file", str(images[stem]))
+        for line in self.left_out.lines():
+            _log.warning("%s: left out: %s", path, line)
         self._pairs = [(images[stem], found[stem]) for stem in sorted(found)]
+
+    def _files(self, folder: str | Path, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
+        """(path below the folder without suffix, path) of its files, sorted."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        found, hidden = data_files(folder, suffixes)
+        if hidden:
+            self.left_out.add("hidden files", str(hidden[0]), len(hidden))
+        # The same letters may be stored composed or not, as in zips from other systems.
+        return sorted(
+            (
+                unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()),
+                path,
+            )
+            for path in found
+        )
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -79,45 +128,39 @@ class MaskFolderSource:
         """The image at 0 <= index < len, and its masks.
 
         Raises:
-            CorruptSampleError: the image is gone, or a label map has
-                thousands of labels. Unreadable mask files are left out.
+            CorruptSampleError: the image is gone. Mask files that are damaged
+                or no label maps are left out.
         """
         path, mask_files = self._pairs[index]
         try:
             image = path.read_bytes()
         except FileNotFoundError as error:
             raise CorruptSampleError(str(path), "missing image") from error
-        masks_rle, unusable = [], []
+        masks_rle, unusable, remarks = [], [], []
         for is_label_map, file in mask_files:
             try:
-                labels = _read_labels(file)
-            except DECODE_ERRORS as error:
+                labels, decided = read_label_map(
+                    file, self._background, self._ignore_labels, self._orientation
+                )
+            except (LabelMapError, OSError) as error:
                 unusable.append(f"{file}: {error}")
                 continue
             if not is_label_map:
                 labels = (labels != 0).astype(np.uint8)
-            elif (count := np.unique(labels).size) > _MAX_LABELS:
-                detail = f"{file} has {count} labels; is it a photograph?"
-                raise CorruptSampleError(str(path), "too many labels", detail)
             masks_rle += rle.from_labels(labels)
-        return Sample(image, tuple(masks_rle), self.name, str(path), tuple(unusable))
+            remarks += [(remark, str(file)) for remark in decided]
+        return Sample(
+            image,
+            tuple(masks_rle),
+            self.name,
+            str(path),
+            tuple(unusable),
+            self._orientation,
+            tuple(remarks),
+        )
 
 
-def _files(folder: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """(path below the folder without suffix, path) of its files, sorted."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    found = []
-    for parent, _, names in os.walk(folder):
-        for file_name in names:
-            path = Path(parent, file_name)
-            if path.suffix.lower() in suffixes:
-                found.append((path.relative_to(folder).with_suffix("").as_posix(), path))
-    return sorted(found)
-
-
-def _owner(stem: str, images: dict[str, Path]) -> str | None:
+def _owner(stem: str, images: Container[str]) -> str | None:
     """The image a mask belongs to; of `cat` and `cat_2`, the longer match."""
     folder = stem.rpartition("/")[0]
     if stem not in images and folder in images:
@@ -125,14 +168,3 @@ def _owner(stem: str, images: dict[str, Path]) -> str | None:
     while stem and stem not in images:
         stem = stem.rpartition("_")[0]
     return stem or None
-
-
-def _read_labels(path: Path) -> np.ndarray:
-    """The label of each pixel, integers [h, w]; 0 is background."""
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            image = image.convert("RGB")
-        labels = np.asarray(image)
-    if labels.ndim == 3:
-        labels = labels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    return labels

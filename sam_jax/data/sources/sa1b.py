@@ -13,19 +13,24 @@ import logging
 import os
 import tarfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
 
+from sam_jax.data.files import data_files, is_hidden
 from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
+from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_HIDDEN = "hidden files"
 _BLOCK = tarfile.BLOCKSIZE
+# Goes up when the scan finds other pairs, so that older indices are made anew.
+_INDEX_VERSION = 2
 # Scanning waits for storage, not for the processor.
 _SCAN_THREADS = 8
 _MAX_OPEN_TARS = 128
@@ -45,6 +50,7 @@ class Sa1bSource:
         path: str | Path | Sequence[str | Path],
         cache_dir: str | Path | None = None,
         name: str = "sa1b",
+        orientation: Orientation = "upright",
     ):
         """Finds the pairs; scans tars that have no current index yet.
 
@@ -53,13 +59,17 @@ class Sa1bSource:
                 a glob pattern of any of these, or several such.
             cache_dir: where the indices are kept; None is beside each tar.
             name: what `Sample.dataset` says.
+            orientation: see `Sample`.
 
         Raises:
             FileNotFoundError: nothing is there.
             ConfigError: a file is no uncompressed tar, there is no pair in
-                all of it, or an index cannot be kept where it should be.
+                all of it, two images would share an annotation, or an index
+                cannot be kept where it should be.
         """
         self.name = name
+        self.left_out = Tally()
+        self._orientation = orientation
         parts = [path] if isinstance(path, (str, Path)) else path
         tars, folders = _find(parts)
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
@@ -67,10 +77,13 @@ class Sa1bSource:
             self._shards: list[_Shard] = [
                 _TarShard(tar, index) for tar, index in zip(tars, index_paths, strict=True)
             ]
-        self._shards += [_FolderShard(folder) for folder in folders]
+        self._shards += [_FolderShard(folder, self.left_out) for folder in folders]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         if not len(self):
-            raise ConfigError(f"no image with annotations in {path}")
+            left_out = f" (left out: {self.left_out})" if self.left_out else ""
+            raise ConfigError(f"no image with annotations in {path}{left_out}")
+        if self.left_out:
+            _log.warning("%s: left out: %s", path, self.left_out)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -89,7 +102,7 @@ class Sa1bSource:
         within = index - int(self._ends[number]) + len(shard)
         name, image, annotation = shard.read(within)
         masks_rle, unusable = parse_annotation(name, annotation)
-        return Sample(image, masks_rle, self.name, name, unusable)
+        return Sample(image, masks_rle, self.name, name, unusable, self._orientation)
 
 
 def parse_annotation(
@@ -106,14 +119,18 @@ def parse_annotation(
     """
     try:
         annotations = json.loads(content)["annotations"]
-        segmentations = [annotation["segmentation"] for annotation in annotations]
+        if not isinstance(annotations, list):
+            raise TypeError(f"annotations is {annotations!r:.80}, not a list")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptSampleError(name, "malformed json", repr(error)) from error
-    usable = tuple(rle for rle in segmentations if isinstance(rle, dict))
-    unusable = tuple(
-        f"segmentation is {rle!r:.80}" for rle in segmentations if not isinstance(rle, dict)
-    )
-    return usable, unusable
+    usable, unusable = [], []
+    for number, annotation in enumerate(annotations):
+        rle = annotation.get("segmentation") if isinstance(annotation, dict) else annotation
+        if isinstance(rle, dict) and isinstance(annotation, dict):
+            usable.append(rle)
+        else:
+            unusable.append(f"annotations[{number}]: segmentation is {rle!r:.80}")
+    return tuple(usable), tuple(unusable)
 
 
 def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
@@ -126,7 +143,7 @@ def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
         for match in matches:
             if not match.is_dir():
                 tars.add(match)
-            elif inside := list(match.glob("*.tar")):
+            elif inside := [tar for tar in match.glob("*.tar") if not is_hidden(Path(tar.name))]:
                 tars.update(inside)
             else:
                 folders.add(match)
@@ -145,8 +162,12 @@ def _matches(pattern: Path) -> list[Path]:
     if not rest:
         return [literal]
     found = list(literal.glob("/".join(rest)))
-    whole = pattern.relative_to(pattern.anchor)
-    return found or list(Path(pattern.anchor).glob(str(whole)))
+    if not found:
+        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    # A star stands for hidden files as well, which are no data unless they are named.
+    if pattern.name.startswith("."):
+        return found
+    return [match for match in found if not is_hidden(Path(match.name))]
 
 
 class _Shard(Protocol):
@@ -164,13 +185,15 @@ class _Shard(Protocol):
 class _FolderShard:
     """Extracted pairs, in `folder` or below it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, left_out: Tally):
         self._folder = folder
         pairs: dict[str, list[str]] = {}
-        for parent, _, names in os.walk(folder):
-            for file_name in names:
-                path = Path(parent, file_name).relative_to(folder).as_posix()
-                _pair_up(pairs, path, path, "")
+        found, hidden = data_files(folder, (*PICTURE_SUFFIXES, ".json"))
+        if hidden:
+            left_out.add(_HIDDEN, str(hidden[0]), len(hidden))
+        for file in found:
+            path = file.relative_to(folder).as_posix()
+            _pair_up(pairs, path, path, "", str)
         # Millions of paths: as one array they are pickled into workers at
         # once and take no more room than their characters.
         self._pairs = np.array([pairs[stem] for stem in sorted(pairs)], np.str_).reshape(-1, 2)
@@ -192,14 +215,24 @@ class _FolderShard:
         return present, contents[0], contents[1]
 
 
-def _pair_up(pairs: dict[str, list], path: str, value: Any, absent: Any) -> None:
-    """Files an image or json under its path without suffix; ignores others."""
+def _pair_up(
+    pairs: dict[str, list], path: str, value: Any, absent: Any, name: Callable[[Any], str]
+) -> None:
+    """Files an image or json under its path without suffix; ignores others.
+
+    Raises:
+        ConfigError: there is another one, with another name.
+    """
     suffix = PurePosixPath(path).suffix
-    stem = path.removesuffix(suffix)
-    if suffix.lower() in _IMAGE_SUFFIXES:
-        pairs.setdefault(stem, [absent, absent])[0] = value
-    elif suffix.lower() == ".json":
-        pairs.setdefault(stem, [absent, absent])[1] = value
+    if suffix.lower() not in (*PICTURE_SUFFIXES, ".json"):
+        return
+    pair = pairs.setdefault(path.removesuffix(suffix), [absent, absent])
+    place = int(suffix.lower() == ".json")
+    if pair[place] != absent and name(pair[place]) != name(value):
+        raise ConfigError(
+            f"{name(pair[place])} and {name(value)} would share one annotation; rename one of them"
+        )
+    pair[place] = value
 
 
 class _TarShard:
@@ -273,7 +306,7 @@ def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
     folder = tar.parent if cache_dir is None else Path(cache_dir)
     # Tars of one name from two folders may share a cache.
     origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
-    state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{_INDEX_VERSION}"
     # A name may be as long as names can be; what it is of is in the digest, too.
     label = os.fsdecode(os.fsencode(tar.name)[:_MAX_LABEL_BYTES])
     path = folder / f"{label}.{origin}.{state}.npy"
@@ -321,14 +354,19 @@ def scan_tar(path: Path) -> np.ndarray:
     """
     pairs: dict[str, list[tuple[str, int, int]]] = {}
     absent = ("", -1, 0)
+    num_hidden = 0
     try:
         with tarfile.open(path, "r:") as tar:
             complete = True
             try:
                 for member in tar:
-                    if member.isreg():
+                    if not member.isreg():
+                        continue
+                    if is_hidden(PurePosixPath(member.name)):
+                        num_hidden += 1
+                    else:
                         extent = (member.name, member.offset_data, member.size)
-                        _pair_up(pairs, member.name, extent, absent)
+                        _pair_up(pairs, member.name, extent, absent, lambda value: value[0])
             except tarfile.ReadError:
                 complete = False
             # A tar ends with blocks of zeros; tarfile stops at garbage, too.
@@ -336,6 +374,8 @@ def scan_tar(path: Path) -> np.ndarray:
             complete = complete and tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
     except tarfile.ReadError as error:
         raise ConfigError(f"{path} is not an uncompressed tar: {error}") from error
+    if num_hidden:
+        _log.warning("%s: %d hidden files left out", path, num_hidden)
     if not complete:
         _log.warning("%s is cut short or damaged: %d images", path, len(pairs))
     names = [os.fsencode(pairs[stem][0][0] or pairs[stem][1][0]) for stem in sorted(pairs)]

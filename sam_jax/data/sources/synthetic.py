@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32, UInt8
 
 from sam_jax.data import rle
 from sam_jax.data.samples import Sample
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 
 # What is left of a shape counts as an object if it covers this fraction of
@@ -64,6 +65,7 @@ class SyntheticSource:
         if not 0 < radius_rates[0] <= radius_rates[1] <= 0.5:
             raise ConfigError(f"radius_rates must be 0 < low <= high <= 0.5: {radius_rates}")
         self.name = name
+        self.left_out = Tally()
         self._num_images = num_images
         self._image_size = image_size
         self._seed = seed

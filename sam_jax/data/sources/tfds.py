@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
+from sam_jax.images import Orientation
 
 # ArrayRecord checks sums, so damage shows as an error of reading.
 _READ_ERRORS = (OSError, RuntimeError, ValueError, IndexError)
@@ -17,13 +19,20 @@ class TfdsSource:
     no random access. Any builder with the same features will do.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", name: str = "tfds"):
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        name: str = "tfds",
+        orientation: Orientation = "upright",
+    ):
         """Opens the data set; records are read when asked for.
 
         Args:
             path: its version folder, as in `.../segment_anything/1.0.0`.
             split: "train", or a part of it such as "train[:1%]".
             name: what `Sample.dataset` says.
+            orientation: see `Sample`.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -61,6 +70,8 @@ class TfdsSource:
                 'again with file_format="array_record"'
             ) from error
         self.name = name
+        self.left_out = Tally()
+        self._orientation = orientation
         self._path = str(path)
 
     def __len__(self) -> int:
@@ -87,6 +98,7 @@ class TfdsSource:
             tuple(_to_rle(*mask) for mask in zip(masks["size"], masks["counts"], strict=True)),
             self.name,
             f"{self._path}::{image['file_name'].decode()}",
+            orientation=self._orientation,
         )
 
 

@@ -1,0 +1,92 @@
+"""Programs for NVIDIA GPUs, lowered on a machine without one: what they call, and what not."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sam_jax.ops.attention import Implementation, choose, grid_attention
+from sam_jax.ops.placement import Placement
+from sam_jax.training.recipe import Recipe, read_config
+
+FORWARD, BACKWARD = "@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("
+
+
+@contextlib.contextmanager
+def a_gpu_of(capability: tuple[int, int]) -> Iterator[None]:
+    """Programs are lowered as on a machine with such a GPU; JAX asks for its own otherwise."""
+    place = "jax._src.cudnn.fused_attention_stablehlo"
+    asked = {
+        f"{place}.check_cudnn_version": lambda: 91200,
+        f"{place}.check_compute_capability": (
+            lambda least: capability >= tuple(map(int, least.split(".")))
+        ),
+        f"{place}.is_cuda_compute_capability_equal": (
+            lambda which: capability == tuple(map(int, which.split(".")))
+        ),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in asked.items():
+            stack.enter_context(mock.patch(name, answer))
+        stack.enter_context(mock.patch.object(Placement, "compute_capability", capability))
+        stack.enter_context(mock.patch.object(Placement, "platform", "gpu"))
+        yield
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [(12, 64), (16, 64), (16, 80)], ids=["vit_b", "vit_l", "vit_h"]
+)
+@pytest.mark.parametrize("grid", [(64, 64), (14, 14)], ids=["everywhere", "windows"])
+def test_a_gpus_program_is_lowered_without_one(
+    capability: tuple[int, int], heads: int, head_dim: int, grid: tuple[int, int]
+) -> None:
+    """Forward and backward by cuDNN where it is chosen; a TPU's kernel could not be lowered."""
+    placement = Placement(named_platform="gpu")
+    qkv = jax.ShapeDtypeStruct((1, *grid, 3 * heads * head_dim), jnp.bfloat16)
+    tables = [jax.ShapeDtypeStruct((2 * side - 1, head_dim), jnp.float32) for side in grid]
+
+    def loss(qkv: Any, *tables: Any) -> Any:
+        return jnp.sum(grid_attention(qkv, *tables, heads, placement=placement)).astype(jnp.float32)
+
+    with a_gpu_of(capability):
+        chosen = choose(grid, heads, head_dim, jnp.bfloat16, placement)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(qkv, *tables)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    by_cudnn = chosen == "cudnn"
+    assert by_cudnn == (grid == (14, 14) or capability == (9, 0))
+    for target in (FORWARD, BACKWARD):
+        assert (target in text) == by_cudnn
+    assert "tpu_custom_call" not in text
+
+
+@pytest.mark.parametrize("implementation", ["window_kernel", "flash_kernel"])
+def test_a_tpu_kernel_in_a_gpus_program_would_be_found(implementation: Implementation) -> None:
+    grid = (14, 14) if implementation == "window_kernel" else (64, 64)
+    placement = Placement(named_platform="tpu")
+    traced = jax.jit(
+        lambda qkv: grid_attention(
+            qkv, None, None, 12, implementation=implementation, placement=placement
+        )
+    ).trace(jax.ShapeDtypeStruct((1, *grid, 3 * 12 * 64), jnp.bfloat16))
+    with pytest.raises(ValueError, match="Cannot lower pallas_call"):
+        traced.lower(lowering_platforms=("cuda",))
+
+
+def test_a_whole_training_step_is_lowered() -> None:
+    """Both blocks of the encoder by cuDNN in both passes, and no other kernel."""
+    config = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
+    with a_gpu_of((9, 0)):
+        recipe = Recipe.of(
+            read_config(config, ["model.dtype=bfloat16", "prompts.num_corrections=0"])
+        )
+        program = recipe.program(jax.devices()[:1])
+        traced = program.step.trace(program.placed_state, program.placed_batch(2, 2))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {call: text.count(call) for call in (FORWARD, BACKWARD)} == {FORWARD: 2, BACKWARD: 2}
+    assert text.count("custom_call @") == 4

@@ -1,0 +1,75 @@
+"""The training loop in this process: where a run starts from. Whole runs are in tests/e2e."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sam_jax.checkpoint import CheckpointConfig, restore_variables
+from sam_jax.convert.checkpoints import save
+from sam_jax.convert.files import WeightsError
+from sam_jax.convert.names import NamesError
+from sam_jax.data.pipeline import train_iterator
+from sam_jax.training import loop
+from sam_jax.training.recipe import Recipe
+from tests.golden.tiny import TINY, random_variables
+from tests.unit.test_training_step import recipe_of
+
+
+def train(workdir: Path, recipe: Recipe) -> Any:
+    data = train_iterator(recipe.data)
+    try:
+        return loop.train(
+            workdir=workdir,
+            recipe=recipe,
+            data_iterator=data,
+            checkpoint_config=CheckpointConfig(),
+            evaluators={},
+        )
+    finally:
+        data.close()
+
+
+def starting_from(path: Path, *settings: str) -> Recipe:
+    # A rate of zero, so that what came out is what went in.
+    fixed = ("optimizer.peak_learning_rate=0.0", "train.num_steps=1", "train.log_every=1")
+    return recipe_of(f"train.init_from={path}", *fixed, *settings)
+
+
+def test_a_new_run_starts_from_weights_and_a_continued_one_from_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, workdir = tmp_path / "weights", tmp_path / "run"
+    recipe = starting_from(weights, "train.ema_decay=0.7")
+    variables = random_variables(recipe.model.config)
+    save(weights, recipe.model.config, variables, "orbax")
+    state = train(workdir, recipe)
+    assert f"starting from the weights in {weights}" in capsys.readouterr().err
+    assert int(state.step) == 1
+    for tree in (
+        state.variables,
+        state.evaluated_variables,
+        restore_variables(workdir, ema=False),
+        restore_variables(workdir),
+    ):
+        jax.tree.map(
+            lambda ours, given: np.testing.assert_allclose(ours, given, rtol=1e-6), tree, variables
+        )
+
+    # What the run started from is not asked for again.
+    shutil.rmtree(weights)
+    assert int(train(workdir, recipe).step) == 1
+    said = capsys.readouterr().err
+    assert "continuing from the checkpoint of step 1" in said
+    assert "starting from" not in said
+
+
+def test_weights_that_do_not_fit_or_are_not_there_are_named(tmp_path: Path) -> None:
+    save(tmp_path / "other", TINY, random_variables(TINY), "orbax")
+    with pytest.raises(NamesError, match="not of the model that the config describes"):
+        train(tmp_path / "run", starting_from(tmp_path / "other"))
+    with pytest.raises(WeightsError, match="nothing does not exist"):
+        train(tmp_path / "run", starting_from(tmp_path / "nothing"))

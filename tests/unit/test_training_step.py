@@ -1,0 +1,95 @@
+"""One step of a run of one round, without chance: in parts, and on parts that do not divide."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sam_jax.configuration import from_mapping
+from sam_jax.data.pipeline import train_iterator
+from sam_jax.errors import ConfigError
+from sam_jax.training.optimizer import OptimizerConfig
+from sam_jax.training.program import TrainProgram
+from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.state import TrainState
+from sam_jax.training.step import Batch
+
+CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
+# A box without noise is the only prompt, nothing is dropped, and one step moves the parameters.
+WITHOUT_CHANCE = (
+    "prompts.box_rate=1.0",
+    "prompts.box_noise_rate=0.0",
+    "prompts.num_corrections=0",
+    "prompts.random_mask_round=False",
+    "prompts.final_mask_round=False",
+    "model.drop_path_rate=0.0",
+    "model.encoder.depth=1",
+    "model.encoder.global_attention_blocks=()",
+    "model.decoder.dropout_rate=0.0",
+    "optimizer.warmup_steps=0",
+    "train.remat_rounds=False",
+)
+
+
+def recipe_of(*settings: str) -> Recipe:
+    return Recipe.of(read_config(CONFIG, [*WITHOUT_CHANCE, *settings]))
+
+
+def one_step(num_parts: int, num_devices: int) -> tuple[TrainState, dict[str, float]]:
+    recipe = recipe_of(f"optimizer.accumulate_steps={num_parts}")
+    program = recipe.program(jax.devices()[:num_devices])
+    data = train_iterator(recipe.data)
+    fields = next(data)
+    data.close()
+    fields = {field.name: np.array(fields[field.name]) for field in dataclasses.fields(Batch)}
+    # Images with two masks, one and none, so that a mean of the parts' means would be another.
+    fields["mask_valid"] = (
+        np.array([[1, 1], [1, 1], [1, 1], [0, 0], [1, 0], [0, 0], [1, 0], [0, 0]]) > 0
+    )
+    state = program.new_state(jax.random.key(0))
+    state, metrics = program.step(state, jax.device_put(fields, program.batch_sharding))
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def at_once() -> tuple[TrainState, dict[str, float]]:
+    return one_step(num_parts=1, num_devices=1)
+
+
+@pytest.mark.parametrize(("num_parts", "num_devices"), [(4, 1), (2, 2)])
+def test_parts_sum_to_the_whole(
+    at_once: tuple[TrainState, dict[str, float]], num_parts: int, num_devices: int
+) -> None:
+    state, metrics = at_once
+    in_parts, found = one_step(num_parts, num_devices)
+    assert found == pytest.approx(metrics, rel=1e-4)
+    assert found["num_masks"] == 8
+    # First moments are the gradients, up to a factor.
+    for one, other in zip(
+        jax.tree.leaves(state.opt_state[1].mu),
+        jax.tree.leaves(in_parts.opt_state[1].mu),
+        strict=True,
+    ):
+        scale = max(float(abs(one).max()), 1e-6)
+        np.testing.assert_allclose(np.array(other) / scale, np.array(one) / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_parts", "num_devices"), [(3, 1), (2, 8), (16, 1)])
+def test_parts_that_do_not_divide_a_device_s_images_are_refused(
+    num_parts: int, num_devices: int
+) -> None:
+    recipe = recipe_of(f"optimizer.accumulate_steps={num_parts}")
+    program: TrainProgram = recipe.program(jax.devices()[:num_devices])
+    with pytest.raises(
+        ConfigError,
+        match=rf"accumulate_steps = {num_parts} does not divide .* {8 // num_devices} images",
+    ):
+        program.step.lower(program.placed_state, program.placed_batch(8, 2))
+
+
+@pytest.mark.parametrize("num_parts", [0, -2])
+def test_a_number_of_parts_that_is_none_is_refused(num_parts: int) -> None:
+    with pytest.raises(ConfigError, match="accumulate_steps must be at least 1, got"):
+        from_mapping(OptimizerConfig, {"accumulate_steps": num_parts}, "optimizer")
