@@ -142,6 +142,34 @@ def test_tokens_and_image_tokens_by_definition(
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("implementation", ["kernel", "ordered"])
+def test_shared_image_tokens_get_the_gradients_of_all_objects(implementation: str) -> None:
+    """Whether they come back once or as a copy for each object."""
+    rng = np.random.default_rng(2)
+    dim = 128
+    tokens, image_tokens = normal(rng, 2, 3, 5, dim), normal(rng, 2, 1, 128, dim)
+    weights = AttentionWeights(*(0.3 * x for x in random_weights(rng, dim, dim // 2)))
+    image_pe = normal(rng, 128, dim)
+
+    def gradients(implementation: str) -> Any:
+        def total(weights: Any, tokens: Any, image_tokens: Any) -> Any:
+            attended, same = token_to_image(
+                weights, tokens, image_tokens, image_pe, num_heads=8, implementation=implementation
+            )
+            return jnp.sum(jnp.sin(attended)) + jnp.sum(jnp.sin(same).mean(axis=1))
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(weights, tokens, image_tokens)
+
+    expected = gradients("reference")
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for ours, theirs in zip(
+        jax.tree.leaves(gradients(implementation)), jax.tree.leaves(expected), strict=True
+    ):
+        # The gradient of the keys' bias is nothing but rounding.
+        limit = 2e-5 * max(float(jnp.abs(theirs).max()), 0.05 * largest)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit)
+
+
 def test_folding_pays_for_few() -> None:
     """At the published widths: a click's seven tokens, not twenty, and not where all share."""
     assert folding_pays(7, 4096, 256, 128, 8)

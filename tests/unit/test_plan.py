@@ -87,7 +87,7 @@ def test_a_kernel_takes_what_its_instructions_take_or_its_memory() -> None:
         return hlo.Instruction(
             kind="custom-call",
             result="",
-            source="jit(step)/rounds/mask_decoder/jvp(draw_cells)/pallas_call",
+            source="jit(step)/rounds/mask_decoder/jvp(predict_masks)/pallas_call",
             trips=11,
             cycles=0,
             moved_bytes=moved_bytes,
@@ -101,7 +101,7 @@ def test_a_kernel_takes_what_its_instructions_take_or_its_memory() -> None:
     found = planning.part_seconds([kernel(0), fusion], v5e)
     assert found is not None
     assert found["image encoder"] == pytest.approx(2 * 1e-3)
-    rates = planning.KERNEL_PEAK_RATES["draw_cells"]
+    rates = planning.KERNEL_PEAK_RATES["predict_masks"]
     assert found["mask decoder"] == pytest.approx(11 * 1e9 / (rates[0] * 197e12))
     newer = planning.part_seconds([kernel(0)], v6e)
     assert newer is not None
