@@ -11,13 +11,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sam_jax.configuration import from_mapping
-from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.report import results_folder
 from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.places import check_folder
+from sam_jax.weights.load import variables_for
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(

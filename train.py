@@ -16,7 +16,7 @@ from sam_jax.errors import readable_errors
 from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.training import loop
-from sam_jax.training.recipe import Recipe
+from sam_jax.training.experiment import Experiment
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.", required=True)
@@ -33,23 +33,23 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value.to_dict()
-    recipe = Recipe.of(config)
+    experiment = Experiment.of(config)
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
-    start_devices(hosts, recipe.sharding.cpu_devices)
+    start_devices(hosts, experiment.sharding.cpu_devices)
     evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
     # Closing it says what of the data was left out.
     with contextlib.closing(
         train_iterator(
-            recipe.data, process_index=jax.process_index(), process_count=jax.process_count()
+            experiment.data, process_index=jax.process_index(), process_count=jax.process_count()
         )
     ) as data_iterator:
         loop.train(
             workdir=WORKDIR.value,
-            recipe=recipe,
+            experiment=experiment,
             data_iterator=data_iterator,
             checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
             evaluators={
-                name: Evaluator(recipe.task.model, section, kernels=recipe.kernels)
+                name: Evaluator(experiment.task.model, section, kernels=experiment.kernels)
                 for name, section in evals.items()
             },
             sections=config,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from benchmarks import limits, report
 from benchmarks.random_inputs import random_like
 from benchmarks.timing import Timing, compile_for, time_compiled
-from sam_jax import work
+from sam_jax import flop_counts
 from sam_jax.ops.attention import GRID_ATTENTION, Implementation, grid_attention
 
 # By platform: what runs there and is not merely interpreted. The reference holds all logits.
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             timings[form] = _time(args, grid, form)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             refused[form] = str(error).splitlines()[0][:200]
-    passes = work.TRAINING_FACTOR if args.backward else 1
-    flops = passes * args.batch * work.attention_flops(grid, args.heads * args.channels)
+    passes = flop_counts.TRAINING_FACTOR if args.backward else 1
+    flops = passes * args.batch * flop_counts.attention_flops(grid, args.heads * args.channels)
     limit = limits.matmul_flops_per_second(args.dtype, jax.devices()[:1])
     rates = [report.Rate("FLOP/s", flops / timings[chosen].best, limit)]
     rates += [

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.report import output_file
 from sam_jax import hlo
+from sam_jax.cost_report import devices_of
 from sam_jax.ops.attention import GRID_ATTENTION
 from sam_jax.ops.dispatch import Operation
 from sam_jax.ops.mask_embedding import ADD_MASK_EMBEDDINGS, MaskEmbeddingWeights
@@ -35,7 +36,6 @@ from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.token_attention import IMAGE_TO_TOKEN, TOKEN_TO_IMAGE, AttentionWeights
 from sam_jax.ops.tpu import mask_statistics as mask_statistics_kernel
 from sam_jax.ops.windows import NORM_PARTITION, UNPARTITION_ADD_NORM
-from sam_jax.plan import devices_of
 
 # Of ViT-H and its decoder. Four objects or windows are enough: each takes the same.
 GRID, WINDOW, DIM, HEADS = (64, 64), 14, 1280, 16

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import limits, recipe, report
+from benchmarks import experiment, limits, report
 from benchmarks.timing import compile_for, time_compiled
-from sam_jax import work
+from sam_jax import flop_counts
 from sam_jax.data import train_iterator
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
 from sam_jax.ops.images import normalize_images
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment
 from sam_jax.training.state import TrainState
 from sam_jax.training.tasks.segment import Batch, build_rounds
 
@@ -31,7 +31,7 @@ from sam_jax.training.tasks.segment import Batch, build_rounds
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times the step, on one batch again and again or on fresh ones, and reports it."""
     args = parse(argv)
-    run = recipe.load(args)
+    run = experiment.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
     program, task = run.program(), run.task
     iterator = train_iterator(run.data)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # The count of objects matters for what was useful, and their slots for what was computed.
     per_image = float(np.mean(num_masks)) / run.data.batch_size
     count = (task.model.config, task.prompts, run.data.batch_size)
-    flops = work.step_flops(*count, run.data.max_masks)
-    useful = work.step_flops(*count, per_image, useful=True)
+    flops = flop_counts.step_flops(*count, run.data.max_masks)
+    useful = flop_counts.step_flops(*count, per_image, useful=True)
     devices = list(program.mesh.devices.flat)
     limit = limits.matmul_flops_per_second(task.dtype, devices)
     rates = [
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "work_flops": flops,
         "useful_flops": useful,
         "num_rounds": task.prompts.num_rounds,
-        "sources": recipe.names_of(run.data.sources),
+        "sources": experiment.names_of(run.data.sources),
         "fresh_batches": args.fresh_batches,
     }
     if args.parts:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the benchmark."""
     parser = report.parser("step", __doc__)
-    recipe.add_options(parser)
+    experiment.add_options(parser)
     parser.add_argument(
         "--fresh-batches", action="store_true", help="read a batch for each step, as in training"
     )
@@ -92,8 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _time_parts(
-    run: Recipe,
-    program: TrainProgram,
+    run: Experiment,
+    program: CompiledStep,
     state: TrainState,
     batch: dict[str, jax.Array],
     repeats: int,
@@ -143,7 +143,7 @@ def _time_parts(
     return seconds
 
 
-def _on_devices(local: dict[str, Any], program: TrainProgram) -> dict[str, jax.Array]:
+def _on_devices(local: dict[str, Any], program: CompiledStep) -> dict[str, jax.Array]:
     """The fields of ``Batch`` by name."""
     fields = {field.name: local[field.name] for field in dataclasses.fields(Batch)}
     return jax.device_put(fields, program.batch_sharding)

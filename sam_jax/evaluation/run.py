@@ -20,7 +20,6 @@ from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.pipeline import EvalExample, eval_samples
 from sam_jax.data.samples import Sample
 from sam_jax.data.sources import Source
-from sam_jax.data.transforms import fit_longest_side, resize_image
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.baselines import (
     BOX_BASELINES,
@@ -49,6 +48,7 @@ from sam_jax.evaluation.protocols import (
 from sam_jax.evaluation.report import DatasetReport, EvalReport
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
+from sam_jax.resizing import fit_longest_side, resize_image
 
 BASELINES = (DISK_BASELINE, *BOX_BASELINES)
 # Batches that are under way at once: while the host scores one, the device decodes another.

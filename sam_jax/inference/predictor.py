@@ -16,7 +16,6 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
-from sam_jax.convert.checkpoints import load
 from sam_jax.images import as_rgb
 from sam_jax.inference.arguments import checked_embeddings, images_in, prompts_per_image
 from sam_jax.inference.images import ImageEmbeddings, model_input
@@ -28,6 +27,7 @@ from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import normalize_images
 from sam_jax.parallel import BATCH, Parallel
+from sam_jax.weights.load import load
 
 
 def use_compilation_cache(folder: str | Path) -> None:
@@ -193,7 +193,7 @@ class Predictor:
         devices: Sequence[jax.Device] | None = None,
         **options: Any,
     ) -> "Predictor":
-        """A predictor of any checkpoint; ``options`` and errors as ``convert.checkpoints.load``."""
+        """A predictor of any checkpoint; ``options`` and errors as ``weights.load.load``."""
         model, variables = load(path_or_name, **options)
         return cls(model, variables, buckets, devices=devices)
 

@@ -20,15 +20,15 @@ from sam_jax.checkpoint import (
     config_changes,
     save_config,
 )
-from sam_jax.convert.files import WeightsError
 from sam_jax.errors import UserError
 from sam_jax.hosts import end_now, is_first
 from sam_jax.sharding import describe
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe, TrainConfig
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment, TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Task
+from sam_jax.weights.files import WeightsError
 
 # Processes tell each other of signals so often: it makes them wait for the step before.
 _STEPS_BETWEEN_AGREEMENTS = 10
@@ -63,20 +63,20 @@ class DivergedError(UserError):
 def train(
     *,
     workdir: str | Path,
-    recipe: Recipe,
+    experiment: Experiment,
     data_iterator: Any,
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
     sections: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Trains all steps of the recipe, from the newest checkpoint in ``workdir`` if there is one.
+    """Trains all steps, from the newest checkpoint in ``workdir`` if there is one.
 
     A run that was killed and is started again goes through the same states as one that was not.
-    Nothing in ``workdir`` changes before recipe, data and checkpoint are found to fit together.
+    Nothing in ``workdir`` changes before experiment, data and checkpoint are found to fit together.
 
     Args:
       workdir: for checkpoints and TensorBoard files.
-      recipe: the task, its training and its devices.
+      experiment: the task, its training and its devices.
       data_iterator: yields mappings of the fields of the task's batch, this process's share, and
         can save and restore its position.
       checkpoint_config: when to save.
@@ -88,12 +88,12 @@ def train(
       TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
       CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
-      WeightsError, NamesError: if ``recipe.train.init_from`` cannot be read or does not fit.
+      WeightsError, NamesError: if ``experiment.train.init_from`` cannot be read or does not fit.
     """
-    config, program = recipe.train, recipe.program()
-    recipe.check_batch(program, recipe.data.batch_size)
+    config, program = experiment.train, experiment.program()
+    experiment.check_batch(program, experiment.data.batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
-    _check_workdir(Path(workdir), checkpointer.latest_step, recipe.task)
+    _check_workdir(Path(workdir), checkpointer.latest_step, experiment.task)
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
     try:
@@ -110,7 +110,7 @@ def train(
         # Data that cannot be read are found out here.
         batches = itertools.chain([next(data_iterator)], data_iterator)
         if state is None:
-            state = _new_state(recipe, program, reporter)
+            state = _new_state(experiment, program, reporter)
         _begin(program, checkpointer, reporter, first_step, sections)
         if not first_step:
             reporter.say("the first step is compiled now, which can take minutes")
@@ -160,7 +160,7 @@ def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
         )
 
 
-def _introduce(program: TrainProgram, reporter: Reporter) -> None:
+def _introduce(program: CompiledStep, reporter: Reporter) -> None:
     """Says what runs where."""
     mesh, params = program.mesh, program.state_shapes.params
     reporter.say(
@@ -188,12 +188,12 @@ def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainStat
     return state
 
 
-def _new_state(recipe: Recipe, program: TrainProgram, reporter: Reporter) -> TrainState:
+def _new_state(experiment: Experiment, program: CompiledStep, reporter: Reporter) -> TrainState:
     """The state before the first step, from random or from other weights."""
-    config, key = recipe.train, jax.random.key(recipe.train.seed)
+    config, key = experiment.train, jax.random.key(experiment.train.seed)
     if config.init_from is None:
         return program.new_state(key)
-    state = program.state_from(recipe.task.load(config.init_from, key))
+    state = program.state_from(experiment.task.load(config.init_from, key))
     reporter.say(f"starting from the weights in {config.init_from}")
     return state
 
@@ -284,7 +284,7 @@ def _is_evaluated(step: int, config: TrainConfig) -> bool:
     return is_due or step == config.num_steps
 
 
-def _global_batch(local: Mapping[str, np.ndarray], program: TrainProgram) -> dict[str, jax.Array]:
+def _global_batch(local: Mapping[str, np.ndarray], program: CompiledStep) -> dict[str, jax.Array]:
     """This process's share of the images as part of the arrays over all devices."""
     return {
         name: jax.make_array_from_process_local_data(program.batch_sharding, local[name])

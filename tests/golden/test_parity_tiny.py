@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.convert.names import from_native, to_native
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.ops.images import normalize_images
+from sam_jax.weights.names import from_native, to_native
 from tests.golden.tiny import (
     EVERY_COMBINATION,
     FROZEN_STRIDE,

@@ -21,15 +21,15 @@ from sam_jax.evaluation.run import EvalConfig
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import ModelConfig, build_model
-from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import MESH_AXES, ShardingConfig, tree_shardings
+from sam_jax.simulated_user import PromptConfig
+from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_schedule,
     parameter_groups,
 )
-from sam_jax.training.recipe import TrainConfig
 from sam_jax.training.state import init_state
 from sam_jax.training.step import Batch, build_train_step
 from tests.golden.tables import assert_unchanged, folded

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from sam_jax.convert import onnx_export
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.onnx_decoder import DecoderOptions
-from sam_jax.convert.onnx_export import DECODER, ENCODER, export_onnx
+from sam_jax.export.onnx import DECODER, ENCODER, export_onnx
+from sam_jax.export.onnx_decoder import DecoderOptions
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam, SamConfig
+from sam_jax.weights.files import WeightsError
 from tests.golden.tiny import TINY
 from tests.parity import official
 from tests.parity.official import torch

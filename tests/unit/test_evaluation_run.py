@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam_jax import rle
 from sam_jax.configuration import from_mapping
-from sam_jax.data import rle
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.protocols import (

@@ -12,7 +12,7 @@ import pytest
 
 from sam_jax.ops.attention import Implementation, choose, grid_attention
 from sam_jax.ops.placement import Placement
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.experiment import Experiment, read_config
 
 FORWARD, BACKWARD = "@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("
 
@@ -82,10 +82,10 @@ def test_a_whole_training_step_is_lowered() -> None:
     """Both blocks of the encoder by cuDNN in both passes, and no other kernel."""
     config = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
     with a_gpu_of((9, 0)):
-        recipe = Recipe.of(
+        experiment = Experiment.of(
             read_config(config, ["model.dtype=bfloat16", "prompts.num_corrections=0"])
         )
-        program = recipe.program(jax.devices()[:1])
+        program = experiment.program(jax.devices()[:1])
         traced = program.step.trace(program.placed_state, program.placed_batch(2, 2))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert {call: text.count(call) for call in (FORWARD, BACKWARD)} == {FORWARD: 2, BACKWARD: 2}

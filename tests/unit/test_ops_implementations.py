@@ -187,7 +187,7 @@ def test_the_suite_is_no_milder_than_a_self_check() -> None:
 
 
 def test_every_operation_ends_with_a_form_that_takes_everything() -> None:
-    """And every kernel takes all examples of its operation, or its self-check would check nothing."""
+    """And every kernel takes its operation's examples, or its self-check would check nothing."""
     for operation in OPERATIONS.values():
         *_, last = operation.forms.values()
         assert (last.platforms, last.is_kernel) == (None, False)

@@ -14,9 +14,9 @@ from jax.sharding import SingleDeviceSharding
 
 import sam_jax.ops.tpu
 from sam_jax import losses  # noqa: F401 - registers what the model does not use
+from sam_jax.cost_report import devices_of
 from sam_jax.models import sam  # noqa: F401 - registers the model's operations
 from sam_jax.ops import dispatch
-from sam_jax.plan import devices_of
 
 KERNELS = {
     f"{operation.name}-{form.name}": (operation, form)

@@ -17,7 +17,7 @@ from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.ops.dispatch import Target
 from sam_jax.parallel import Parallel
-from sam_jax.prompts import PromptConfig
+from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import init_state
 from sam_jax.training.step import Batch, build_train_step

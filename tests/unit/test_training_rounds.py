@@ -11,7 +11,7 @@ from sam_jax.losses import LossConfig, mask_losses, round_loss
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.resize import resize_bilinear
-from sam_jax.prompts import PromptConfig
+from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import run_rounds
 
 IMAGE_HW = (24, 40)

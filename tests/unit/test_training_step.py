@@ -10,9 +10,9 @@ import pytest
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.optimizer import OptimizerConfig
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe, read_config
 from sam_jax.training.state import TrainState
 from sam_jax.training.step import Batch
 
@@ -33,8 +33,8 @@ WITHOUT_CHANCE = (
 )
 
 
-def recipe_of(*settings: str) -> Recipe:
-    return Recipe.of(read_config(CONFIG, [*WITHOUT_CHANCE, *settings]))
+def recipe_of(*settings: str) -> Experiment:
+    return Experiment.of(read_config(CONFIG, [*WITHOUT_CHANCE, *settings]))
 
 
 def one_step(num_parts: int, num_devices: int) -> tuple[TrainState, dict[str, float]]:
@@ -81,7 +81,7 @@ def test_parts_that_do_not_divide_a_device_s_images_are_refused(
     num_parts: int, num_devices: int
 ) -> None:
     recipe = recipe_of(f"optimizer.accumulate_steps={num_parts}")
-    program: TrainProgram = recipe.program(jax.devices()[:num_devices])
+    program: CompiledStep = recipe.program(jax.devices()[:num_devices])
     with pytest.raises(
         ConfigError,
         match=rf"accumulate_steps = {num_parts} does not divide .* {8 // num_devices} images",

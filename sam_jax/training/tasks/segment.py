@@ -15,10 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from sam_jax import work
+from sam_jax import flop_counts
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
-from sam_jax.convert.checkpoints import run_config, variables_for
-from sam_jax.convert.geometry import differences
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.image_encoder import drop_path_scales
@@ -26,9 +24,11 @@ from sam_jax.models.sam import PROMPTED_PARTS, Sam, init_variables
 from sam_jax.ops.images import normalize_images
 from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.parallel import BATCH, TENSOR, Parallel
-from sam_jax.prompts import PromptConfig
+from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.task import Fields, LossSums, Sums
+from sam_jax.weights.geometry import differences
+from sam_jax.weights.load import run_config, variables_for
 
 _ENCODER = "image_encoder"
 
@@ -149,7 +149,7 @@ class SegmentTask:
 
     def flops(self, batch_size: int) -> float:
         """Operations of a step, without padding and what is computed twice."""
-        return work.step_flops(
+        return flop_counts.step_flops(
             self.model.config, self.prompts, batch_size, self.max_masks, useful=True
         )
 

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from sam_jax import hlo
 from sam_jax.errors import ConfigError, UserError
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment
 
 LOCAL = "local"
 # Of the operations that our own kernels say they take, the part of the peak that their instructions
@@ -270,22 +270,22 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
     return described.devices, CHIPS[name]
 
 
-def plan(recipe: Recipe, topology: str = LOCAL, *, batch_size: int | None = None) -> Plan:
-    """Compiles a recipe's training step for devices and reads what it will cost there.
+def plan(experiment: Experiment, topology: str = LOCAL, *, batch_size: int | None = None) -> Plan:
+    """Compiles a experiment's training step for devices and reads what it will cost there.
 
     Args:
-      recipe: the whole training.
+      experiment: the whole training.
       topology: see ``devices_of``.
-      batch_size: images of a step; by default the recipe's.
+      batch_size: images of a step; by default the experiment's.
 
     Raises:
-      ConfigError: if the recipe does not fit the devices.
+      ConfigError: if the experiment does not fit the devices.
       TopologyError: see ``devices_of``.
     """
     devices, chip = devices_of(topology)
-    program = recipe.program(devices)
-    batch_size = batch_size or recipe.data.batch_size
-    recipe.check_batch(program, batch_size)
+    program = experiment.program(devices)
+    batch_size = batch_size or experiment.data.batch_size
+    experiment.check_batch(program, batch_size)
     batch = program.placed_batch(batch_size)
     start = time.perf_counter()
     try:
@@ -296,14 +296,14 @@ def plan(recipe: Recipe, topology: str = LOCAL, *, batch_size: int | None = None
         first = next(line for line in str(error).splitlines() if line.strip())
         raise ConfigError(f"it does not fit the devices' memory: {first}") from error
     compile_seconds = time.perf_counter() - start
-    return _read(recipe, topology, chip, program, batch, compiled, compile_seconds)
+    return _read(experiment, topology, chip, program, batch, compiled, compile_seconds)
 
 
 def _read(
-    recipe: Recipe,
+    experiment: Experiment,
     topology: str,
     chip: Chip | None,
-    program: TrainProgram,
+    program: CompiledStep,
     batch: dict[str, Any],
     compiled: Any,
     compile_seconds: float,
@@ -330,7 +330,7 @@ def _read(
         part_seconds=part_seconds(instructions, chip),
         roofline_seconds=flops / num_devices / chip.peak_flops,
         transfer_seconds=transfer,
-        num_steps=recipe.train.num_steps,
+        num_steps=experiment.train.num_steps,
         compile_seconds=compile_seconds,
     )
 
@@ -351,7 +351,7 @@ def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[st
     return seconds
 
 
-def _measured_chip(program: TrainProgram) -> Chip:
+def _measured_chip(program: CompiledStep) -> Chip:
     """A device of this machine: its memory as it says, its products as they are."""
     device = program.mesh.devices.flat[0]
     stats = device.memory_stats() or {}
@@ -372,7 +372,7 @@ def _measured_chip(program: TrainProgram) -> Chip:
     )
 
 
-def _memory(program: TrainProgram, batch: Any, compiled: Any, chip: Chip) -> Memory:
+def _memory(program: CompiledStep, batch: Any, compiled: Any, chip: Chip) -> Memory:
     planned = compiled.memory_analysis()
     state = program.placed_state
     return Memory(

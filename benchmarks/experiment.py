@@ -1,10 +1,10 @@
-"""The recipe that a benchmark's options name."""
+"""The experiment that a benchmark's options name."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.experiment import Experiment, read_config
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +22,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> Recipe:
-    """The recipe that the options describe.
+def load(args: argparse.Namespace) -> Experiment:
+    """The experiment that the options describe.
 
     Raises:
       ConfigError: if a section does not fit what it describes.
     """
     sections = read_config(args.config, args.set)
-    recipe = Recipe.of(sections)
+    experiment = Experiment.of(sections)
     if not args.synthetic:
-        return recipe
-    source = {"kind": "synthetic", "image_size": recipe.task.model.image_size}
-    return Recipe.of(sections | {"data": {**sections["data"], "sources": (source,)}})
+        return experiment
+    source = {"kind": "synthetic", "image_size": experiment.task.model.image_size}
+    return Experiment.of(sections | {"data": {**sections["data"], "sources": (source,)}})
 
 
 def names_of(sources: Sequence[Any]) -> list[str]:

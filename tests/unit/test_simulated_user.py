@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from sam_jax.ops.packed_masks import MaskLayout
-from sam_jax.prompts import PromptConfig, error_click, mask_round_of, noisy_box
+from sam_jax.simulated_user import PromptConfig, error_click, mask_round_of, noisy_box
 
 # With fixed keys, a test either always passes or always fails; a right implementation fails for
 # one key in ten thousand.

@@ -116,7 +116,7 @@ TABLE: tuple[Row, ...] = (
         "image_encoder.pos_embed",
         "vision_encoder.pos_embed",
         "positions",
-        # Here once the class token's is gone and the rest is a grid: see ``convert.mae``.
+        # Here once the class token's is gone and the rest is a grid: see ``weights.mae``.
         mae="pos_embed",
     ),
     Row(

@@ -23,7 +23,12 @@ from sam_jax.checkpoint import (
     save_variables,
 )
 from sam_jax.configuration import from_mapping
-from sam_jax.convert.files import (
+from sam_jax.errors import ConfigError
+from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.variants import ModelConfig, build_model, model_config_of
+from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
+from sam_jax.ops.resize import resize_positions
+from sam_jax.weights.files import (
     SAFETENSORS,
     TORCH_SUFFIXES,
     WeightsError,
@@ -33,7 +38,7 @@ from sam_jax.convert.files import (
     write_torch,
     written_whole,
 )
-from sam_jax.convert.geometry import (
+from sam_jax.weights.geometry import (
     Hints,
     closest_variant,
     detect_scheme,
@@ -43,13 +48,8 @@ from sam_jax.convert.geometry import (
     to_hugging_face,
     variant_name,
 )
-from sam_jax.convert.mae import mae_config, start_from_mae
-from sam_jax.convert.names import NamesError, from_native, to_native
-from sam_jax.errors import ConfigError
-from sam_jax.models.sam import Sam, SamConfig, init_variables
-from sam_jax.models.variants import ModelConfig, build_model, model_config_of
-from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
-from sam_jax.ops.resize import resize_positions
+from sam_jax.weights.mae import mae_config, start_from_mae
+from sam_jax.weights.names import NamesError, from_native, to_native
 
 Target = Literal["orbax", "official", "hugging-face"]
 Form = Literal["orbax", "official", "hugging_face", "mae"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sam_jax.data import rle
+from sam_jax import rle
 from tests.unit.data_fixtures import box_mask, compress
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=23))

@@ -8,10 +8,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam_jax.arrays import Array
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.names import foreign_names, to_native
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS
+from sam_jax.weights.files import WeightsError
+from sam_jax.weights.names import foreign_names, to_native
 
 # What pre-training has and the encoder has not: the class token, the norm after the last block,
 # and the decoder that pre-training throws away.

@@ -10,12 +10,12 @@ import pytest
 from jax.experimental import topologies
 from typer.testing import CliRunner
 
+from sam_jax import cost_report as planning
 from sam_jax import hlo
-from sam_jax import plan as planning
 from sam_jax.cli import app
 from sam_jax.errors import ConfigError
 from sam_jax.sharding import ShardingConfig, make_mesh
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.experiment import Experiment, read_config
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 SMALL = ("prompts.random_mask_round=False", "prompts.final_mask_round=False")
@@ -128,7 +128,7 @@ def test_a_plan_for_this_machine(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--config", CONFIG, *settings, "--json", str(out)])
     assert result.exit_code == 0, result.output
     (made,) = json.loads(out.read_text())
-    program = Recipe.of(read_config(CONFIG, SMALL)).program()
+    program = Experiment.of(read_config(CONFIG, SMALL)).program()
     num_params = sum(leaf.size for leaf in _leaves(program.state_shapes.params))
     memory = made["memory"]
     # Devices that split nothing hold everything.
@@ -149,9 +149,9 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    recipe = Recipe.of(read_config(CONFIG, ["sharding.data=8"]))
+    experiment = Experiment.of(read_config(CONFIG, ["sharding.data=8"]))
     with pytest.raises(ConfigError, match="a batch of 12 images does not divide by 8 devices"):
-        planning.plan(recipe, batch_size=12)
+        planning.plan(experiment, batch_size=12)
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "gpu:8"])
@@ -202,7 +202,7 @@ def test_a_plan_for_a_tpu() -> None:
         "sharding.fsdp=4",
         "data.batch_size=16",
     ]
-    made = planning.plan(Recipe.of(read_config(CONFIG, settings)), "v5e:4x4")
+    made = planning.plan(Experiment.of(read_config(CONFIG, settings)), "v5e:4x4")
     assert made.mesh == {"data": 4, "fsdp": 4, "tensor": 1}
     assert made.memory.fits
     assert made.compute_seconds is not None

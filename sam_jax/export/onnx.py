@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam_jax.convert.files import WeightsError, written_whole
-from sam_jax.convert.names import from_native
-from sam_jax.convert.onnx_decoder import DecoderOptions, decoder_graph
-from sam_jax.convert.onnx_encoder import encoder_graph
-from sam_jax.convert.onnx_graph import LARGEST_MESSAGE, import_onnx
+from sam_jax.export.onnx_decoder import DecoderOptions, decoder_graph
+from sam_jax.export.onnx_encoder import encoder_graph
+from sam_jax.export.onnx_graph import LARGEST_MESSAGE, import_onnx
 from sam_jax.models.sam import SamConfig
+from sam_jax.weights.files import WeightsError, written_whole
+from sam_jax.weights.names import from_native
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 

@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from sam_jax.data.files import NamedFiles, data_files, is_hidden
 from sam_jax.errors import ConfigError
+from sam_jax.files import NamedFiles, data_files, is_hidden
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Käfig") for form in ("NFC", "NFD"))
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sam_jax.convert.onnx_graph import Graph
+from sam_jax.export.onnx_graph import Graph
 from sam_jax.models.image_encoder import ImageEncoderConfig
 
 _ENCODER = "image_encoder"

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam_jax.convert.checkpoints import load
-from sam_jax.convert.files import SAFETENSORS, WeightsError, read_tensors, write_safetensors
-from sam_jax.convert.geometry import detect_scheme
-from sam_jax.convert.names import from_native
-from sam_jax.convert.strangers import pickled_objects, without_wrapping
+from sam_jax.weights.files import SAFETENSORS, WeightsError, read_tensors, write_safetensors
+from sam_jax.weights.geometry import detect_scheme
+from sam_jax.weights.load import load
+from sam_jax.weights.names import from_native
+from sam_jax.weights.strangers import pickled_objects, without_wrapping
 from tests.golden.tiny import TINY, random_variables
 
 

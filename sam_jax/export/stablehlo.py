@@ -13,17 +13,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam_jax.arrays import Array, Bool, Float, Int
-from sam_jax.convert.files import (
+from sam_jax.models.mask_decoder import MaskPrediction
+from sam_jax.models.prompt_encoder import Prompts
+from sam_jax.models.sam import Sam
+from sam_jax.ops.dispatch import Target, tracing_for
+from sam_jax.weights.files import (
     SAFETENSORS,
     WeightsError,
     put_safetensors,
     read_tensors,
     written_whole,
 )
-from sam_jax.models.mask_decoder import MaskPrediction
-from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.models.sam import Sam
-from sam_jax.ops.dispatch import Target, tracing_for
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ENCODER, DECODER, SIGNATURE = "encoder.stablehlo", "decoder.stablehlo", "signature.json"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sam_jax.convert.files import (
+from sam_jax.weights.files import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
     WeightsError,
@@ -167,7 +167,7 @@ class TestTorch:
         return {name: torch.tensor(array) for name, array in TENSORS.items()}
 
     def test_round_trip_in_place(self, torch, tmp_path: Path) -> None:
-        from sam_jax.convert.files import write_torch
+        from sam_jax.weights.files import write_torch
 
         path = tmp_path / "x.pth"
         write_torch(path, {**TENSORS, "a": TENSORS["a"].T})
@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, suffix: str) -> None:
         pytest.importorskip("torch", reason="needs requirements-torch.lock")
     script = f"""
 import resource, signal, numpy, pathlib
-from sam_jax.convert import files
+from sam_jax.weights import files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 write = files.write_torch if "{suffix}" == "pth" else files.write_safetensors

@@ -31,7 +31,7 @@ _COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainProgram:
+class CompiledStep:
     """A run's functions, and where their arguments lie.
 
     Attributes:
@@ -98,7 +98,7 @@ class TrainProgram:
         return init_state(variables, self.optimizer, keeps_ema=self.keeps_ema)
 
 
-def build_program(
+def compile_step(
     task: Task,
     *,
     num_steps: int,
@@ -108,13 +108,13 @@ def build_program(
     sharding_config: ShardingConfig,
     kernels: Kernels = "auto",
     devices: Sequence[Any] | None = None,
-) -> TrainProgram:
+) -> CompiledStep:
     """The program of a run on these devices, which may be ones that are only described.
 
     Args:
       task: what is trained.
-      num_steps, seed, ema_decay: see ``recipe.TrainConfig``.
-      optimizer_config, sharding_config: the recipe.
+      num_steps, seed, ema_decay: see ``experiment.TrainConfig``.
+      optimizer_config, sharding_config: the experiment.
       kernels: see ``ops.dispatch.Target``.
       devices: by default all there are.
 
@@ -146,4 +146,4 @@ def build_program(
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=_COMPILER_OPTIONS.get(parallel.platform),
     )
-    return TrainProgram(task, parallel, optimizer, state_shapes, shardings, step)
+    return CompiledStep(task, parallel, optimizer, state_shapes, shardings, step)

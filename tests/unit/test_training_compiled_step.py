@@ -12,8 +12,8 @@ import pytest
 from sam_jax import hlo
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
 from sam_jax.training.step import Batch
 
@@ -23,11 +23,11 @@ BATCH_SIZE, MAX_MASKS = 8, 4
 NUM_LATER_ROUNDS = 3
 
 
-def build(*settings: str) -> TrainProgram:
-    return Recipe.of(read_config(CONFIG, settings)).program()
+def build(*settings: str) -> CompiledStep:
+    return Experiment.of(read_config(CONFIG, settings)).program()
 
 
-def compiled(program: TrainProgram, max_masks: int) -> Any:
+def compiled(program: CompiledStep, max_masks: int) -> Any:
     """What is asked here is settled before machine code is made, which may be bad."""
     batch = program.placed_batch(BATCH_SIZE, max_masks)
     return program.step.lower(program.placed_state, batch).compile(
@@ -35,7 +35,7 @@ def compiled(program: TrainProgram, max_masks: int) -> Any:
     )
 
 
-def transfers(program: TrainProgram) -> list[hlo.Collective]:
+def transfers(program: CompiledStep) -> list[hlo.Collective]:
     return hlo.collectives(compiled(program, MAX_MASKS).as_text())
 
 
@@ -106,9 +106,9 @@ class History(NamedTuple):
 
 def train(devices: int, **axes: int) -> History:
     settings = [f"sharding.{axis}={size}" for axis, size in axes.items()]
-    recipe = Recipe.of(read_config(CONFIG, [*settings, f"train.ema_decay={DECAY}"]))
-    program = recipe.program(jax.devices()[:devices])
-    step, data = compiled(program, recipe.data.max_masks), train_iterator(recipe.data)
+    experiment = Experiment.of(read_config(CONFIG, [*settings, f"train.ema_decay={DECAY}"]))
+    program = experiment.program(jax.devices()[:devices])
+    step, data = compiled(program, experiment.data.max_masks), train_iterator(experiment.data)
     state = program.new_state(jax.random.key(0))
     # Copies, as a step takes the memory of what it is given.
     history = History([jax.tree.map(np.array, state.params)], [], state)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.names import Scheme, foreign_names
-from sam_jax.convert.strangers import which_model, which_part, without_wrapping
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.variants import VARIANTS
+from sam_jax.weights.files import WeightsError
+from sam_jax.weights.names import Scheme, foreign_names
+from sam_jax.weights.strangers import which_model, which_part, without_wrapping
 
 # A tensor that every checkpoint of a scheme has, and none of another: what it is called tells the
 # scheme, and what stands before that name is a wrapper's prefix ("module.", "sam_model.").

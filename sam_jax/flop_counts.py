@@ -17,7 +17,7 @@ from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
 from sam_jax.ops.token_attention import folding_pays
-from sam_jax.prompts import PromptConfig
+from sam_jax.simulated_user import PromptConfig
 
 # The backward pass multiplies twice for each product of the forward pass: once for the gradient of
 # either factor. Rematerialisation multiplies again, but that is a price, not work done.

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sam_jax.convert.files import WeightsError
+from sam_jax.weights.files import WeightsError
 
 OPSET = 17
 # The file format that came with those operators.

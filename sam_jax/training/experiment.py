@@ -15,10 +15,10 @@ from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import BATCH_AXES, ShardingConfig
+from sam_jax.simulated_user import PromptConfig
+from sam_jax.training.compiled_step import CompiledStep, compile_step
 from sam_jax.training.optimizer import OptimizerConfig
-from sam_jax.training.program import TrainProgram, build_program
 from sam_jax.training.tasks.segment import SegmentTask
 
 
@@ -28,7 +28,7 @@ class TrainConfig:
 
     Attributes:
       num_steps: optimizer steps of the whole run.
-      init_from: weights that a new run starts from, of any form that ``convert.checkpoints.load``
+      init_from: weights that a new run starts from, of any form that ``weights.load.load``
         takes: another run (its averaged parameters, where it keeps them), a published or Hugging
         Face checkpoint, a masked autoencoder; None for random ones.
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
@@ -59,7 +59,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Experiment:
     """The sections of a config that say what a training step is, built."""
 
     task: SegmentTask
@@ -70,8 +70,8 @@ class Recipe:
     train: TrainConfig
 
     @classmethod
-    def of(cls, sections: Mapping[str, Any]) -> "Recipe":
-        """The recipe of a config's sections.
+    def of(cls, sections: Mapping[str, Any]) -> "Experiment":
+        """The experiment of a config's sections.
 
         Raises:
           ConfigError: if a section does not fit what it describes.
@@ -98,9 +98,9 @@ class Recipe:
             train=train,
         )
 
-    def program(self, devices: Sequence[Any] | None = None) -> TrainProgram:
-        """The training step on these devices; see ``build_program``."""
-        return build_program(
+    def program(self, devices: Sequence[Any] | None = None) -> CompiledStep:
+        """The training step on these devices; see ``compile_step``."""
+        return compile_step(
             self.task,
             num_steps=self.train.num_steps,
             seed=self.train.seed,
@@ -111,7 +111,7 @@ class Recipe:
             devices=devices,
         )
 
-    def check_batch(self, program: TrainProgram, batch_size: int) -> None:
+    def check_batch(self, program: CompiledStep, batch_size: int) -> None:
         """Finds out whether every device gets the same share of a batch.
 
         Raises:

@@ -11,12 +11,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sam_jax.checkpoint import CheckpointError
-from sam_jax.convert import checkpoints, files, geometry
-from sam_jax.convert.checkpoints import describe, load, open_weights, save
-from sam_jax.convert.files import WeightsError, write_safetensors
-from sam_jax.convert.names import NamesError, from_native
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS, build_model, model_config_of
+from sam_jax.weights import files, geometry
+from sam_jax.weights import load as checkpoints
+from sam_jax.weights.files import WeightsError, write_safetensors
+from sam_jax.weights.load import describe, load, open_weights, save
+from sam_jax.weights.names import NamesError, from_native
 from tests.golden.tiny import TINY, random_variables
 
 SQUARE = dataclasses.replace(
@@ -378,7 +379,7 @@ class TestMae:
         rng = np.random.default_rng(seed)
         encoder = {"params": {"image_encoder": random_variables(SQUARE)["params"]["image_encoder"]}}
         flat = flatten_dict(encoder, sep="/")
-        from sam_jax.convert.names import foreign_names
+        from sam_jax.weights.names import foreign_names
 
         kept = {p: np.asarray(v) for p, v in flat.items() if foreign_names(p, "mae")}
         from flax.traverse_util import unflatten_dict
@@ -394,21 +395,21 @@ class TestMae:
         return tensors
 
     def test_half_precision_becomes_float32(self) -> None:
-        from sam_jax.convert.mae import start_from_mae
+        from sam_jax.weights.mae import start_from_mae
 
         half = {name: array.astype(np.float16) for name, array in self.tensors().items()}
         variables = start_from_mae(Sam(SQUARE), half, jax.random.key(0))
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {"float32"}
 
     def test_a_classifier_is_no_autoencoder(self) -> None:
-        from sam_jax.convert.mae import start_from_mae
+        from sam_jax.weights.mae import start_from_mae
 
         tensors = self.tensors() | {"head.weight": np.zeros((10, 24), np.float32)}
         with pytest.raises(NamesError, match=r"unexpected: head\.weight"):
             start_from_mae(Sam(SQUARE), tensors, jax.random.key(0))
 
     def test_encoder_continues_and_the_rest_is_fresh(self) -> None:
-        from sam_jax.convert.mae import start_from_mae
+        from sam_jax.weights.mae import start_from_mae
 
         tensors = self.tensors(grid=12)
         key = jax.random.key(3)
@@ -430,7 +431,7 @@ class TestMae:
 
     def test_positions_and_filters_are_interpolated_as_torch_does(self) -> None:
         torch = pytest.importorskip("torch", reason="needs requirements-torch.lock")
-        from sam_jax.convert.mae import start_from_mae
+        from sam_jax.weights.mae import start_from_mae
 
         def resized(array, size):
             return torch.nn.functional.interpolate(
@@ -451,7 +452,7 @@ class TestMae:
         )
 
     def test_another_encoder_is_refused_with_both_names(self) -> None:
-        from sam_jax.convert.mae import start_from_mae
+        from sam_jax.weights.mae import start_from_mae
 
         tensors = self.tensors()
         tensors["blocks.1.mlp.fc1.weight"] = np.zeros((3, 3), np.float32)

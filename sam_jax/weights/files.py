@@ -16,13 +16,13 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from sam_jax.convert.strangers import (
+from sam_jax.errors import UserError
+from sam_jax.weights.strangers import (
     is_safetensors,
     pickled_objects,
     what_file_is,
     what_folder_is,
 )
-from sam_jax.errors import UserError
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = "model.safetensors"

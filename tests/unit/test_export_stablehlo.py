@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.stablehlo import DECODER, ExportedSam, export_stablehlo, load_stablehlo
+from sam_jax.export.stablehlo import DECODER, ExportedSam, export_stablehlo, load_stablehlo
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
+from sam_jax.weights.files import WeightsError
 from tests.golden.tiny import TINY, random_variables
 
 MODEL = Sam(TINY)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sam_jax.convert.onnx_graph import Graph
+from sam_jax.export.onnx_graph import Graph
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
 from sam_jax.ops.positional import grid_coords
