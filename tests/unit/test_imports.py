@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "images": {"arrays", "errors"},
     "resizing": {"arrays"},
-    "rle": {"arrays", "errors"},
+    "rle": {"arrays", "errors", "images"},
     "ops": {"arrays", "errors"},
     "places": {"errors"},
     "models": BASE,
