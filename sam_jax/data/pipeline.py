@@ -170,6 +170,7 @@ class TrainIterator(grain.DatasetIterator):
     ):
         super().__init__(batches)
         self._process_index, self._process_count = process_index, process_count
+        self._is_closed = False
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next local batch.
@@ -234,7 +235,10 @@ class TrainIterator(grain.DatasetIterator):
         return dict(self.get_state()["skipped"]["remark_counts"])
 
     def close(self) -> None:
-        """Ends all reading, and says in the log what has been skipped."""
+        """Ends all reading, and says in the log what has been skipped, once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         log = CorruptionLog(max_corrupt_rate=1.0, grace=0)
         log.set_state(self.get_state()["skipped"])
         for line in log.lines():

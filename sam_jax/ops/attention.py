@@ -261,7 +261,7 @@ def _chunked(q, k, v, tables):
         k, v = k.astype(dtype), v.astype(dtype)
         q_scaled = multiply(q, c**-0.5)
         logits = jnp.einsum("hwc,kc->hwk", q_scaled, k, preferred_element_type=jnp.float32)
-        if by_row is not None:
+        if by_row is not None and by_column is not None:
             of_rows, of_columns = by_row.astype(dtype), by_column.astype(dtype)
             logits = rearrange(logits, "h w (i j) -> h w i j", i=gh)
             logits += jnp.einsum("hwc,hic->hwi", q, of_rows, preferred_element_type=jnp.float32)[

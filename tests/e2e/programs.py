@@ -86,21 +86,21 @@ class Program:
         return f"{' '.join(self._command)}\n{self.output}\nwhich"
 
 
-def start(program: str, *flags: str, devices: int = 1) -> Program:
-    """A program of the repository with the tiny config, on a CPU that poses as so many devices."""
+def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> Program:
+    """A program of the repository with a tiny config, on a CPU that poses as so many devices."""
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
         "PYTHONPATH": str(ROOT),
     }
     if not any(flag.startswith("--process=") for flag in flags):
         environment["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-    command = [sys.executable, str(ROOT / program), "--config", str(CONFIG), *flags]
+    command = [sys.executable, str(ROOT / program), "--config", str(config), *flags]
     return Program(command, environment)
 
 
-def run(program: str, *flags: str, devices: int = 1) -> str:
+def run(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> str:
     """What it prints, once it has ended well."""
-    with start(program, *flags, devices=devices) as process:
+    with start(program, *flags, devices=devices, config=config) as process:
         return process.end()
 
 

@@ -152,7 +152,7 @@ ODD_NAMES = [
     "runs [1]/a",
     "[!a]",
     "a**b",
-    "".join(set(string.punctuation) - set("/\\[]*?")),
+    "".join(c for c in string.punctuation if c not in "/\\[]*?"),
     "checkpoints",
     "x.orbax-checkpoint-tmp-1",
     "s3:",
