@@ -78,7 +78,7 @@ def test_a_training_step_keeps_its_types() -> None:
         program = experiment.program(jax.devices()[:1])
         before = program.placed_state
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(before)} == {"float32", "int32"}
-        after, metrics = jax.eval_shape(program.step, before, program.placed_batch(2, 2))
+        after, metrics = jax.eval_shape(program.step, before, program.placed_batch(2))
     for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     assert all(metric.dtype.itemsize <= 4 for metric in metrics.values())

@@ -1,6 +1,5 @@
 """A compiled training step: what travels between devices, and that it does what one device does."""
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from sam_jax.errors import ConfigError
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
-from sam_jax.training.step import Batch
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 BATCH_SIZE, MAX_MASKS = 8, 4
@@ -24,19 +22,20 @@ NUM_LATER_ROUNDS = 3
 
 
 def build(*settings: str) -> CompiledStep:
+    settings = (f"data.max_masks={MAX_MASKS}", *settings)
     return Experiment.of(read_config(CONFIG, settings)).program()
 
 
-def compiled(program: CompiledStep, max_masks: int) -> Any:
+def compiled(program: CompiledStep) -> Any:
     """What is asked here is settled before machine code is made, which may be bad."""
-    batch = program.placed_batch(BATCH_SIZE, max_masks)
+    batch = program.placed_batch(BATCH_SIZE)
     return program.step.lower(program.placed_state, batch).compile(
         compiler_options={"xla_backend_optimization_level": 0}
     )
 
 
 def transfers(program: CompiledStep) -> list[hlo.Collective]:
-    return hlo.collectives(compiled(program, MAX_MASKS).as_text())
+    return hlo.collectives(compiled(program).as_text())
 
 
 def nbytes(tree) -> int:
@@ -56,7 +55,7 @@ def test_only_weights_and_their_gradients_travel(axes: dict[str, int]) -> None:
     params = program.state_shapes.params
     blocks = [params["image_encoder"][f"block_{index:02d}"] for index in range(2)]
     largest = max(map(nbytes, jax.tree.leaves(blocks)))
-    tokens = math.prod(program.model.config.image_encoder.grid) * 16 * 4
+    tokens = math.prod(program.task.model.config.image_encoder.grid) * 16 * 4
     found = transfers(program)
     by_kind = {kind: [c for c in found if c.kind == kind] for kind in hlo.COLLECTIVES}
 
@@ -88,7 +87,7 @@ def test_what_is_on_a_device() -> None:
     for tree in (program.placed_state.params, program.placed_state.ema_params):
         kernel = tree["image_encoder"]["block_00"]["mlp"]["dense_0"]["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape) == (4, 64)
-    batch = program.placed_batch(BATCH_SIZE, MAX_MASKS)
+    batch = program.placed_batch(BATCH_SIZE)
     assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(batch)} == {1}
 
 
@@ -108,13 +107,13 @@ def train(devices: int, **axes: int) -> History:
     settings = [f"sharding.{axis}={size}" for axis, size in axes.items()]
     experiment = Experiment.of(read_config(CONFIG, [*settings, f"train.ema_decay={DECAY}"]))
     program = experiment.program(jax.devices()[:devices])
-    step, data = compiled(program, experiment.data.max_masks), train_iterator(experiment.data)
+    step, data = compiled(program), train_iterator(experiment.data)
     state = program.new_state(jax.random.key(0))
     # Copies, as a step takes the memory of what it is given.
     history = History([jax.tree.map(np.array, state.params)], [], state)
     for _ in range(NUM_STEPS):
         fields = next(data)
-        fields = {field.name: fields[field.name] for field in dataclasses.fields(Batch)}
+        fields = {name: fields[name] for name in program.task.batch_spec(1)}
         state, metrics = step(state, jax.device_put(fields, program.batch_sharding))
         history.params.append(jax.tree.map(np.array, state.params))
         history.metrics.append({name: float(value) for name, value in metrics.items()})
@@ -169,6 +168,6 @@ def test_an_average_is_the_sum_that_its_decay_says(on_eight: History) -> None:
 
 
 def test_masks_that_cannot_be_shared_are_refused() -> None:
-    program = build("sharding.data=4", "sharding.tensor=2")
+    program = build("sharding.data=4", "sharding.tensor=2", "data.max_masks=3")
     with pytest.raises(ConfigError, match="max_masks = 3 does not divide by the 2 devices"):
-        program.step.lower(program.placed_state, program.placed_batch(BATCH_SIZE, 3))
+        program.step.lower(program.placed_state, program.placed_batch(BATCH_SIZE))
