@@ -4,7 +4,6 @@ Runs the evaluations of the config's section `evals`; prints and writes scores, 
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -13,7 +12,7 @@ from ml_collections import config_flags
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.report import results_folder
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.run import build_evaluators
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.places import check_folder
@@ -42,9 +41,9 @@ def main(argv: list[str]) -> None:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
     model_config = from_mapping(ModelConfig, config["model"], "model")
     model = build_model(model_config)
-    evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    options: Any = {"kernels": model_config.kernels, "show_progress": True}
-    evaluators = {name: Evaluator(model, e, **options) for name, e in evals.items()}
+    evaluators = build_evaluators(
+        config["evals"], model, kernels=model_config.kernels, show_progress=True
+    )
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:
         check_folder(out / name)

@@ -1,6 +1,6 @@
-"""Trains a model; the same command again continues a run that stopped.
+"""Trains a model: python train.py --config configs/demo.py --workdir runs/demo [--config.X.Y=Z ...].
 
-python train.py --config configs/demo.py --workdir runs/demo [--config.SECTION.KEY=VALUE ...]
+The same command again continues a run that stopped.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import readable_errors
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.run import build_evaluators
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.training import loop
 from sam_jax.training.experiment import Experiment
@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     experiment = Experiment.of(config)
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, experiment.sharding.cpu_devices)
-    evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
+    evaluators = build_evaluators(
+        config["evals"], experiment.task.model, kernels=experiment.kernels
+    )
     # Closing it says what of the data was left out.
     with contextlib.closing(
         train_iterator(
@@ -45,13 +47,12 @@ def main(argv: list[str]) -> None:
     ) as data_iterator:
         loop.train(
             workdir=WORKDIR.value,
-            experiment=experiment,
+            program=experiment.program(),
+            config=experiment.train,
+            batch_size=experiment.data.batch_size,
             data_iterator=data_iterator,
             checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-            evaluators={
-                name: Evaluator(experiment.task.model, section, kernels=experiment.kernels)
-                for name, section in evals.items()
-            },
+            evaluators=evaluators,
             sections=config,
         )
 

@@ -285,7 +285,7 @@ def plan(experiment: Experiment, topology: str = LOCAL, *, batch_size: int | Non
     devices, chip = devices_of(topology)
     program = experiment.program(devices)
     batch_size = batch_size or experiment.data.batch_size
-    experiment.check_batch(program, batch_size)
+    program.check_batch(batch_size)
     batch = program.placed_batch(batch_size)
     start = time.perf_counter()
     try:

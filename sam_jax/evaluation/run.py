@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sam_jax.configuration import from_mapping
 from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.pipeline import EvalExample, eval_samples
@@ -351,6 +352,26 @@ class Evaluator:
             if self._first_clicks:
                 pictures["curves"] = report.curves()
         return dataclasses.replace(report, pictures=pictures)
+
+
+def build_evaluators(
+    sections: Mapping[str, Mapping[str, Any]],
+    model: Sam,
+    *,
+    kernels: Kernels = "auto",
+    show_progress: bool = False,
+) -> dict[str, Evaluator]:
+    """The evaluators that a config's section ``evals`` describes, by name.
+
+    Raises:
+      ConfigError: if a section does not fit ``EvalConfig``, before any dataset is opened; and what
+        ``Evaluator`` raises.
+    """
+    configs = {name: from_mapping(EvalConfig, s, f"evals.{name}") for name, s in sections.items()}
+    return {
+        name: Evaluator(model, config, kernels=kernels, show_progress=show_progress)
+        for name, config in configs.items()
+    }
 
 
 class _Drawn:

@@ -104,7 +104,7 @@ def _by_tables(kernel: Any) -> Any:
     return attend
 
 
-def _shape_of(qkv: Array, num_heads: int) -> tuple[GridShape, int]:
+def _shape_of(qkv: Any, num_heads: int) -> tuple[GridShape, int]:
     """Rows and columns, and channels of a head."""
     _, gh, gw, width = qkv.shape
     return (gh, gw), width // 3 // num_heads

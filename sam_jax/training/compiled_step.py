@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from sam_jax.errors import ConfigError
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.parallel import Parallel
 from sam_jax.sharding import (
@@ -40,6 +41,7 @@ class CompiledStep:
       optimizer: of its parameters.
       state_shapes: shapes and types of the training state.
       state_shardings: where it lies.
+      accumulate_steps: parts into which a batch is cut.
       step: jitted; state and a batch's fields by name in, state and metrics out. The state that
         goes in is gone afterwards.
     """
@@ -49,6 +51,7 @@ class CompiledStep:
     optimizer: optax.GradientTransformation
     state_shapes: TrainState
     state_shardings: TrainState
+    accumulate_steps: int
     step: Any
 
     @property
@@ -75,6 +78,20 @@ class CompiledStep:
             self.state_shapes,
             self.state_shardings,
         )
+
+    def check_batch(self, batch_size: int) -> None:
+        """Finds out whether every device gets the same share of a batch, in whole parts.
+
+        Raises:
+          ConfigError: if not.
+        """
+        num_shares, num_parts = self.parallel.num_batch, self.accumulate_steps
+        if batch_size % (num_shares * num_parts):
+            raise ConfigError(
+                f"a batch of {batch_size} images does not divide by {num_shares} devices that see "
+                f"different images and optimizer.accumulate_steps = {num_parts}: data.batch_size "
+                f"must be a multiple of {num_shares * num_parts}"
+            )
 
     def placed_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, types and shardings of a batch."""
@@ -146,4 +163,12 @@ def compile_step(
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=_COMPILER_OPTIONS.get(parallel.platform),
     )
-    return CompiledStep(task, parallel, optimizer, state_shapes, shardings, step)
+    return CompiledStep(
+        task,
+        parallel,
+        optimizer,
+        state_shapes,
+        shardings,
+        optimizer_config.accumulate_steps,
+        step,
+    )

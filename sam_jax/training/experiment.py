@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import math
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.sharding import BATCH_AXES, ShardingConfig
+from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.compiled_step import CompiledStep, compile_step
 from sam_jax.training.optimizer import OptimizerConfig
@@ -110,21 +109,6 @@ class Experiment:
             kernels=self.kernels,
             devices=devices,
         )
-
-    def check_batch(self, program: CompiledStep, batch_size: int) -> None:
-        """Finds out whether every device gets the same share of a batch.
-
-        Raises:
-          ConfigError: if not.
-        """
-        num_shares = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
-        num_parts = self.optimizer.accumulate_steps
-        if batch_size % (num_shares * num_parts):
-            raise ConfigError(
-                f"a batch of {batch_size} images does not divide by {num_shares} devices that see "
-                f"different images and optimizer.accumulate_steps = {num_parts}: data.batch_size "
-                f"must be a multiple of {num_shares * num_parts}"
-            )
 
 
 def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sam_jax.errors import UserError
 from sam_jax.hosts import end_now, is_first
 from sam_jax.sharding import describe
 from sam_jax.training.compiled_step import CompiledStep
-from sam_jax.training.experiment import Experiment, TrainConfig
+from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Task
@@ -63,7 +63,9 @@ class DivergedError(UserError):
 def train(
     *,
     workdir: str | Path,
-    experiment: Experiment,
+    program: CompiledStep,
+    config: TrainConfig,
+    batch_size: int,
     data_iterator: Any,
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
@@ -72,11 +74,13 @@ def train(
     """Trains all steps, from the newest checkpoint in ``workdir`` if there is one.
 
     A run that was killed and is started again goes through the same states as one that was not.
-    Nothing in ``workdir`` changes before experiment, data and checkpoint are found to fit together.
+    Nothing in ``workdir`` changes before config, data and checkpoint are found to fit.
 
     Args:
       workdir: for checkpoints and TensorBoard files.
-      experiment: the task, its training and its devices.
+      program: the step of the task, on its devices.
+      config: how long to train, and what to tell.
+      batch_size: images of a step, of all processes.
       data_iterator: yields mappings of the fields of the task's batch, this process's share, and
         can save and restore its position.
       checkpoint_config: when to save.
@@ -88,12 +92,11 @@ def train(
       TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
       CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
-      WeightsError, NamesError: if ``experiment.train.init_from`` cannot be read or does not fit.
+      WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
     """
-    config, program = experiment.train, experiment.program()
-    experiment.check_batch(program, experiment.data.batch_size)
+    program.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
-    _check_workdir(Path(workdir), checkpointer.latest_step, experiment.task)
+    _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
     try:
@@ -110,7 +113,7 @@ def train(
         # Data that cannot be read are found out here.
         batches = itertools.chain([next(data_iterator)], data_iterator)
         if state is None:
-            state = _new_state(experiment, program, reporter)
+            state = _new_state(program, config, reporter)
         _begin(program, checkpointer, reporter, first_step, sections)
         if not first_step:
             reporter.say("the first step is compiled now, which can take minutes")
@@ -188,12 +191,12 @@ def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainStat
     return state
 
 
-def _new_state(experiment: Experiment, program: CompiledStep, reporter: Reporter) -> TrainState:
+def _new_state(program: CompiledStep, config: TrainConfig, reporter: Reporter) -> TrainState:
     """The state before the first step, from random or from other weights."""
-    config, key = experiment.train, jax.random.key(experiment.train.seed)
+    key = jax.random.key(config.seed)
     if config.init_from is None:
         return program.new_state(key)
-    state = program.state_from(experiment.task.load(config.init_from, key))
+    state = program.state_from(program.task.load(config.init_from, key))
     reporter.say(f"starting from the weights in {config.init_from}")
     return state
 

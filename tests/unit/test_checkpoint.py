@@ -126,7 +126,9 @@ def test_a_run_says_what_becomes_of_the_average(
     saved(dataclasses.replace(state, step=state.step + STEP), tmp_path, data).close()
     after = loop.train(
         workdir=tmp_path,
-        experiment=experiment(now),
+        program=experiment(now).program(),
+        config=experiment(now).train,
+        batch_size=experiment(now).data.batch_size,
         data_iterator=data,
         checkpoint_config=CheckpointConfig(),
         evaluators={},
@@ -318,7 +320,9 @@ def train(workdir: Path, *settings: str) -> TrainState:
     experiment = Experiment.of(sections)
     return loop.train(
         workdir=workdir,
-        experiment=experiment,
+        program=experiment.program(),
+        config=experiment.train,
+        batch_size=experiment.data.batch_size,
         data_iterator=train_iterator(experiment.data),
         checkpoint_config=CheckpointConfig(),
         evaluators={},

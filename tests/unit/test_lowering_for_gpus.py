@@ -34,7 +34,7 @@ def a_gpu_of(capability: tuple[int, int]) -> Iterator[None]:
         for name, answer in asked.items():
             stack.enter_context(mock.patch(name, answer))
         target = Target("gpu", capability)
-        stack.enter_context(mock.patch.object(Target, "of", lambda device, **options: target))
+        stack.enter_context(mock.patch.object(Target, "of", return_value=target))
         stack.enter_context(tracing_for(target))
         yield
 

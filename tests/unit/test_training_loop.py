@@ -24,7 +24,9 @@ def train(workdir: Path, experiment: Experiment) -> Any:
     try:
         return loop.train(
             workdir=workdir,
-            experiment=experiment,
+            program=experiment.program(),
+            config=experiment.train,
+            batch_size=experiment.data.batch_size,
             data_iterator=data,
             checkpoint_config=CheckpointConfig(),
             evaluators={},

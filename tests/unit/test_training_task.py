@@ -1,6 +1,5 @@
 """Any task trains in the same loop: a toy one, whose model is a number for each channel."""
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,27 +79,16 @@ class Pixels:
         self.set_state(states[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class ToyExperiment:
-    """What the loop asks of an experiment."""
-
-    task: Task
-    train: TrainConfig
-    data: Any = dataclasses.field(default_factory=lambda: type("Data", (), {"batch_size": 8})())
-
-    def program(self) -> CompiledStep:
-        return compile_step(
-            self.task,
-            num_steps=self.train.num_steps,
-            seed=0,
-            ema_decay=0.0,
-            optimizer_config=OptimizerConfig(peak_learning_rate=0.1, warmup_steps=1),
-            sharding_config=ShardingConfig(data=1),
-            devices=jax.devices()[:1],
-        )
-
-    def check_batch(self, program: CompiledStep, batch_size: int) -> None:
-        assert batch_size == 8
+def toy_step(task: Task, num_steps: int) -> CompiledStep:
+    return compile_step(
+        task,
+        num_steps=num_steps,
+        seed=0,
+        ema_decay=0.0,
+        optimizer_config=OptimizerConfig(peak_learning_rate=0.1, warmup_steps=1),
+        sharding_config=ShardingConfig(data=1),
+        devices=jax.devices()[:1],
+    )
 
 
 def test_a_toy_task_trains_reports_and_continues(tmp_path: Path, capsys: Any) -> None:
@@ -108,10 +96,11 @@ def test_a_toy_task_trains_reports_and_continues(tmp_path: Path, capsys: Any) ->
     assert isinstance(task, Task)
 
     def train(num_steps: int) -> None:
-        experiment: Any = ToyExperiment(task, TrainConfig(num_steps, log_every=10, eval_every=0))
         loop.train(
             workdir=tmp_path / "run",
-            experiment=experiment,
+            program=toy_step(task, num_steps),
+            config=TrainConfig(num_steps, log_every=10, eval_every=0),
+            batch_size=8,
             data_iterator=Pixels(),
             checkpoint_config=CheckpointConfig(every_steps=20),
             evaluators={},
