@@ -41,9 +41,8 @@ def main(argv: list[str]) -> None:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
     model_config = from_mapping(ModelConfig, config["model"], "model")
     model = build_model(model_config)
-    evaluators = build_evaluators(
-        config["evals"], model, kernels=model_config.kernels, show_progress=True
-    )
+    kernels = model_config.kernels
+    evaluators = build_evaluators(config["evals"], model, kernels=kernels, show_progress=True)
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:
         check_folder(out / name)

@@ -1,4 +1,4 @@
-"""Trains a model: python train.py --config configs/demo.py --workdir runs/demo [--config.X.Y=Z ...].
+"""Trains a model: python train.py --config configs/demo.py --workdir runs/demo [--config.X.Y=Z].
 
 The same command again continues a run that stopped.
 """
@@ -29,22 +29,18 @@ flags.mark_flag_as_required("config")
 @readable_errors()
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
-    if len(argv) > 1:
+    if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value.to_dict()
     experiment = Experiment.of(config)
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, experiment.sharding.cpu_devices)
-    evaluators = build_evaluators(
-        config["evals"], experiment.task.model, kernels=experiment.kernels
-    )
+    model, kernels = experiment.task.model, experiment.kernels
+    evaluators = build_evaluators(config["evals"], model, kernels=kernels)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     # Closing it says what of the data was left out.
-    with contextlib.closing(
-        train_iterator(
-            experiment.data, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-    ) as data_iterator:
+    with contextlib.closing(train_iterator(experiment.data, **share)) as data_iterator:
         loop.train(
             workdir=WORKDIR.value,
             program=experiment.program(),

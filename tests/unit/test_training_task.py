@@ -1,10 +1,11 @@
 """Any task trains in the same loop: a toy one, whose model is a number for each channel."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,14 +55,12 @@ class MeanColor:
         return 0.0
 
 
-class Pixels:
+class Pixels(grain.DatasetIterator):
     """Images around one colour; its position can be saved and restored."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.position = 0
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(self.position)
