@@ -108,8 +108,10 @@ class CompiledStep:
         )(key)
 
     def state_from(self, variables: Any) -> TrainState:
-        """The state before the first step, from the variables of the model."""
-        return jax.jit(self._init_state, out_shardings=self.state_shardings)(variables)
+        """The state before the first step, from the variables of the model, wherever they lie."""
+        # From the host: arrays that were read onto one device cannot be spread over others.
+        on_host = jax.device_get(variables)
+        return jax.jit(self._init_state, out_shardings=self.state_shardings)(on_host)
 
     def _init_state(self, variables: Any) -> TrainState:
         return init_state(variables, self.optimizer, keeps_ema=self.keeps_ema)

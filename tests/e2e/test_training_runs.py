@@ -27,7 +27,7 @@ def assert_same_parameters(first: Path, second: Path) -> None:
 def straight_run(tmp_path_factory) -> Path:
     """Ten steps without interruption on one device, parameters averaged."""
     workdir = tmp_path_factory.mktemp("straight")
-    run("train.py", "--workdir", str(workdir))
+    run("train.py", "--workdir", str(workdir), "--config.checkpoint.every_steps=1000")
     return workdir
 
 
@@ -52,14 +52,15 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_where_a_straight_one_does(
     stopped_at = saved_steps(tmp_path)[-1]
     assert stopped_at >= killed_at + 2
 
-    output = run("train.py", *flags)
+    output = run("train.py", *flags, "--config.train.eval_every=0")
     assert f"continuing from the checkpoint of step {stopped_at}" in output
     assert_same_parameters(straight_run, tmp_path)
 
 
 def test_eight_devices_agree_with_one(straight_run, tmp_path):
     sharded = ("--config.sharding.data=2", "--config.sharding.fsdp=4")
-    run("train.py", "--workdir", str(tmp_path), *sharded, devices=8)
+    rare = ("--config.checkpoint.every_steps=1000", "--config.train.eval_every=0")
+    run("train.py", "--workdir", str(tmp_path), *sharded, *rare, devices=8)
     one, eight = logged(straight_run), logged(tmp_path)
     # A pixel whose logit rounds to the other side of zero moves a click, so runs part for good
     # sooner or later; the first five steps have had no time for it.

@@ -31,8 +31,8 @@ def get_config() -> ConfigDict:
     config.prompts = {"num_corrections": 1, "box_noise_max_px": 2.0}
     config.losses = {"prompts_per_chunk": 1}
     config.optimizer = {"warmup_steps": 2, "peak_learning_rate": 1e-3, "accumulate_steps": 1}
-    config.train = {"num_steps": 10, "log_every": 5, "ema_decay": 0.7}
-    config.checkpoint = {"every_steps": 1}
+    config.train = {"num_steps": 10, "log_every": 5, "eval_every": 10, "ema_decay": 0.7}
+    config.checkpoint = {"every_steps": 2}
     config.evals = {
         "shapes": {
             "sources": ({"kind": "synthetic", "num_images": 3, "image_size": (40, 48), "seed": 1},),

@@ -1,5 +1,7 @@
 """Losses against optax, closed forms and hand-computed values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.resize import resize_bilinear
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def losses_of(logits, masks, area, config=LossConfig()):
     """Of logits [b, p, m, lh, lw] and masks [b, p, h, w] on an area [b, h, w], as booleans."""
     mask_layout = MaskLayout.of((logits.shape[-2] // 4, logits.shape[-1] // 4), masks.shape[-2:])
@@ -98,10 +101,9 @@ def test_chunks_change_neither_values_nor_gradients(prompts_per_chunk):
         losses = losses_of(logits, masks, area, config)
         return jnp.sum(losses.focal + 2 * losses.dice), (losses.focal, losses.dice, losses.iou)
 
-    whole = jax.value_and_grad(total, has_aux=True)(logits, LossConfig())
-    chunked = jax.value_and_grad(total, has_aux=True)(
-        logits, LossConfig(prompts_per_chunk=prompts_per_chunk)
-    )
+    differentiated = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    whole = differentiated(logits, LossConfig())
+    chunked = differentiated(logits, LossConfig(prompts_per_chunk=prompts_per_chunk))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, chunked
     )
@@ -168,4 +170,4 @@ def test_the_true_iou_is_a_target_and_gets_no_gradient():
         losses = losses_of(logits[:, :, None], masks, area)
         return round_loss(losses, jnp.zeros((1, 2, 1)), LossConfig()).iou_error.sum()
 
-    np.testing.assert_array_equal(jax.grad(iou_part)(logits), 0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(iou_part))(logits), 0)

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from sam_jax import hlo
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
+from sam_jax.parallel import all_gathered
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
@@ -165,6 +168,30 @@ def test_an_average_is_the_sum_that_its_decay_says(on_eight: History) -> None:
         )
     ]
     assert np.mean(moved) > 0.9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_split_weights_are_summed_in_the_type_asked_for(dtype: str) -> None:
+    """Each of four devices adds 1 + 2^-9, of which bfloat16 keeps 1; the weight's type stays."""
+    program = build("sharding.data=2", "sharding.fsdp=4", f"sharding.reduce_dtype={dtype}")
+    parallel = program.parallel
+    assert parallel.reduce_dtype == dtype
+    axis = parallel.weights_axis
+    shards = PartitionSpec(axis)
+
+    def gradient_of_shard(shard: jax.Array) -> jax.Array:
+        return jax.grad(
+            lambda x: jnp.sum((1 + 2.0**-9) * all_gathered(x, axis, 0, parallel.reduce_dtype))
+        )(shard)
+
+    found = parallel.on_each_device(gradient_of_shard, [shards], shards)(jnp.ones((8, 3)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, 4.0 if dtype == "bfloat16" else 4 + 2.0**-7)
+
+
+def test_a_type_that_gradients_are_not_summed_in_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reduce_dtype must be 'float32' or 'bfloat16', got 'b"):
+        build("sharding.reduce_dtype=bf16")
 
 
 def test_masks_that_cannot_be_shared_are_refused() -> None:

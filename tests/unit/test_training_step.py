@@ -51,27 +51,16 @@ def one_step(num_parts: int, num_devices: int) -> tuple[TrainState, dict[str, fl
     return state, {name: float(value) for name, value in metrics.items()}
 
 
-@pytest.fixture(scope="module")
-def at_once() -> tuple[TrainState, dict[str, float]]:
-    return one_step(num_parts=1, num_devices=1)
-
-
-@pytest.mark.parametrize(("num_parts", "num_devices"), [(4, 1), (2, 2)])
-def test_parts_sum_to_the_whole(
-    at_once: tuple[TrainState, dict[str, float]], num_parts: int, num_devices: int
-) -> None:
-    state, metrics = at_once
-    in_parts, found = one_step(num_parts, num_devices)
+def test_parts_sum_to_the_whole() -> None:
+    state, metrics = one_step(num_parts=1, num_devices=1)
+    in_parts, found = one_step(num_parts=2, num_devices=2)
     assert found == pytest.approx(metrics, rel=1e-4)
     assert found["num_masks"] == 8
-    # First moments are the gradients, up to a factor.
-    for one, other in zip(
-        jax.tree.leaves(state.opt_state[1].mu),
-        jax.tree.leaves(in_parts.opt_state[1].mu),
-        strict=True,
-    ):
-        scale = max(float(abs(one).max()), 1e-6)
-        np.testing.assert_allclose(np.array(other) / scale, np.array(one) / scale, atol=1e-4)
+    # First moments are the gradients, up to a factor; some are zero but for rounding.
+    ours, theirs = (jax.tree.leaves(of.opt_state[1].mu) for of in (in_parts, state))
+    largest = max(float(abs(moments).max()) for moments in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize(("num_parts", "num_devices"), [(3, 1), (2, 8), (16, 1)])

@@ -107,7 +107,7 @@ def test_a_toy_task_trains_reports_and_continues(tmp_path: Path, capsys: Any) ->
         )
 
     train(20)
-    train(60)
+    train(100)
     said = capsys.readouterr().err
     assert "continuing from the checkpoint of step 20" in said
     assert "error 0.0" in said
