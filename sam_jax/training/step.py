@@ -103,10 +103,10 @@ def _accumulate(part_gradients, batch: Fields, key: Array, num_parts: int):
     def add_part(total, indexed_part):
         index, part = indexed_part
         return jax.tree.map(
-            jnp.add, total, gradients_of(part, jax.random.fold_in(key, index))
+            jnp.add, total, part_gradients(part, jax.random.fold_in(key, index))
         ), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradients_of, first, key)
+    shapes = jax.eval_shape(part_gradients, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]
