@@ -8,13 +8,20 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from sam_jax import cli
+<<<<<<< HEAD
+=======
+from sam_jax.weights.load import save, variables_for
+>>>>>>> main
 from sam_jax.data.config import SourceConfig
 from sam_jax.data.pipeline import DataConfig, train_iterator
+from sam_jax.evaluation.report import DatasetReport
+from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.weights.load import save
 from tests.e2e import programs, tiny_run
@@ -87,7 +94,7 @@ def get_config():
     # A model of no training takes the whole picture for an object.
     config.data["max_area_rate"] = 1.0
     config.train["num_steps"], config.train["eval_every"] = 3, 0
-    config.evals["shapes"].update(sources={tuple(sources)!r}, protocols=("box",))
+    config.prompts["num_corrections"] = 0
     return config
 """,
         encoding="utf-8",
@@ -116,13 +123,12 @@ def check_training(source: dict[str, str], num_annotated: int) -> None:
     batches.close()
 
 
-def check_evaluation(report: dict, source: dict[str, str], num_annotated: int) -> None:
+def check_evaluation(found: DatasetReport, source: dict[str, str], num_annotated: int) -> None:
     """All samples are evaluated on, or counted with a reason; what was decided is said."""
-    found = report["datasets"][source["name"]]
-    skipped = found["skipped"]
+    skipped = found.skipped
     left_out = [n for reason, n in skipped.items() if reason.startswith("images")]
-    assert found["num_images"] + sum(left_out) == num_annotated
-    assert found["num_images"] > num_annotated / 2
+    assert found.num_images + sum(left_out) == num_annotated
+    assert found.num_images > num_annotated / 2
     assert not any("images (" in reason or "missing" in reason for reason in skipped)
     assert skipped["remarks (the first of several frames or pages)"] == 1
     turned = [n for reason, n in skipped.items() if "turned upright; EXIF turns it" in reason]
@@ -183,10 +189,15 @@ def test_nothing_is_lost_and_nothing_is_silent(
         check_training(source, len(annotated))
     said = programs.run("train.py", "--workdir", str(run), config=config)
     assert "step 3/3" in said
-    programs.run("eval.py", "--checkpoint", str(run), config=config)
-    report = json.loads((run / "eval" / "shapes" / "report.json").read_text())
-    for source in sources:
-        check_evaluation(report, source, len(annotated))
+    # What eval.py calls.
+    evaluate = Evaluator(
+        model,
+        EvalConfig(tuple(sources), ("box",), num_clicks=(1,), num_examples=0),
+        devices=jax.devices()[:1],
+    )
+    report = evaluate(variables_for(model, run))
+    for source, found in zip(sources, report.datasets, strict=True):
+        check_evaluation(found, source, len(annotated))
 
     _, again = masks(run, tmp_path / "out again")
     assert again == annotated
