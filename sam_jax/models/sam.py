@@ -1,6 +1,7 @@
 """Segment Anything: one encoder call per image, any number of prompts after it."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -129,15 +130,10 @@ class Sam(nn.Module):
             single prompt), or the one of the fourth token.
           dropout_seeds: of each object, in training; None for no dropout.
         """
-        output = self.run_transformer(
-            image_embeddings,
-            prompts,
+        return self.mask_decoder(
+            *self._embedded(image_embeddings, prompts),
             multimask_output=multimask_output,
             dropout_seeds=dropout_seeds,
-        )
-        return MaskPrediction(
-            low_res_logits=self.predict_masks(output, multimask_output=multimask_output),
-            iou_predictions=output.iou_predictions,
         )
 
     def run_transformer(
@@ -146,27 +142,27 @@ class Sam(nn.Module):
         prompts: Prompts,
         *,
         multimask_output: bool,
-        dropout_seeds: UInt32[Array, "b p"] | None = None,
     ) -> TransformerOutput:
         """The first part of ``decode``, which tells how good the masks would be."""
-        b, gh, gw, _ = image_embeddings.shape
-        patch = self.config.image_encoder.patch_size
-        sparse = self.prompt_encoder.sparse_prompt_embeddings(
-            prompts, image_size=(gh * patch, gw * patch), num_images=b
-        )
-        return self.mask_decoder.run_transformer(
-            self.prompt_encoder.add_dense_prompt_embeddings(image_embeddings, prompts),
-            self.prompt_encoder.image_pe((gh, gw)),
-            sparse,
-            multimask_output=multimask_output,
-            dropout_seeds=dropout_seeds,
-        )
+        embedded = self._embedded(image_embeddings, prompts)
+        return self.mask_decoder.run_transformer(*embedded, multimask_output=multimask_output)
 
     def predict_masks(
         self, output: TransformerOutput, *, multimask_output: bool
     ) -> Float[Array, "b p m lh lw"]:
         """The second part of ``decode``: low-resolution logits, for those worth the work."""
         return self.mask_decoder.predict_masks(output, multimask_output=multimask_output)
+
+    def _embedded(self, image_embeddings: Array, prompts: Prompts) -> tuple[Array, Array, Any]:
+        """Image embeddings with the dense prompt embeddings, their encoding, sparse embeddings."""
+        b, gh, gw, _ = image_embeddings.shape
+        patch, encoder = self.config.image_encoder.patch_size, self.prompt_encoder
+        image_size = gh * patch, gw * patch
+        return (
+            encoder.add_dense_prompt_embeddings(image_embeddings, prompts),
+            encoder.image_pe((gh, gw)),
+            encoder.sparse_prompt_embeddings(prompts, image_size, num_images=b),
+        )
 
     def __call__(
         self, images: Float[Array, "b h w 3"], prompts: Prompts, *, multimask_output: bool

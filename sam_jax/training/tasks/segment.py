@@ -52,7 +52,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentTask:
-    """Trains a model to segment what a simulated user points at; see ``training.task.Task``.
+    """Trains a model to segment what a simulated user points at; methods as ``training.task.Task``.
 
     Attributes:
       model: the model.
@@ -70,21 +70,17 @@ class SegmentTask:
 
     @property
     def unit(self) -> str:
-        """Losses are means over masks."""
         return "masks"
 
     @property
     def dtype(self) -> DTypeLike:
-        """Type of the model's computation."""
         return self.model.dtype
 
     @property
     def remat(self) -> str:
-        """What the encoder's blocks compute again."""
         return self.model.remat
 
     def init(self, key: Array) -> dict[str, Any]:
-        """Fresh variables of the model."""
         return init_variables(self.model, key)
 
     def load(self, path: str, key: Array) -> dict[str, Any]:
@@ -92,11 +88,9 @@ class SegmentTask:
         return variables_for(self.model, path, key=key)
 
     def differences(self, run: Path) -> list[str]:
-        """In what the model that a run trains differs from this one."""
         return differences(run_config(run), self.model.config)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the fields of ``Batch``."""
         height, width = self.model.image_size
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "image": ((height, width, 3), np.uint8),
@@ -110,7 +104,6 @@ class SegmentTask:
         }
 
     def count(self, batch: Fields) -> Float[Array, ""]:
-        """Masks of the batch."""
         return jnp.maximum(jnp.sum(batch["mask_valid"]), 1).astype(jnp.float32)
 
     def loss_sums(self, parallel: Parallel, param_specs: Any | None) -> LossSums:
