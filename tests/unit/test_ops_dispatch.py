@@ -114,8 +114,12 @@ def test_only_described_devices_take_kernels_unchecked(
 
 @pytest.mark.parametrize(
     ("target", "interpreted"),
-    [(Target("cpu", kernels="interpret"), True), (Target("tpu", kernels="interpret"), True)]
-    + [(DESCRIBED, False), (Target("cpu"), True)],
+    [
+        (Target("cpu", kernels="interpret"), True),
+        (Target("tpu", kernels="interpret"), True),
+        (Target("cpu"), True),
+        (DESCRIBED, False),
+    ],
 )
 def test_kernels_are_interpreted_but_for_a_tpu(
     operation: Callable[..., Operation], target: Target, interpreted: bool
@@ -156,7 +160,7 @@ def test_operations_stand_in_the_table_by_their_name(
     operation: Callable[..., Operation],
 ) -> None:
     made = operation()
-    assert dispatch.OPERATIONS == {"doubling": made}
+    assert {"doubling": made} == dispatch.OPERATIONS
     assert list(made.forms) == ["kernel", "on_gpu", "fast", "reference"]
     assert made.reference is made.forms["reference"]
 
@@ -196,7 +200,7 @@ def test_targets_of_devices(
 
 
 def test_another_target_is_another_trace(operation: Callable[..., Operation]) -> None:
-    """One jitted function, which JAX keeps compiled, never runs for a target it was not made for."""
+    """One jitted function, which JAX keeps, never runs for a target it was not made for."""
     made, traces = operation(), []
 
     @jax.jit
@@ -370,8 +374,13 @@ def test_a_gradient_that_is_rounding_is_measured_by_the_largest(
 
 @pytest.mark.parametrize(
     "target",
-    [Target("cpu"), Target("gpu"), Target("tpu", kernels="none"), DESCRIBED]
-    + [Target("tpu", kernels="interpret")],
+    [
+        Target("cpu"),
+        Target("gpu"),
+        Target("tpu", kernels="none"),
+        Target("tpu", kernels="interpret"),
+        DESCRIBED,
+    ],
 )
 def test_nothing_is_checked_that_auto_would_not_take(
     operation: Callable[..., Operation], target: Target
