@@ -216,8 +216,12 @@ PLAIN = {(14, 14): "extended", (64, 64): "chunked", (48, 64): "chunked"}
 
 def chosen(target: Target, grid: tuple[int, int], heads: int, channels: int, dtype: str) -> str:
     qkv = jax.ShapeDtypeStruct((1, *grid, 3 * heads * channels), jnp.dtype(dtype))
+    names = []
     with tracing_for(target):
-        return GRID_ATTENTION.choose(qkv, None, None, heads).name
+        jax.eval_shape(
+            lambda x: names.append(GRID_ATTENTION.choose(x, None, None, heads).name), qkv
+        )
+    return names[0]
 
 
 HOPPER, OTHERS, NONE = 256, 128, 0

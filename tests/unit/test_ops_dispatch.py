@@ -117,8 +117,8 @@ def test_only_described_devices_take_kernels_unchecked(
     [
         (Target("cpu", kernels="interpret"), True),
         (Target("tpu", kernels="interpret"), True),
-        (DESCRIBED, False),
         (Target("cpu"), True),
+        (DESCRIBED, False),
     ],
 )
 def test_kernels_are_interpreted_but_for_a_tpu(
@@ -200,7 +200,7 @@ def test_targets_of_devices(
 
 
 def test_another_target_is_another_trace(operation: Callable[..., Operation]) -> None:
-    """One jitted function, which JAX keeps compiled, never runs for another target."""
+    """One jitted function, which JAX keeps, never runs for a target it was not made for."""
     made, traces = operation(), []
 
     @jax.jit
@@ -378,8 +378,8 @@ def test_a_gradient_that_is_rounding_is_measured_by_the_largest(
         Target("cpu"),
         Target("gpu"),
         Target("tpu", kernels="none"),
-        DESCRIBED,
         Target("tpu", kernels="interpret"),
+        DESCRIBED,
     ],
 )
 def test_nothing_is_checked_that_auto_would_not_take(
