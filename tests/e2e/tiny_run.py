@@ -28,7 +28,12 @@ def get_config() -> ConfigDict:
         "batch_size": 8,
         "max_masks": 2,
     }
-    config.prompts = {"num_corrections": 1, "box_noise_max_px": 2.0}
+    config.prompts = {
+        "num_corrections": 1,
+        "random_mask_round": True,
+        "final_mask_round": True,
+        "box_noise_max_px": 2.0,
+    }
     config.losses = {"prompts_per_chunk": 1}
     config.optimizer = {"warmup_steps": 2, "peak_learning_rate": 1e-3, "accumulate_steps": 1}
     config.train = {"num_steps": 10, "log_every": 5, "eval_every": 10, "ema_decay": 0.7}

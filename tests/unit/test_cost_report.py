@@ -18,7 +18,11 @@ from sam_jax.sharding import ShardingConfig, make_mesh
 from sam_jax.training.experiment import Experiment, read_config
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
-SMALL = ("prompts.random_mask_round=False", "prompts.final_mask_round=False")
+SMALL = (
+    "prompts.num_corrections=0",
+    "prompts.random_mask_round=False",
+    "prompts.final_mask_round=False",
+)
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
