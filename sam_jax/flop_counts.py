@@ -36,30 +36,30 @@ def encoder_flops(
     Args:
       config: the encoder's shape.
       image_size: height and width in pixels, by default the config's.
-      useful: counts only cells of the image as queries. Without it the zeros that fill up the last
+      useful: counts only tokens of the image as queries. Without it the zeros that fill up the last
         windows count too, as they are computed. They stay keys either way: the published model
         attends to them.
     """
     height, width = image_size or config.image_size
     gh, gw = height // config.patch_size, width // config.patch_size
-    cells, dim, side = gh * gw, config.embed_dim, config.window_size
-    padded = (gh + -gh % side) * (gw + -gw % side) if side else cells
+    image_tokens, dim, side = gh * gw, config.embed_dim, config.window_size
+    padded = (gh + -gh % side) * (gw + -gw % side) if side else image_tokens
 
-    mlp = 2 * cells * dim * int(dim * config.mlp_rate)
-    total = cells * 3 * config.patch_size**2 * dim
+    mlp = 2 * image_tokens * dim * int(dim * config.mlp_rate)
+    total = image_tokens * 3 * config.patch_size**2 * dim
     for index in range(config.depth):
         if index in config.global_attention_blocks or not side:
-            total += _grid_attention(cells, (gh, gw), dim) + mlp
+            total += _grid_attention(image_tokens, (gh, gw), dim) + mlp
         else:
-            total += _grid_attention(cells if useful else padded, (side, side), dim) + mlp
-    total += cells * config.output_dim * (dim + 9 * config.output_dim)
+            total += _grid_attention(image_tokens if useful else padded, (side, side), dim) + mlp
+    total += image_tokens * config.output_dim * (dim + 9 * config.output_dim)
     return 2 * total
 
 
 def attention_flops(grid: GridShape, dim: int) -> int:
     """Operations of attention over one grid, without the projections before and after it."""
-    cells = grid[0] * grid[1]
-    return 2 * cells * (2 * cells + grid[0] + grid[1]) * dim
+    image_tokens = grid[0] * grid[1]
+    return 2 * image_tokens * (2 * image_tokens + grid[0] + grid[1]) * dim
 
 
 def _grid_attention(queries: int, grid: tuple[int, int], dim: int) -> int:
@@ -91,26 +91,26 @@ def decoder_flops(
     """
     encoder, decoder = config.image_encoder, config.mask_decoder
     height, width = image_size or encoder.image_size
-    cells = (height // encoder.patch_size) * (width // encoder.patch_size)
+    image_tokens = (height // encoder.patch_size) * (width // encoder.patch_size)
     dim, tokens = encoder.output_dim, NUM_OUTPUT_TOKENS + num_sparse
     masks = NUM_MULTIMASK if multimask_output else 1
     inner = dim // 2
-    # Without masks, all objects of an image see the same cells in the first layer.
+    # Without masks, all objects of an image see the same image tokens in the first layer.
     sharing = 1 if with_mask else num_prompts
 
-    cross = _CrossAttention(tokens, cells, dim, inner, decoder.num_heads)
+    cross = _CrossAttention(tokens, image_tokens, dim, inner, decoder.num_heads)
     of_tokens = _self_attention(tokens, dim, decoder.num_heads) + 2 * tokens * dim * decoder.mlp_dim
     first = cross.to_image(sharing) + cross.to_tokens(sharing)
     others = (decoder.depth - 1) * (cross.to_image() + cross.to_tokens())
     transformer = decoder.depth * of_tokens + first + others + cross.to_image()
-    upscaling = cells * dim * (dim + dim // 2)
+    upscaling = image_tokens * dim * (dim + dim // 2)
     filters = masks * dim * (2 * dim + dim // 8)
-    products = masks * _SUBPIXELS * cells * (dim // 8)
+    products = masks * _SUBPIXELS * image_tokens * (dim // 8)
     iou_head = decoder.iou_head_dim * (dim + decoder.iou_head_dim + 1 + NUM_MULTIMASK)
     per_prompt = transformer + upscaling + filters + products + iou_head
     if with_mask:
         channels = config.mask_channels
-        per_prompt += cells * channels * (4 + channels + dim)
+        per_prompt += image_tokens * channels * (4 + channels + dim)
     return 2 * num_prompts * per_prompt
 
 
@@ -124,20 +124,20 @@ def _self_attention(tokens: int, dim: int, num_heads: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _CrossAttention:
-    """Multiply-adds, for one object, of attention between its tokens and the cells.
+    """Multiply-adds, for one object, of attention between its tokens and the image tokens.
 
-    Either the cells go through a projection, which objects may share, or the tokens go through it
-    in their stead and are met by the cells at full width, see ``ops.token_attention``.
+    Either the image tokens go through a projection, which objects may share, or the tokens go through it
+    in their stead and are met by the image tokens at full width, see ``ops.token_attention``.
     """
 
     tokens: int
-    cells: int
+    image_tokens: int
     dim: int
     inner: int
     num_heads: int
 
     def to_image(self, sharing: float = 1) -> float:
-        """Tokens ask the cells of an image, which as many objects share."""
+        """Tokens attend to those of an image, which as many objects share."""
         return 2 * self._project_tokens() + 2 * self._meet(sharing)
 
     def to_tokens(self, sharing: float = 1) -> float:
@@ -149,16 +149,18 @@ class _CrossAttention:
         return self.tokens * self.dim * self.inner
 
     def _folds(self, sharing: float) -> bool:
-        return folding_pays(self.tokens, self.cells, self.dim, self.inner, self.num_heads, sharing)
+        return folding_pays(
+            self.tokens, self.image_tokens, self.dim, self.inner, self.num_heads, sharing
+        )
 
     def _meet(self, sharing: float) -> float:
         if self._folds(sharing):
             return self._folded()
         # As in self-attention, zeros for the other heads.
-        return self.cells * self.inner * (self.dim / sharing + self.tokens * self.num_heads)
+        return self.image_tokens * self.inner * (self.dim / sharing + self.tokens * self.num_heads)
 
     def _folded(self) -> int:
-        return self.tokens * self.dim * (self.inner + self.cells * self.num_heads)
+        return self.tokens * self.dim * (self.inner + self.image_tokens * self.num_heads)
 
 
 def round_flops(

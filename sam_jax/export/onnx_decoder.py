@@ -148,7 +148,7 @@ def _fourier(graph: Graph, coords_01: str) -> str:
 
 
 def _grid_positions(graph: Graph, config: SamConfig) -> str:
-    """Positional encoding of the image's cells [1, h w, d], a constant of the graph."""
+    """Positional encoding of the image's tokens [1, h w, d], a constant of the graph."""
     frequencies = graph.array(f"{_PROMPT}.pe_layer.positional_encoding_gaussian_matrix")
     coords = np.asarray(grid_coords(config.image_encoder.grid), np.float64)
     angles = 2 * np.pi * ((2 * coords - 1) @ frequencies.astype(np.float64))
@@ -173,7 +173,7 @@ def _embed_masks(graph: Graph) -> str:
 def _transformer(
     graph: Graph, tokens: str, image: str, image_pe: str, config: SamConfig
 ) -> tuple[str, str]:
-    """Tokens [prompts, t, d] and image cells [prompts, h w, d] after looking at one another."""
+    """Tokens [prompts, t, d] and image tokens [prompts, h w, d] after looking at one another."""
     token_pe = tokens
     heads = config.mask_decoder.num_heads
     for index in range(config.mask_decoder.depth):

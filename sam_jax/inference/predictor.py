@@ -513,7 +513,7 @@ class Predictor:
 
 
 def _points_in_cache(numbers_per_point: int) -> int:
-    """A power of two of points whose cells stay in a CPU's cache while they are decoded."""
+    """A power of two of points whose image tokens stay in a CPU's cache while they are decoded."""
     return 1 << max(_CACHED_CELL_NUMBERS // numbers_per_point, 1).bit_length() - 1
 
 

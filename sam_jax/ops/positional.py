@@ -24,7 +24,7 @@ def fourier_features(
 
 
 def grid_coords(grid: tuple[int, int]) -> Float[np.ndarray, "gh gw 2"]:
-    """Centres of the cells of a grid as ``(x, y)`` in (0, 1)."""
+    """Centres of the patches of a grid as ``(x, y)`` in (0, 1)."""
     gh, gw = grid
     ys = (np.arange(gh, dtype=np.float32) + 0.5) / gh
     xs = (np.arange(gw, dtype=np.float32) + 0.5) / gw

@@ -32,7 +32,7 @@ class _Blocks:
     """How queries and keys are cut.
 
     Attributes:
-      grid: rows and columns of the cells.
+      grid: rows and columns of the tokens.
       rows: rows of keys in a block.
       queries: queries in a block.
     """
@@ -108,7 +108,7 @@ def flash_attention(
     gh, gw = grid = qkv.shape[1:3]
     blocks = _cut(grid, interpret)
     if blocks is None:
-        raise ValueError(f"a grid of {gh} x {gw} cells cannot be cut into the kernel's blocks")
+        raise ValueError(f"a grid of {gh} x {gw} tokens cannot be cut into the kernel's blocks")
     q, k, v = rearrange(qkv, "b gh gw (three a c) -> three (b a) gh gw c", three=3, a=num_heads)
     # The relative terms use the unscaled query, as the published model does.
     by_row, by_column = (

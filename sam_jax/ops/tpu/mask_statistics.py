@@ -2,9 +2,9 @@
 
 Enlarging by a whole factor makes each image pixel a fixed mean of at most four low-resolution
 logits. So pixels are taken by their place inside their sub-pixel: those of one place, of a whole
-object, are sums and products of maps ``[16, cells]``. First a line of each sub-pixel is made from
+object, are sums and products of maps ``[16, tokens]``. First a line of each sub-pixel is made from
 its neighbours above and below, then the line's pixels from their neighbours beside them, a few
-registers of cells at a time.
+registers of tokens at a time.
 """
 
 import dataclasses
