@@ -24,7 +24,7 @@ from sam_jax.simulated_user import PromptConfig
 TRAINING_FACTOR = 3
 # The quality token and the tokens of the four masks.
 NUM_OUTPUT_TOKENS = 2 + NUM_MULTIMASK
-# Sub-pixels per cell of the low-resolution logits.
+# Sub-pixels per image token of the low-resolution logits.
 _SUBPIXELS = 16
 
 
@@ -126,8 +126,8 @@ def _self_attention(tokens: int, dim: int, num_heads: int) -> int:
 class _CrossAttention:
     """Multiply-adds, for one object, of attention between its tokens and the image tokens.
 
-    Either the image tokens go through a projection, which objects may share, or the tokens go through it
-    in their stead and are met by the image tokens at full width, see ``ops.token_attention``.
+    Either the image tokens go through a projection, which objects may share, or the tokens go
+    through it in their stead and meet the image tokens at full width, see ``ops.token_attention``.
     """
 
     tokens: int
@@ -141,7 +141,7 @@ class _CrossAttention:
         return 2 * self._project_tokens() + 2 * self._meet(sharing)
 
     def to_tokens(self, sharing: float = 1) -> float:
-        """Cells ask the tokens; what comes back is the object's own, and so always folded."""
+        """Image tokens attend to the tokens; what comes back is the object's own, and so always folded."""
         bias = self.tokens * self.inner if self._folds(sharing) else 0
         return 2 * self._project_tokens() + self._meet(sharing) + bias + self._folded()
 

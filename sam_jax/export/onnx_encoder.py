@@ -59,7 +59,7 @@ def _block(graph: Graph, x: str, index: int, config: ImageEncoderConfig) -> str:
 
 def _window_counts(config: ImageEncoderConfig) -> tuple[int, int]:
     """Windows per column and row of the padded grid."""
-    rows, columns = (-(-cells // config.window_size) for cells in config.grid)
+    rows, columns = (-(-size // config.window_size) for size in config.grid)
     return rows, columns
 
 
@@ -92,13 +92,13 @@ def _attention(
 ) -> str:
     """Self-attention of [b, h, w, d] with decomposed relative positions."""
     (rows, columns), dim, heads = grid, config.embed_dim, config.num_heads
-    head_dim, num_cells = dim // heads, rows * columns
-    qkv = graph.reshape(graph.dense(x, f"{name}.qkv"), -1, num_cells, 3, heads, head_dim)
+    head_dim, num_tokens = dim // heads, rows * columns
+    qkv = graph.reshape(graph.dense(x, f"{name}.qkv"), -1, num_tokens, 3, heads, head_dim)
     qkv = graph.op("Transpose", qkv, perm=[2, 0, 3, 1, 4])
     q, k, v = (graph.op("Gather", qkv, graph.constant(part, np.int64), axis=0) for part in range(3))
     scaled = graph.op("Mul", q, graph.constant(head_dim**-0.5))
     logits = graph.op("MatMul", scaled, graph.op("Transpose", k, perm=[0, 1, 3, 2]))
-    logits = graph.reshape(logits, -1, heads, rows, columns, num_cells)
+    logits = graph.reshape(logits, -1, heads, rows, columns, num_tokens)
     logits = graph.reshape(logits, 0, heads, rows, columns * rows, columns)
 
     q_grid = graph.reshape(q, -1, heads, rows, columns, head_dim)
@@ -111,9 +111,9 @@ def _attention(
     # The products have no more than five axes at a time, the most that some runtimes take.
     bias_h = graph.reshape(bias_h, -1, heads, rows, columns * rows, 1)
     logits = graph.op("Add", logits, bias_h)
-    logits = graph.reshape(logits, -1, num_cells, rows, columns)
-    logits = graph.op("Add", logits, graph.reshape(bias_w, -1, num_cells, 1, columns))
-    attention = graph.op("Softmax", graph.reshape(logits, -1, heads, num_cells, num_cells), axis=-1)
+    logits = graph.reshape(logits, -1, num_tokens, rows, columns)
+    logits = graph.op("Add", logits, graph.reshape(bias_w, -1, num_tokens, 1, columns))
+    attention = graph.op("Softmax", graph.reshape(logits, -1, heads, num_tokens, num_tokens), axis=-1)
     out = graph.merge_heads(graph.op("MatMul", attention, v), dim)
     return graph.dense(graph.reshape(out, -1, rows, columns, dim), f"{name}.proj")
 

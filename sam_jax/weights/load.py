@@ -491,7 +491,7 @@ def _hints_beside(path: Path) -> Hints | None:
 def _preprocessor(config: SamConfig) -> dict[str, Any]:
     encoder = config.image_encoder
     side = max(encoder.image_size)
-    # Hugging Face's name for the size of low-resolution masks; four per cell and side.
+    # Hugging Face's name for the size of low-resolution masks; four per image token and side.
     low_res = 4 * encoder.grid[0]
     return {
         "image_processor_type": "SamImageProcessor",

@@ -150,7 +150,7 @@ def _call_options(shape: _Shape, logits: Array, operations: int) -> dict[str, An
 
 
 def _neighbours_inside(shape: _Shape) -> np.ndarray:
-    """Of each number of a map, bits for which neighbours its cell and the image have."""
+    """Of each number of a map, bits for which neighbours its token and the image have."""
     gh, gw = shape.mask_layout.grid
     row, column, token_row, token_column = np.ogrid[:SIDE, :SIDE, :gh, :gw]
     conditions = {
@@ -190,7 +190,7 @@ def _between(before: Array, at: Array, after: Array, place: int, scale: int) -> 
 def _line(shape: _Shape, maps: Array, inside: Array, y: int) -> tuple[Array, Array, Array]:
     """A line of each sub-pixel, and its neighbours to the left and right.
 
-    Neighbours in the same cell are some rows of the map away, others as well some columns. Edges of
+    Neighbours of the same token are some rows of the map away, others as well some columns. Edges of
     the image are their own neighbours.
     """
     gw = shape.mask_layout.grid[1]

@@ -203,10 +203,10 @@ def _apply_backward(static, inputs, d_out):
 
     def kernel(inputs, outputs):
         *inputs, d_out = inputs
-        *d_sums, d_cells = outputs
+        *d_sums, d_tokens = outputs
         *differentiable, extras = _values(inputs)
         out, pull = jax.vjp(lambda *x: static.function.apply(*x, extras), *differentiable)
-        *found, d_cells[0] = jax.tree.leaves(pull(d_out[0].astype(out.dtype)))
+        *found, d_tokens[0] = jax.tree.leaves(pull(d_out[0].astype(out.dtype)))
 
         @pl.when(pl.program_id(1) == 0)
         def _():
@@ -219,7 +219,7 @@ def _apply_backward(static, inputs, d_out):
     # Each object has its own part of the weights' gradients: so none waits for another, and a
     # chip's cores can work on different ones.
     sums = [(tokens.shape[0], *x.shape[-2:]) for x in (*weights, *per_object)]
-    *d_sums, d_cells = _call(
+    *d_sums, d_tokens = _call(
         static,
         kernel,
         (*inputs, d_out),
@@ -234,7 +234,7 @@ def _apply_backward(static, inputs, d_out):
     return (
         tuple(d.astype(x.dtype) for d, x in zip(d_weights, weights, strict=True)),
         tuple(d.astype(x.dtype) for d, x in zip(d_own, per_object, strict=True)),
-        d_cells,
+        d_tokens,
         None,
     )
 
