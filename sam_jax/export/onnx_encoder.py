@@ -113,7 +113,8 @@ def _attention(
     logits = graph.op("Add", logits, bias_h)
     logits = graph.reshape(logits, -1, num_tokens, rows, columns)
     logits = graph.op("Add", logits, graph.reshape(bias_w, -1, num_tokens, 1, columns))
-    attention = graph.op("Softmax", graph.reshape(logits, -1, heads, num_tokens, num_tokens), axis=-1)
+    logits = graph.reshape(logits, -1, heads, num_tokens, num_tokens)
+    attention = graph.op("Softmax", logits, axis=-1)
     out = graph.merge_heads(graph.op("MatMul", attention, v), dim)
     return graph.dense(graph.reshape(out, -1, rows, columns, dim), f"{name}.proj")
 

@@ -190,8 +190,8 @@ def _between(before: Array, at: Array, after: Array, place: int, scale: int) -> 
 def _line(shape: _Shape, maps: Array, inside: Array, y: int) -> tuple[Array, Array, Array]:
     """A line of each sub-pixel, and its neighbours to the left and right.
 
-    Neighbours of the same token are some rows of the map away, others as well some columns. Edges of
-    the image are their own neighbours.
+    Neighbours of the same token are some rows of the map away, others as well some columns. Edges
+    of the image are their own neighbours.
     """
     gw = shape.mask_layout.grid[1]
 
