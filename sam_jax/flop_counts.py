@@ -141,7 +141,7 @@ class _CrossAttention:
         return 2 * self._project_tokens() + 2 * self._meet(sharing)
 
     def to_tokens(self, sharing: float = 1) -> float:
-        """Image tokens attend to the tokens; what comes back is each object's own: always folded."""
+        """Image tokens attend to the tokens; each object's own result is always folded."""
         bias = self.tokens * self.inner if self._folds(sharing) else 0
         return 2 * self._project_tokens() + self._meet(sharing) + bias + self._folded()
 
