@@ -187,13 +187,14 @@ def _few_to_many(w, queries, keys, values, keys_valid=None, *, num_heads):
     """``attention`` of few queries, which go through the keys' projection if that takes less."""
     scale = (w.q_bias.size // num_heads) ** -0.5
     fold = _folding_pays(w, queries, keys, num_heads)
-    q = expand_heads(dense(queries, w.q_kernel, w.q_bias), num_heads)
+    q = dense(queries, w.q_kernel, w.q_bias)
     if fold:
         # The keys' bias adds the same to all logits of a query, which softmax does not see.
-        q = fold_into(q, w.k_kernel)
+        rows = _fold(_split_heads(q, num_heads), w.k_kernel)
     else:
+        rows = expand_heads(q, num_heads)
         keys = dense(keys, w.k_kernel, w.k_bias)
-    logits = _contract("bpfd,bptd->bpft", _join_rows(q), keys)
+    logits = _contract("bpfd,bptd->bpft", _join_rows(rows), keys)
     logits = split_rows(logits, num_heads) * scale
     if keys_valid is not None:
         logits = jnp.where(keys_valid[:, :, None, None], logits, -jnp.inf)
@@ -203,33 +204,48 @@ def _few_to_many(w, queries, keys, values, keys_valid=None, *, num_heads):
     means = _contract("bpft,bptd->bpfd", probs, values, values.dtype)
     means = split_rows(means, num_heads)
     if fold:
-        means = jnp.einsum("bpsad,de->bpsae", means, w.v_kernel.astype(means.dtype))
-    heads = own_heads(means)
-    if fold:
+        kernel = _heads_of(w.v_kernel.astype(means.dtype), num_heads)
+        heads = _join_channels(jnp.einsum("bpsad,dac->bpsac", means, kernel))
         heads = add_bias(heads, w.v_bias)
+    else:
+        heads = own_heads(means)
     return dense(heads, w.out_kernel, w.out_bias)
 
 
 def _many_to_few(w, queries, keys, values, keys_valid=None, *, num_heads):
     """``attention`` of many queries, which stay the last axis of logits: that is fast to sum."""
     scale = (w.q_bias.size // num_heads) ** -0.5
-    k = expand_heads(dense(keys, w.k_kernel, w.k_bias), num_heads)
+    k = dense(keys, w.k_kernel, w.k_bias)
     if _folding_pays(w, keys, queries, num_heads):
-        rows = fold_into(k, w.q_kernel)
-        logits = _contract("bpfd,bpsd->bpfs", _join_rows(rows), queries)
-        logits += _join_rows(query_bias_logits(w, k))
+        heads = _split_heads(k, num_heads)
+        logits = _contract("bpfd,bpsd->bpfs", _join_rows(_fold(heads, w.q_kernel)), queries)
+        bias = rearrange(w.q_bias, "(a c) -> a c", a=num_heads)
+        by_bias = jnp.einsum("bptac,ac->bpta", heads.astype(jnp.float32), bias, precision=EXACT)
+        logits += _join_rows(by_bias[..., None])
     else:
         queries = dense(queries, w.q_kernel, w.q_bias)
-        logits = _contract("bpfd,bpsd->bpfs", _join_rows(k), queries)
+        rows = expand_heads(k, num_heads)
+        logits = _contract("bpfd,bpsd->bpfs", _join_rows(rows), queries)
     logits = split_rows(logits, num_heads) * scale
     if keys_valid is not None:
         logits = jnp.where(keys_valid[:, :, :, None, None], logits, -jnp.inf)
     probs = _join_rows(jax.nn.softmax(logits, axis=2).astype(values.dtype))
     # Unlike queries, what comes back is every object's own, and so always folded.
-    update = _contract(
-        "bpfs,bpfd->bpsd", probs, _join_rows(fold_out(w, values, num_heads)), values.dtype
-    )
+    v = _split_heads(dense(values, w.v_kernel, w.v_bias), num_heads)
+    out_kernel = rearrange(w.out_kernel.astype(v.dtype), "(a c) d -> a c d", a=num_heads)
+    updates = jnp.einsum("bptac,acd->bptad", v, out_kernel)
+    update = _contract("bpfs,bpfd->bpsd", probs, _join_rows(updates), values.dtype)
     return add_bias(update, w.out_bias)
+
+
+def _fold(heads: Float[Array, "b p t a c"], kernel: Array) -> Float[Array, "b p t a d"]:
+    """Heads of few tokens, brought back through the projection of what they will meet."""
+    kernel = _heads_of(kernel.astype(heads.dtype), heads.shape[3])
+    return jnp.einsum("bptac,dac->bptad", heads, kernel)
+
+
+def _heads_of(kernel: Array, num_heads: int) -> Array:
+    return rearrange(kernel, "d (a c) -> d a c", a=num_heads)
 
 
 _image_to_token_ordered = functools.partial(_image_to_token, attend=_many_to_few)
@@ -303,7 +319,7 @@ def _blocks(num_heads: int, like: Array) -> Array:
 
 
 def fold_into(rows: Float[Array, "b p t a e"], kernel: Array) -> Float[Array, "b p t a d"]:
-    """Expanded heads, brought back through the projection of what they will meet."""
+    """Expanded heads, brought back through the projection of what they will meet, zeros and all."""
     return jnp.einsum("bptae,de->bptad", rows, kernel.astype(rows.dtype))
 
 
