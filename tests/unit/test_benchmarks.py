@@ -20,11 +20,11 @@ from benchmarks import (
     dead_leaves,
     decoder,
     encoder,
+    experiment,
     input,
     kernels,
     limits,
     published,
-    recipe,
     step,
     table,
 )
@@ -323,7 +323,7 @@ def test_rows_of_the_table_are_commands(row: table.Row) -> None:
     args = script.parse([*row.arguments, "--repeats", "1"])
     assert args.repeats == 1
     if row.benchmark == "step":
-        assert recipe.load(args).data.num_workers == 0
+        assert experiment.load(args).data.num_workers == 0
 
 
 @pytest.mark.parity
