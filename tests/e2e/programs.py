@@ -78,9 +78,18 @@ class Program:
 
     def end(self, code: int = 0, seconds: float = WAIT_SECONDS) -> str:
         """What it has printed, once it has ended by itself with this code."""
-        self.wait_until("its end", lambda: self._process.poll() is not None, seconds)
-        assert self._process.returncode == code, str(self)
+        self._wait_for_end(seconds)
+        assert self._process.returncode == code, f"{self} ended with {self._process.returncode}"
         return self.output
+
+    def fail(self, seconds: float = WAIT_SECONDS) -> str:
+        """What it has printed, once it has ended by itself with any code that says it failed."""
+        self._wait_for_end(seconds)
+        assert self._process.returncode != 0, f"{self} ended well"
+        return self.output
+
+    def _wait_for_end(self, seconds: float) -> None:
+        self.wait_until("its end", lambda: self._process.poll() is not None, seconds)
 
     def __str__(self) -> str:
         return f"{' '.join(self._command)}\n{self.output}\nwhich"

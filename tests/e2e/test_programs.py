@@ -29,3 +29,4 @@ def test_a_program_that_ends_too_early_is_named_with_what_it_printed() -> None:
         with pytest.raises(AssertionError, match="no such thing"):
             program.end()
         assert "no such thing" in program.end(3)
+        assert "no such thing" in program.fail()
