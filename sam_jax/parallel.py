@@ -7,6 +7,7 @@ linen's, in the way that the one table of shardings says (``sharding.tree_shardi
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -111,6 +112,8 @@ class Parallel:
         together on every device.
         """
 
+        # Under its own name, by which profiles and the compilation cache list it.
+        @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
             with tracing_for(self._target):
                 return function(*arguments)
@@ -139,10 +142,10 @@ class Parallel:
 
         def encode(params: Any, images: Array, path_scales: Array | None) -> Any:
             if shards is None:
-                return model.apply({"params": params}, images, path_scales, method=Sam.encode)
+                return model.apply({"params": params}, images, path_scales, method="encode")
             with shards.gathered_in_layers():
                 params = shards.whole_others(params)
-                return model.apply({"params": params}, images, path_scales, method=Sam.encode)
+                return model.apply({"params": params}, images, path_scales, method="encode")
 
         return self.on_each_device(
             encode,
@@ -164,7 +167,7 @@ class Parallel:
         def decode(variables: Any, embeddings: Array, prompts: Any, multimask_output: bool) -> Any:
             of_device = self.on_each_device(
                 lambda *arguments: model.apply(
-                    *arguments, multimask_output=multimask_output, method=Sam.decode
+                    *arguments, multimask_output=multimask_output, method="decode"
                 ),
                 [PartitionSpec(), self.spec(BATCH), self.spec(BATCH)],
                 self.spec(BATCH),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Bool, Float, Int
+from sam_jax.arrays import Array, Bool, DimSize, Float, Int
 from sam_jax.models.layers import DenseParams, NormParams
 from sam_jax.ops.full_precision import add_bias
 from sam_jax.ops.mask_embedding import MaskEmbeddingWeights, add_mask_embeddings
@@ -107,7 +107,7 @@ class PromptEncoder(nn.Module):
         return sparse, self.dense_prompt_embeddings(prompts, grid)
 
     def sparse_prompt_embeddings(
-        self, prompts: Prompts, image_size: tuple[int, int], num_images: int = 1
+        self, prompts: Prompts, image_size: tuple[int, int], num_images: DimSize = 1
     ) -> SparseEmbeddings:
         """Embeddings of points, boxes and text tokens.
 

@@ -315,6 +315,8 @@ def test_a_deep_stream_of_half_precision_tokens() -> None:
         for shape in ((2, 128, 128, 3), (2, 8, 8, 32))
     )
 
+    path_scales = drop_path_scales(jax.random.key(1), config, len(pixels))
+
     def encoder(dtype: Any) -> ImageEncoderViT:
         return ImageEncoderViT(config, scan=True, dtype=dtype)
 
@@ -329,9 +331,7 @@ def test_a_deep_stream_of_half_precision_tokens() -> None:
 
     def run(dtype: Any) -> tuple[Any, Any]:
         def total(variables: Any) -> Any:
-            out = encoder(dtype).apply(
-                variables, pixels, train=True, rngs={"dropout": jax.random.key(1)}
-            )
+            out = encoder(dtype).apply(variables, pixels, path_scales)
             return jnp.vdot(weights, out.astype(jnp.float32)), out.astype(jnp.float32)
 
         gradients, out = jax.jit(jax.grad(total, has_aux=True))(variables)

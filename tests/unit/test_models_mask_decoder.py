@@ -118,17 +118,16 @@ def test_predictions_have_more_digits_than_half_precision() -> None:
         | {"dense_2": {"kernel": 1e-3 * last["kernel"], "bias": jnp.full_like(last["bias"], 0.9)}}
     }
     sparse = normal(1, 64, 3, DIM)
-    prompts = PromptEmbeddings(
-        sparse,
-        jnp.ones(sparse.shape[:3], bool),
+    inputs = (
         normal(1, 64, *GRID, DIM),
-        PROMPTS.image_pe,
+        INPUTS[1],
+        SparseEmbeddings(sparse, jnp.ones(sparse.shape[:3], bool)),
     )
 
     def predictions(dtype: Any) -> np.ndarray:
         decoder = MaskDecoder(CONFIG, DIM, dtype)
         return np.asarray(
-            jax.jit(lambda p: decoder.apply({"params": p}, prompts, multimask_output=True))(
+            jax.jit(lambda p: decoder.apply({"params": p}, *inputs, multimask_output=True))(
                 params
             ).iou_predictions
         )

@@ -1,7 +1,7 @@
 """Grid attention: the definition in numpy, and one suite for all implementations."""
 
 import dataclasses
-import types
+import unittest.mock
 from typing import Any
 
 import jax
@@ -285,7 +285,7 @@ def test_the_compute_capability_is_an_nvidia_gpus(
 ) -> None:
     """AMD's are GPUs, too."""
     said = {} if says is None else {"compute_capability": says}
-    device: Any = types.SimpleNamespace(platform="gpu", **said)
+    device = unittest.mock.Mock(spec=jax.Device, platform="gpu", **said)
     target = Target.of(device)
     assert target.compute_capability == capability
     if capability is None:
