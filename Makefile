@@ -14,13 +14,15 @@ TYPED = $(wildcard sam_jax train.py eval.py) $(sort $(dir $(wildcard configs/*.p
 KEY := $(VENV)/.sam-jax-pins
 METADATA_KEY := $(VENV)/.sam-jax-metadata
 TORCH_KEY := $(VENV)/.sam-jax-torch-pins
+TPU_COMPILER := $(VENV)/tpu-compiler
 
 UV_VERSION := 0.13.9
 UV_COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
   --no-emit-index-url --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: check-python clean demo format help lint lock setup setup-torch test test-lowest uv
+.PHONY: check-python clean demo format help lint lock setup setup-torch setup-tpu-compiler test \
+  test-lowest uv
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,7 +33,7 @@ demo: setup ## Train a tiny model on a CPU for some minutes, then evaluate it
 	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo
 	$(BIN)/python eval.py --config configs/demo.py --checkpoint runs/demo
 
-test: lint setup-torch ## Check style and types, then run every test
+test: lint setup-torch setup-tpu-compiler ## Check style and types, then run every test
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: setup ## Check style, format and types
@@ -80,6 +82,21 @@ setup-torch: setup ## Add what the live comparisons with PyTorch need
 	  echo "error: CI must run the comparisons with PyTorch, and it could not be installed" >&2; exit 1; \
 	else \
 	  echo "warning: PyTorch could not be installed, so the comparisons with it will be skipped" >&2; \
+	fi
+
+setup-tpu-compiler: setup ## Add the TPU's compiler, where there is one for this machine
+	@set -e; \
+	key="$$(cat $(KEY) requirements-tpu-compiler.lock | cksum)"; \
+	if [ "$$key" = "$$(cat $(TPU_COMPILER)/.sam-jax-pins 2>/dev/null)" ]; then exit 0; fi; \
+	rm -rf $(TPU_COMPILER); \
+	echo "Adding the TPU's compiler to $(VENV)"; \
+	if $(PIP) install -qq --progress-bar off --no-deps --target $(TPU_COMPILER) \
+	    -r requirements-tpu-compiler.lock; then \
+	  echo "$$key" > $(TPU_COMPILER)/.sam-jax-pins; \
+	elif [ "$$CI" = true ]; then \
+	  echo "error: CI must compile the kernels for a TPU, and its compiler could not be installed" >&2; exit 1; \
+	else \
+	  echo "warning: no TPU compiler for this machine, so kernels will not be compiled by the tests" >&2; \
 	fi
 
 uv: check-python

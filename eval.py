@@ -1,7 +1,6 @@
 """Evaluates a run: python eval.py --config configs/demo.py --checkpoint runs/demo [--out FOLDER].
 
-Runs every evaluation of the config's section `evals`, by the code that training calls, prints the
-scores and writes them, curves and examples to a folder for each.
+Runs the evaluations of the config's section `evals`; prints and writes scores, curves, examples.
 """
 
 from pathlib import Path
@@ -11,13 +10,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sam_jax.configuration import from_mapping
-from sam_jax.convert.checkpoints import variables_for
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.report import results_folder
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.run import build_evaluators
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.places import check_folder
+from sam_jax.weights.load import variables_for
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
@@ -40,9 +39,10 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value.to_dict()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
-    model = build_model(from_mapping(ModelConfig, config["model"], "model"))
-    evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
-    evaluators = {name: Evaluator(model, e, show_progress=True) for name, e in evals.items()}
+    model_config = from_mapping(ModelConfig, config["model"], "model")
+    model = build_model(model_config)
+    kernels = model_config.kernels
+    evaluators = build_evaluators(config["evals"], model, kernels=kernels, show_progress=True)
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:
         check_folder(out / name)

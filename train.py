@@ -1,6 +1,6 @@
-"""Trains a model; the same command again continues a run that stopped.
+"""Trains a model: python train.py --config configs/demo.py --workdir runs/demo [--config.X.Y=Z].
 
-python train.py --config configs/demo.py --workdir runs/demo [--config.SECTION.KEY=VALUE ...]
+The same command again continues a run that stopped.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import readable_errors
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.run import build_evaluators
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.training import loop
-from sam_jax.training.recipe import Recipe
+from sam_jax.training.experiment import Experiment
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.", required=True)
@@ -29,26 +29,26 @@ flags.mark_flag_as_required("config")
 @readable_errors()
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
-    if len(argv) > 1:
+    if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value.to_dict()
-    recipe = Recipe.of(config)
+    experiment = Experiment.of(config)
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
-    start_devices(hosts, recipe.sharding.cpu_devices)
-    evals = {n: from_mapping(EvalConfig, e, f"evals.{n}") for n, e in config["evals"].items()}
+    start_devices(hosts, experiment.sharding.cpu_devices)
+    model, kernels = experiment.task.model, experiment.kernels
+    evaluators = build_evaluators(config["evals"], model, kernels=kernels)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     # Closing it says what of the data was left out.
-    with contextlib.closing(
-        train_iterator(
-            recipe.data, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-    ) as data_iterator:
+    with contextlib.closing(train_iterator(experiment.data, **share)) as data_iterator:
         loop.train(
             workdir=WORKDIR.value,
-            recipe=recipe,
+            program=experiment.program(),
+            config=experiment.train,
+            batch_size=experiment.data.batch_size,
             data_iterator=data_iterator,
             checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-            evaluators={name: Evaluator(recipe.model, section) for name, section in evals.items()},
+            evaluators=evaluators,
             sections=config,
         )
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from benchmarks import limits, report
 from benchmarks.random_inputs import random_like
 from benchmarks.timing import Timing, compile_for, time_compiled
-from sam_jax import work
-from sam_jax.ops.attention import Implementation, choose, grid_attention
-from sam_jax.ops.placement import Placement
+from sam_jax import flop_counts
+from sam_jax.ops.attention import GRID_ATTENTION, Implementation, grid_attention
 
 # By platform: what runs there and is not merely interpreted. The reference holds all logits.
 FORMS: dict[str, tuple[Implementation, ...]] = {
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times every form; those that cannot do the shape are named."""
     args = _parse(argv)
     grid = tuple(args.grid)
-    chosen = choose(grid, args.heads, args.channels, jnp.dtype(args.dtype), Placement())
+    chosen = GRID_ATTENTION.choose(*_shapes(args, grid), num_heads=args.heads).name
     timings: dict[str, Timing] = {}
     refused: dict[str, str] = {}
     for form in FORMS.get(jax.default_backend(), FORMS["cpu"]):
@@ -37,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             timings[form] = _time(args, grid, form)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             refused[form] = str(error).splitlines()[0][:200]
-    passes = work.TRAINING_FACTOR if args.backward else 1
-    flops = passes * args.batch * work.attention_flops(grid, args.heads * args.channels)
+    passes = flop_counts.TRAINING_FACTOR if args.backward else 1
+    flops = passes * args.batch * flop_counts.attention_flops(grid, args.heads * args.channels)
     limit = limits.matmul_flops_per_second(args.dtype, jax.devices()[:1])
     rates = [report.Rate("FLOP/s", flops / timings[chosen].best, limit)]
     rates += [
@@ -66,14 +65,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _time(args: argparse.Namespace, grid: tuple[int, int], form: Implementation) -> Timing:
+def _shapes(args: argparse.Namespace, grid: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
+    """Of projections and both tables."""
     dtype = jnp.dtype(args.dtype)
-    width = args.heads * args.channels
-    shapes = [
-        jax.ShapeDtypeStruct((args.batch, *grid, 3 * width), dtype),
+    return [
+        jax.ShapeDtypeStruct((args.batch, *grid, 3 * args.heads * args.channels), dtype),
         *(jax.ShapeDtypeStruct((2 * size - 1, args.channels), dtype) for size in grid),
     ]
-    arguments = [random_like(shape) for shape in shapes]
+
+
+def _time(args: argparse.Namespace, grid: tuple[int, int], form: Implementation) -> Timing:
+    dtype, width = jnp.dtype(args.dtype), args.heads * args.channels
+    arguments = [random_like(shape) for shape in _shapes(args, grid)]
 
     def attend(qkv, rel_pos_h, rel_pos_w):
         return grid_attention(qkv, rel_pos_h, rel_pos_w, args.heads, implementation=form)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import limits, recipe, report
+from benchmarks import experiment, limits, report
 from benchmarks.timing import Timing
 from sam_jax.checkpoint import CheckpointConfig, Checkpointer
 from sam_jax.data import train_iterator
@@ -22,12 +22,12 @@ from sam_jax.hosts import HostsConfig, start_devices
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times saving until the loop may go on, saving until all is written, and restoring."""
     parser = report.parser("checkpoint", __doc__)
-    recipe.add_options(parser)
+    experiment.add_options(parser)
     parser.add_argument(
         "--folder", type=Path, help="on the disk to time; by default a temporary one"
     )
     args = parser.parse_args(argv)
-    run = recipe.load(args)
+    run = experiment.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
     program = run.program()
     state = program.new_state(jax.random.key(run.train.seed))

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from benchmarks.report import output_file
-from sam_jax.convert import checkpoints, onnx_export
+from sam_jax.export import onnx as onnx_export
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import VARIANTS
+from sam_jax.weights import load as checkpoints
 
 TARGETS = ("official", "hugging-face", "orbax", "onnx")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like, random_prompts
 from benchmarks.timing import Timing, compile_for, time_compiled
-from sam_jax import work
+from sam_jax import flop_counts
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     peers = peer.time_peers(args.peer, peer_call, args.repeats)
     timing = _time(args, model)
     not_a_point = 1
-    flops = args.batch * work.decoder_flops(
+    flops = args.batch * flop_counts.decoder_flops(
         model.config,
         args.prompts,
         args.points + not_a_point,

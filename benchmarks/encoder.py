@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like
 from benchmarks.timing import Timing, compile_for, time_compiled
-from sam_jax import work
+from sam_jax import flop_counts
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
 from sam_jax.models.variants import VARIANTS, ModelConfig
 from sam_jax.ops.attention import Implementation
@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     peers = peer.time_peers(args.peer, peer_call, args.repeats)
     timing = _time(args, config)
-    passes = work.TRAINING_FACTOR if args.backward else 1
+    passes = flop_counts.TRAINING_FACTOR if args.backward else 1
     flops, useful = (
-        passes * args.batch * work.encoder_flops(config, useful=only) for only in (False, True)
+        passes * args.batch * flop_counts.encoder_flops(config, useful=only)
+        for only in (False, True)
     )
     limit = limits.matmul_flops_per_second(args.dtype, jax.devices()[:1])
     rates = [

@@ -20,9 +20,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from benchmarks import dead_leaves, limits, recipe, report
+from benchmarks import dead_leaves, experiment, limits, report
 from benchmarks.timing import Timing
-from sam_jax.data import DataConfig, Sample, SourceConfig, build_source, rle, train_iterator
+from sam_jax import rle
+from sam_jax.data import DataConfig, Sample, SourceConfig, build_source, train_iterator
 from sam_jax.data import transforms as data_transforms
 from sam_jax.data.sources import Source
 from sam_jax.data.transforms import TrainTransform
@@ -44,7 +45,7 @@ STAGES = {
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times batches of the training iterator, with nobody else at work, and reports them."""
     parser = report.parser("input", __doc__)
-    recipe.add_options(parser)
+    experiment.add_options(parser)
     parser.add_argument(
         "--sa1b",
         type=int,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.set_defaults(repeats=20)
     args = parser.parse_args(argv)
-    data = recipe.load(args).data
+    data = experiment.load(args).data
     with tempfile.TemporaryDirectory() as folder:
         if args.sa1b:
             tar = Path(folder) / "sa_000000.tar"
@@ -106,7 +107,7 @@ def _measure(data: DataConfig, argv: Sequence[str] | None, args: Any) -> dict[st
         "masks_per_image": float(first["mask_valid"].sum(axis=1).mean()),
         "num_threads": data.num_threads,
         "num_workers": data.num_workers,
-        "sources": recipe.names_of(data.sources),
+        "sources": experiment.names_of(data.sources),
         # Otherwise the limit is that of the same images, encoded for it.
         "sources_are_encoded": all(isinstance(sample.image, bytes) for sample in samples),
         # The rest of a core's time is the workers'.

@@ -25,21 +25,21 @@ from rich.table import Table
 
 from benchmarks.report import output_file
 from sam_jax import hlo
-from sam_jax.models.mask_decoder import Upscaling
-from sam_jax.models.prompt_encoder import MaskDownscaling
-from sam_jax.models.token_attention import Weights, answer_cells
-from sam_jax.ops import mask_sums_kernel
-from sam_jax.ops.cell_means_kernel import cell_means
-from sam_jax.ops.cells import MaskGrid
-from sam_jax.ops.flash_kernel import flash_attention
-from sam_jax.ops.mask_sums_kernel import mask_sums
-from sam_jax.ops.window_cut_kernel import join_and_norm, norm_and_cut
-from sam_jax.ops.window_kernel import window_attention
-from sam_jax.plan import devices_of
+from sam_jax.cost_report import devices_of
+from sam_jax.ops.attention import GRID_ATTENTION
+from sam_jax.ops.dispatch import Operation
+from sam_jax.ops.mask_embedding import ADD_MASK_EMBEDDINGS, MaskEmbeddingWeights
+from sam_jax.ops.mask_prediction import PREDICT_MASKS, UpscalingWeights
+from sam_jax.ops.mask_statistics import MASK_STATISTICS
+from sam_jax.ops.norm import NormWeights
+from sam_jax.ops.packed_masks import MaskLayout
+from sam_jax.ops.token_attention import IMAGE_TO_TOKEN, TOKEN_TO_IMAGE, AttentionWeights
+from sam_jax.ops.tpu import mask_statistics as mask_statistics_kernel
+from sam_jax.ops.windows import NORM_PARTITION, UNPARTITION_ADD_NORM
 
 # Of ViT-H and its decoder. Four objects or windows are enough: each takes the same.
 GRID, WINDOW, DIM, HEADS = (64, 64), 14, 1280, 16
-OBJECTS, CELLS, CELL_DIM, TOKENS, CELL_HEADS = 4, 4096, 256, 16, 8
+OBJECTS, IMAGE_TOKENS, TOKEN_DIM, TOKENS, TOKEN_HEADS = 4, 4096, 256, 16, 8
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
 
@@ -140,7 +140,7 @@ def _count(case: Case, device: Any, folder: Path) -> dict[str, Count]:
     _empty(folder)
     text = gradients.lower(some, others).compile().as_text() or ""
     bundles = _bundles(folder)
-    if "mask_sums" in steps:
+    if "mask_statistics" in steps:
         bundles = _with_trips(bundles, gradients, some, others, folder)
     return {
         i.kernel_name: Count(
@@ -160,16 +160,16 @@ def _empty(folder: Path) -> None:
 
 
 def _with_trips(bundles: dict[str, int], gradients, some, others, folder: Path) -> dict[str, int]:
-    """Of kernels that loop over cells: from two lengths of the loop's body, what all trips take."""
-    cells = mask_sums_kernel.MOST_CELLS
-    mask_sums_kernel.MOST_CELLS = cells // 2
+    """What all trips of kernels' loops take, from two lengths of the loops' bodies."""
+    tokens = mask_statistics_kernel.MOST_TOKENS
+    mask_statistics_kernel.MOST_TOKENS = tokens // 2
     _empty(folder)
     jax.clear_caches()
     gradients.lower(some, others).compile()
-    mask_sums_kernel.MOST_CELLS = cells
+    mask_statistics_kernel.MOST_TOKENS = tokens
     jax.clear_caches()
     of_half = _bundles(folder)
-    trips = CELLS // cells
+    trips = IMAGE_TOKENS // tokens
     return {
         name: count + 2 * (count - of_half[name]) * (trips - 1) for name, count in bundles.items()
     }
@@ -207,124 +207,133 @@ def _bundles(folder: Path) -> dict[str, int]:
     return {name: count for name, (_, count) in found.items()}
 
 
-def _of(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+def _of(*shape: int, dtype: Any = BF16) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _window() -> Case:
-    table = _of(2 * WINDOW - 1, DIM // HEADS)
-    return Case(
-        lambda qkv, h, w: window_attention(qkv, h, w, HEADS, interpret=False),
-        {"qkv": _of(4, WINDOW, WINDOW, 3 * DIM), "h": table, "w": table},
+def _of_operation(
+    operation: Operation, arguments: dict[str, Any], form: str = "kernel", **options: Any
+) -> Case:
+    function = operation.forms[form].function
+    return Case(lambda *args: function(*args, **options, interpret=False), arguments)
+
+
+def _attention(grid: tuple[int, int], batch: int, form: str) -> Case:
+    tables = [_of(2 * size - 1, DIM // HEADS, dtype=F32) for size in grid]
+    arguments = {"qkv": _of(batch, *grid, 3 * DIM), "h": tables[0], "w": tables[1]}
+    return _of_operation(GRID_ATTENTION, arguments, form, num_heads=HEADS)
+
+
+def _norm_partition() -> Case:
+    arguments = {"tokens": _of(1, *GRID, DIM), "norm": _norm(DIM)}
+    return _of_operation(NORM_PARTITION, arguments, window_size=WINDOW, epsilon=1e-6)
+
+
+def _unpartition() -> Case:
+    num_windows = (-(-GRID[0] // WINDOW)) * (-(-GRID[1] // WINDOW))
+    arguments = {
+        "tokens": _of(1, *GRID, DIM),
+        "windows": _of(num_windows, WINDOW, WINDOW, DIM),
+        "norm": _norm(DIM),
+    }
+    return _of_operation(UNPARTITION_ADD_NORM, arguments, epsilon=1e-6)
+
+
+def _embedding() -> Case:
+    channels = 16
+    weights = MaskEmbeddingWeights(
+        *_dense(4, channels // 4),
+        _norm(channels // 4),
+        *_dense(channels, channels),
+        _norm(channels),
+        *_dense(channels, TOKEN_DIM),
+    )
+    arguments = {
+        "weights": weights,
+        "image": _of(1, *GRID, TOKEN_DIM),
+        "logits": _of(1, OBJECTS, *(4 * size for size in GRID), dtype=F32),
+        "valid": _of(1, OBJECTS, dtype=jnp.bool_),
+        "no_mask": _of(TOKEN_DIM, dtype=F32),
+    }
+    return _of_operation(ADD_MASK_EMBEDDINGS, arguments, norm_epsilon=1e-6)
+
+
+def _attention_weights() -> AttentionWeights:
+    inward = _dense(TOKEN_DIM, TOKEN_DIM // 2)
+    return AttentionWeights(*inward * 3, *_dense(TOKEN_DIM // 2, TOKEN_DIM))
+
+
+def _token_to_image() -> Case:
+    arguments = {
+        "weights": _attention_weights(),
+        "tokens": _of(1, OBJECTS, TOKENS, TOKEN_DIM),
+        "image_tokens": _of(1, OBJECTS, IMAGE_TOKENS, TOKEN_DIM),
+        "image_pe": _of(IMAGE_TOKENS, TOKEN_DIM),
+    }
+    return _of_operation(TOKEN_TO_IMAGE, arguments, num_heads=TOKEN_HEADS)
+
+
+def _image_to_token() -> Case:
+    tokens = _of(1, OBJECTS, TOKENS, TOKEN_DIM)
+    arguments = {
+        "weights": _attention_weights(),
+        "norm": _norm(TOKEN_DIM),
+        "image_tokens": _of(1, OBJECTS, IMAGE_TOKENS, TOKEN_DIM),
+        "image_pe": _of(IMAGE_TOKENS, TOKEN_DIM),
+        "keys": tokens,
+        "values": tokens,
+        "valid": _of(1, OBJECTS, TOKENS, dtype=jnp.bool_),
+        "seeds": _of(1, OBJECTS, dtype=I32),
+    }
+    return _of_operation(
+        IMAGE_TO_TOKEN, arguments, num_heads=TOKEN_HEADS, dropout_rate=0.1, norm_epsilon=1e-5
     )
 
 
-def _flash() -> Case:
-    table = _of(2 * GRID[0] - 1, DIM // HEADS)
-    return Case(
-        lambda qkv, h, w: flash_attention(qkv, h, w, HEADS, interpret=False),
-        {"qkv": _of(1, *GRID, 3 * DIM), "h": table, "w": table},
+def _prediction() -> Case:
+    dim = TOKEN_DIM
+    weights = UpscalingWeights(
+        *(_of(dim, 2, 2, dim // 4, dtype=F32), _of(dim // 4, dtype=F32)),
+        _norm(dim // 4),
+        *(_of(dim // 4, 2, 2, dim // 8, dtype=F32), _of(dim // 8, dtype=F32)),
+    )
+    arguments = {
+        "weights": weights,
+        "image_tokens": _of(1, OBJECTS, *GRID, dim),
+        "filters": _of(1, OBJECTS, 1, dim // 8),
+    }
+    return _of_operation(PREDICT_MASKS, arguments, norm_epsilon=1e-6)
+
+
+def _statistics() -> Case:
+    arguments = {
+        "logits": _of(1, OBJECTS, 1, *(4 * size for size in GRID), dtype=F32),
+        "masks": _of(1, OBJECTS, 16, IMAGE_TOKENS, dtype=I32),
+        "area": _of(1, 16, IMAGE_TOKENS, dtype=I32),
+    }
+    return _of_operation(
+        MASK_STATISTICS, arguments, mask_layout=MaskLayout(GRID, 4), alpha=0.25, gamma=2
     )
 
 
-def _cut() -> Case:
-    vector = _of(DIM, dtype=F32)
-
-    def both(tokens, scale, shift):
-        windows, tokens = norm_and_cut(tokens, scale, shift, WINDOW, epsilon=1e-6, interpret=False)
-        return join_and_norm(tokens, windows, scale, shift, epsilon=1e-6, interpret=False)
-
-    return Case(both, {"tokens": _of(1, *GRID, DIM), "scale": vector, "shift": vector})
+def _dense(input_dim: int, features: int) -> tuple[Any, Any]:
+    return _of(input_dim, features, dtype=F32), _of(features, dtype=F32)
 
 
-def _embed() -> Case:
-    module = MaskDownscaling(CELL_DIM, 16, BF16)
-    variables = _variables(module, jnp.zeros((1, 1, 16, 1)))
-    kernels = module.clone(kernels="compiled")
-    return Case(
-        lambda variables, shared, logits, valid, no_mask: kernels.apply(
-            variables, shared, logits, valid, no_mask, method="added_to"
-        ),
-        {
-            "variables": variables,
-            "shared": _of(1, CELLS, CELL_DIM),
-            "logits": _of(1, OBJECTS, 16, CELLS),
-            "valid": _of(1, OBJECTS, dtype=jnp.bool_),
-            "no_mask": _of(CELL_DIM),
-        },
-    )
-
-
-def _means() -> Case:
-    return Case(
-        lambda rows, cells, positions: cell_means(rows, cells, positions, interpret=False),
-        {
-            "rows": _of(OBJECTS, TOKENS * CELL_HEADS, CELL_DIM),
-            "cells": _of(OBJECTS, CELLS, CELL_DIM),
-            "positions": _of(CELLS, CELL_DIM),
-        },
-    )
-
-
-def _answer() -> Case:
-    heads, channels = CELL_HEADS, CELL_DIM // 2 // CELL_HEADS
-    kernel, bias = _of(CELL_DIM, heads, channels), _of(heads, channels)
-    weights: Any = [kernel, bias] * 3 + [_of(heads, channels, CELL_DIM), _of(CELL_DIM)]
-    tokens, vector = _of(1, OBJECTS, TOKENS, CELL_DIM), _of(CELL_DIM, dtype=F32)
-    return Case(
-        lambda weights, norm, cells, positions, tokens, valid, seeds: answer_cells(
-            weights, norm, cells, positions, tokens, tokens, valid, seeds, 0.1, interpret=False
-        ),
-        {
-            "weights": Weights(*weights),
-            "norm": (vector, vector),
-            "cells": _of(1, OBJECTS, CELLS, CELL_DIM),
-            "positions": _of(CELLS, CELL_DIM),
-            "tokens": tokens,
-            "valid": _of(1, OBJECTS, TOKENS, dtype=jnp.bool_),
-            "seeds": _of(1, OBJECTS, dtype=I32),
-        },
-    )
-
-
-def _draw() -> Case:
-    module = Upscaling(CELL_DIM, BF16)
-    cells, filters = _of(1, OBJECTS, *GRID, CELL_DIM), _of(1, OBJECTS, 1, CELL_DIM // 8)
-    small = jnp.zeros((1, 1, 1, 1, CELL_DIM)), jnp.zeros((1, 1, 1, CELL_DIM // 8))
-    kernels = module.clone(kernels="compiled")
-    return Case(
-        kernels.apply,
-        {"variables": _variables(module, *small), "cells": cells, "filters": filters},
-    )
-
-
-def _sums() -> Case:
-    mask_grid = MaskGrid(GRID, 4)
-    return Case(
-        lambda logits, masks, area: mask_sums(
-            logits, masks, area, mask_grid, alpha=0.25, gamma=2.0, interpret=False
-        ),
-        {
-            "logits": _of(1, OBJECTS, 1, 16, CELLS, dtype=F32),
-            "masks": _of(1, OBJECTS, 16, CELLS, dtype=I32),
-            "area": _of(1, 16, CELLS, dtype=I32),
-        },
-    )
-
-
-def _variables(module: Any, *arguments: Any) -> Any:
-    return jax.eval_shape(module.init, jax.random.key(0), *arguments)
+def _norm(dim: int) -> NormWeights:
+    return NormWeights(_of(dim, dtype=F32), _of(dim, dtype=F32))
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "window": _window,
-    "flash": _flash,
-    "cut": _cut,
-    "embed": _embed,
-    "means": _means,
-    "answer": _answer,
-    "draw": _draw,
-    "sums": _sums,
+    "window_attention": lambda: _attention((WINDOW, WINDOW), 4, "window_kernel"),
+    "flash_attention": lambda: _attention(GRID, 1, "flash_kernel"),
+    "norm_partition": _norm_partition,
+    "unpartition_add_norm": _unpartition,
+    "mask_embedding": _embedding,
+    "token_to_image": _token_to_image,
+    "image_to_token": _image_to_token,
+    "predict_masks": _prediction,
+    "mask_statistics": _statistics,
 }
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import published, report
-from sam_jax.convert.checkpoints import load
-from sam_jax.convert.names import from_native
 from sam_jax.data.sources.synthetic import SyntheticSource
 from sam_jax.images import read_image
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks
@@ -34,6 +32,8 @@ from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.models.sam import init_variables
 from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
+from sam_jax.weights.load import load
+from sam_jax.weights.names import from_native
 
 # Beyond this, two scores or boxes are not the same.
 SCORE_TOLERANCE = 1e-3

@@ -14,25 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import limits, recipe, report
+from benchmarks import experiment, limits, report
 from benchmarks.timing import compile_for, time_compiled
-from sam_jax import work
+from sam_jax import flop_counts
 from sam_jax.data import train_iterator
 from sam_jax.hosts import HostsConfig, start_devices
+from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
 from sam_jax.ops.images import normalize_images
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment
 from sam_jax.training.state import TrainState
-from sam_jax.training.step import Batch, build_rounds
+from sam_jax.training.tasks.segment import Batch, build_rounds
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times the step, on one batch again and again or on fresh ones, and reports it."""
     args = parse(argv)
-    run = recipe.load(args)
+    run = experiment.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
-    program = run.program()
+    program, task = run.program(), run.task
     iterator = train_iterator(run.data)
     batch = _on_devices(next(iterator), program)
     state = program.new_state(jax.random.key(run.train.seed))
@@ -52,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # The count of objects matters for what was useful, and their slots for what was computed.
     per_image = float(np.mean(num_masks)) / run.data.batch_size
-    count = (run.model.config, run.prompts, run.data.batch_size)
-    flops = work.step_flops(*count, run.data.max_masks)
-    useful = work.step_flops(*count, per_image, useful=True)
+    count = (task.model.config, task.prompts, run.data.batch_size)
+    flops = flop_counts.step_flops(*count, run.data.max_masks)
+    useful = flop_counts.step_flops(*count, per_image, useful=True)
     devices = list(program.mesh.devices.flat)
-    limit = limits.matmul_flops_per_second(run.model.dtype, devices)
+    limit = limits.matmul_flops_per_second(task.dtype, devices)
     rates = [
         report.Rate("FLOP/s", flops / timing.best, limit),
         report.Rate("FLOP/s without padding", useful / timing.best, limit),
@@ -66,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     facts = {
         "work_flops": flops,
         "useful_flops": useful,
-        "num_rounds": run.prompts.num_rounds,
-        "sources": recipe.names_of(run.data.sources),
+        "num_rounds": task.prompts.num_rounds,
+        "sources": experiment.names_of(run.data.sources),
         "fresh_batches": args.fresh_batches,
     }
     if args.parts:
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the benchmark."""
     parser = report.parser("step", __doc__)
-    recipe.add_options(parser)
+    experiment.add_options(parser)
     parser.add_argument(
         "--fresh-batches", action="store_true", help="read a batch for each step, as in training"
     )
@@ -91,24 +92,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _time_parts(
-    run: Recipe,
-    program: TrainProgram,
+    run: Experiment,
+    program: CompiledStep,
     state: TrainState,
     batch: dict[str, jax.Array],
     repeats: int,
 ) -> dict[str, float]:
     """Best seconds of a step's parts: gradients of the encoder, gradients of the rounds, update."""
-    model, params, constants = program.model, state.params, state.constants
+    task, params, constants = run.task, state.params, state.constants
+    model = task.model
     fields = Batch(**batch)
     images = jax.jit(normalize_images)(fields.image, fields.image_hw)
-    rounds = build_rounds(model, run.prompts, run.losses, remat=run.train.remat_rounds)
+    rounds = build_rounds(model, task.prompts, task.losses, remat=run.train.remat_rounds)
     keys = jax.random.split(jax.random.key(0), fields.mask_valid.shape)
     key = jax.random.key(1)
 
     def encode(params):
-        variables = {"params": params, "constants": constants}
-        rngs = {"dropout": key}
-        return model.apply(variables, images, train=True, rngs=rngs, method=Sam.encode)
+        scales = drop_path_scales(key, model.config.image_encoder, len(images))
+        return model.apply({"params": params}, images, scales, method=Sam.encode)
 
     def encoder_gradients(params, cotangents):
         return jax.vjp(encode, params)[1](cotangents)
@@ -142,7 +143,7 @@ def _time_parts(
     return seconds
 
 
-def _on_devices(local: dict[str, Any], program: TrainProgram) -> dict[str, jax.Array]:
+def _on_devices(local: dict[str, Any], program: CompiledStep) -> dict[str, jax.Array]:
     """The fields of ``Batch`` by name."""
     fields = {field.name: local[field.name] for field in dataclasses.fields(Batch)}
     return jax.device_put(fields, program.batch_sharding)

@@ -12,10 +12,10 @@ from sam_jax.data.config import DataConfig
 from sam_jax.evaluation.run import EvalConfig
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig
-from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import ShardingConfig
+from sam_jax.simulated_user import PromptConfig
+from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.optimizer import OptimizerConfig
-from sam_jax.training.recipe import TrainConfig
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,

@@ -11,9 +11,9 @@ n      point of a prompt (padded likewise)
 m      mask candidate that the decoder returns (3, or 1)
 t      token of the decoder's sequence
 h w    pixels of the model input (resized and padded)
-lh lw  pixels of the low-resolution logits, four per grid cell and side
-gh gw  cells of the patch grid, ``h / patch_size`` by ``w / patch_size``; ``cells`` are all of
-       them, row by row
+lh lw  pixels of the low-resolution logits, four per patch and side
+gh gw  rows and columns of the patch grid, ``h / patch_size`` by ``w / patch_size``; the image
+       tokens are all of them, row by row
 a      attention head
 d c    channels
 ====== ==================================================================

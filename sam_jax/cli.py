@@ -99,7 +99,7 @@ def convert(
     ] = None,
 ) -> None:
     """Writes a checkpoint in another form: for PyTorch, Hugging Face, or train.py and eval.py."""
-    from sam_jax.convert.checkpoints import convert as convert_checkpoint
+    from sam_jax.weights.load import convert as convert_checkpoint
 
     if to is None:
         if target.suffix != ".pth":
@@ -150,8 +150,10 @@ def export(
     ] = None,
 ) -> None:
     """Writes encoder and decoder to run elsewhere, as ONNX or StableHLO."""
-    from sam_jax.convert import checkpoints, onnx_decoder, onnx_export, stablehlo
+    from sam_jax.export import onnx as onnx_export
+    from sam_jax.export import onnx_decoder, stablehlo
     from sam_jax.models.sam import Sam
+    from sam_jax.weights import load as checkpoints
 
     of_onnx = int8 or single_mask or stability_score or extra_metrics
     if to is ExportTarget.onnx and platform:
@@ -187,7 +189,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """Says what a checkpoint is: form, variant, shapes, types, counts, and what is missing."""
-    from sam_jax.convert.checkpoints import describe
+    from sam_jax.weights.load import describe
 
     with _progress() as say:
         say(f"reading {source}")
@@ -248,7 +250,6 @@ def predict(
     import numpy as np
 
     from sam_jax import places
-    from sam_jax.convert.files import failing_as_os_error, written_whole
     from sam_jax.images import read_image
     from sam_jax.inference.predictor import Predictor
     from sam_jax.inference.prompts import Prompt
@@ -259,6 +260,7 @@ def predict(
         picture_form,
         save_picture,
     )
+    from sam_jax.weights.files import failing_as_os_error, written_whole
 
     clicks = [_numbers(text, "--points", (2, 3)) for text in points or []]
     corners = None if box is None else _numbers(box, "--box", (4,))
@@ -459,9 +461,9 @@ def plan(
     """
     import jax
 
+    from sam_jax import cost_report as planning
     from sam_jax import places
-    from sam_jax import plan as planning
-    from sam_jax.training.recipe import Recipe, read_config
+    from sam_jax.training.experiment import Experiment, read_config
 
     if json is not None:
         places.check_file(json)
@@ -469,12 +471,12 @@ def plan(
         jax.config.update("jax_platforms", "cpu")
     plans: list[planning.Plan] = []
     for change in [[f"model.remat={kind}"] for kind in remat or ()] or [[]]:
-        recipe = Recipe.of(read_config(config, [*(settings or []), *change]))
-        if topology == planning.LOCAL and not plans and recipe.sharding.cpu_devices:
-            jax.config.update("jax_num_cpu_devices", recipe.sharding.cpu_devices)
+        experiment = Experiment.of(read_config(config, [*(settings or []), *change]))
+        if topology == planning.LOCAL and not plans and experiment.sharding.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", experiment.sharding.cpu_devices)
         with _progress() as say:
-            say(f"compiling the step for {topology}, remat {recipe.model.remat}")
-            plans.append(planning.plan(recipe, topology, batch_size=batch))
+            say(f"compiling the step for {topology}, remat {experiment.task.remat}")
+            plans.append(planning.plan(experiment, topology, batch_size=batch))
     planning.print_plans(plans)
     if json is not None:
         planning.write_json(plans, json)

@@ -1,21 +1,15 @@
 """The losses of promptable segmentation, per mask candidate, in float32."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from sam_jax.arrays import Array, Float, Int
-from sam_jax.errors import ConfigError
-from sam_jax.ops import mask_sums_kernel
-from sam_jax.ops.cells import MaskGrid, num_pixels
-from sam_jax.ops.mask_sums import MaskSums, mask_sums
-from sam_jax.ops.placement import Kernels
-from sam_jax.ops.tpu_kernel import WORTH_KEEPING
+from sam_jax.ops.mask_statistics import mask_statistics
+from sam_jax.ops.packed_masks import MaskLayout, num_pixels
+from sam_jax.ops.remat import worth_keeping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +45,21 @@ class MaskLosses:
       focal: mean focal loss over the image's pixels.
       dice: dice loss, in [0, 1].
       iou: true intersection over union of the thresholded mask, in [0, 1]; no gradient.
-      errors: words of the pixels where the thresholded mask is wrong.
+      errors: packed mask of the pixels where the thresholded mask is wrong.
     """
 
     focal: Float[Array, "b p m"]
     dice: Float[Array, "b p m"]
     iou: Float[Array, "b p m"]
-    errors: Int[Array, "b p m 16 cells"]
+    errors: Int[Array, "b p m 16 tokens"]
 
 
 def mask_losses(
-    logits: Float[Array, "b p m 16 cells"],
-    masks: Int[Array, "b p 16 cells"],
-    area: Int[Array, "b 16 cells"],
-    mask_grid: MaskGrid,
+    low_res_logits: Float[Array, "b p m lh lw"],
+    packed_masks: Int[Array, "b p 16 tokens"],
+    area: Int[Array, "b 16 tokens"],
+    mask_layout: MaskLayout,
     config: LossConfig,
-    kernels: Kernels = "none",
 ) -> MaskLosses:
     """Focal loss, dice loss and IoU of every candidate at the resolution of the masks.
 
@@ -75,65 +68,36 @@ def mask_losses(
     SAM 2.
 
     Args:
-      logits: of candidates, by cells (``ops.cells``).
-      masks: words of the true masks.
-      area: words of what is image and not padding.
-      mask_grid: what the words mean.
+      low_res_logits: of candidates.
+      packed_masks: the true masks (``ops.packed_masks``).
+      area: packed masks of what is image and not padding.
+      mask_layout: of the packed masks.
       config: see there.
-      kernels: see ``Placement.kernels``.
 
     Source: Lin et al. 2017; Milletari et al. 2016.
     """
-    options = {"alpha": config.focal_alpha, "gamma": config.focal_gamma}
-
-    def some_objects(objects):
-        """Objects on the first axis, images on the second."""
-        logits, masks = (jnp.swapaxes(x, 0, 1) for x in objects)
-        sums = mask_sums(logits, masks, area, mask_grid, **options)
-        return MaskSums(*(jnp.swapaxes(x, 0, 1) for x in sums))
-
-    if kernels != "none" and mask_sums_kernel.supports(mask_grid):
-        sums = mask_sums_kernel.mask_sums(
-            logits, masks, area, mask_grid, **options, interpret=kernels == "interpreted"
-        )
-    else:
-        objects = (jnp.swapaxes(logits, 0, 1), jnp.swapaxes(masks, 0, 1))
-        found = _map_objects(some_objects, objects, config.prompts_per_chunk)
-        sums = MaskSums(*(jnp.swapaxes(x, 0, 1) for x in found))
-    focal, probability, hit, errors = sums
-    masks = masks[:, :, None] & area[:, None, None]
-    inside = num_pixels(masks)
-    iou = (inside - num_pixels(masks & errors)) / jnp.maximum(num_pixels(masks | errors), 1.0)
+    focal_sum, soft_area, soft_intersection, errors = mask_statistics(
+        low_res_logits,
+        packed_masks,
+        area,
+        mask_layout,
+        alpha=config.focal_alpha,
+        gamma=config.focal_gamma,
+        prompts_per_chunk=config.prompts_per_chunk,
+    )
+    truth = packed_masks[:, :, None] & area[:, None, None]
+    true_area = num_pixels(truth)
+    iou = (true_area - num_pixels(truth & errors)) / jnp.maximum(num_pixels(truth | errors), 1.0)
     # A few numbers of each mask, so that gradients need neither sums nor counts again.
-    focal, probability, hit, inside, iou = checkpoint_name(
-        (focal, probability, hit, inside, iou), WORTH_KEEPING
+    focal_sum, soft_area, soft_intersection, true_area, iou = worth_keeping(
+        (focal_sum, soft_area, soft_intersection, true_area, iou)
     )
     return MaskLosses(
-        focal=focal / jnp.maximum(num_pixels(area)[:, None, None], 1.0),
-        dice=1.0 - (2.0 * hit + 1.0) / (probability + inside + 1.0),
+        focal=focal_sum / jnp.maximum(num_pixels(area)[:, None, None], 1.0),
+        dice=1.0 - (2.0 * soft_intersection + 1.0) / (soft_area + true_area + 1.0),
         iou=iou,
         errors=errors,
     )
-
-
-def _map_objects(
-    function: Callable[[Any], Any], objects: Any, prompts_per_chunk: int | None
-) -> Any:
-    """``function`` of objects on the first axis, some at a time where a chunk size is given.
-
-    Each chunk is computed again in the backward pass, so only low-resolution inputs are kept.
-    """
-    count = jax.tree.leaves(objects)[0].shape[0]
-    if prompts_per_chunk is None or prompts_per_chunk >= count:
-        return function(objects)
-    if count % prompts_per_chunk:
-        raise ConfigError(
-            f"losses.prompts_per_chunk = {prompts_per_chunk} does not divide the {count} masks "
-            "of an image on each device"
-        )
-    chunked = jax.tree.map(lambda x: x.reshape(-1, prompts_per_chunk, *x.shape[1:]), objects)
-    out = jax.lax.map(jax.checkpoint(function), chunked)
-    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
 
 
 @flax.struct.dataclass

@@ -15,7 +15,7 @@ from sam_jax.data.samples import (
     decode_image,
     decode_masks,
 )
-from sam_jax.data.transforms import TrainTransform, fit_longest_side
+from sam_jax.data.transforms import TrainTransform
 
 __all__ = [
     "CorruptSampleError",
@@ -32,6 +32,5 @@ __all__ = [
     "decode_image",
     "decode_masks",
     "eval_samples",
-    "fit_longest_side",
     "train_iterator",
 ]

@@ -16,7 +16,7 @@ import cv2
 import grain
 import numpy as np
 
-from sam_jax.data import rle
+from sam_jax import rle
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
 from sam_jax.data.corruption import (
     CorruptionLog,

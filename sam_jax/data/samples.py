@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 
 from sam_jax import images
-from sam_jax.data import rle as rle_codec
+from sam_jax import rle as rle_codec
 from sam_jax.images import Orientation, ReducedImage
 
 

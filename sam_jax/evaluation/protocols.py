@@ -23,9 +23,10 @@ from sam_jax.evaluation.clicks import Click, center_click, correction_click, ran
 from sam_jax.evaluation.metrics import mask_iou
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.models.sam import Sam, decode_on_each_device
+from sam_jax.models.sam import Sam
+from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import normalize_images
-from sam_jax.ops.placement import Placement
+from sam_jax.parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,6 +167,7 @@ class CompiledModel:
       prompts_per_call: places for prompts in each row.
       max_clicks: most clicks that a prompt will have.
       devices: those to use; by default all of this host's.
+      kernels: see ``ops.dispatch.Target``.
     """
 
     def __init__(
@@ -176,10 +178,11 @@ class CompiledModel:
         prompts_per_call: int,
         max_clicks: int,
         devices: Sequence[jax.Device] | None = None,
+        kernels: Kernels = "auto",
     ):
         devices = devices or jax.local_devices()
         mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-        model = model.clone(placement=Placement(mesh, ("rows",)))
+        parallel = Parallel(mesh, ("rows",), kernels=kernels)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_row = NamedSharding(mesh, PartitionSpec("rows"))
         self.image_size = model.image_size
@@ -187,10 +190,10 @@ class CompiledModel:
         self.num_columns = prompts_per_call
         self.max_clicks = max_clicks
 
-        def encode(variables, images, image_hw):
-            return model.apply(variables, normalize_images(images, image_hw), method="encode")
+        encode_rows, decode_rows = parallel.encode(model), parallel.decode(model)
 
-        decode_rows = decode_on_each_device(model)
+        def encode(variables, images, image_hw):
+            return encode_rows(variables["params"], normalize_images(images, image_hw), None)
 
         def decode(variables, embeddings, image_of_row, prompts, multimask_output):
             return decode_rows(variables, embeddings[image_of_row], prompts, multimask_output)

@@ -15,12 +15,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sam_jax.configuration import from_mapping
 from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.pipeline import EvalExample, eval_samples
 from sam_jax.data.samples import Sample
 from sam_jax.data.sources import Source
-from sam_jax.data.transforms import fit_longest_side, resize_image
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.baselines import (
     BOX_BASELINES,
@@ -48,6 +48,8 @@ from sam_jax.evaluation.protocols import (
 )
 from sam_jax.evaluation.report import DatasetReport, EvalReport
 from sam_jax.models.sam import Sam
+from sam_jax.ops.dispatch import Kernels
+from sam_jax.resizing import fit_longest_side, resize_image
 
 BASELINES = (DISK_BASELINE, *BOX_BASELINES)
 # Batches that are under way at once: while the host scores one, the device decodes another.
@@ -130,6 +132,7 @@ class Evaluator:
       model: the model.
       config: datasets and protocols.
       devices: of this host; by default all.
+      kernels: see ``ops.dispatch.Target``.
       show_progress: whether to draw a bar on the terminal, if there is one.
 
     Raises:
@@ -143,6 +146,7 @@ class Evaluator:
         config: EvalConfig,
         *,
         devices: Sequence[jax.Device] | None = None,
+        kernels: Kernels = "auto",
         show_progress: bool = False,
     ):
         self._config = config
@@ -157,6 +161,7 @@ class Evaluator:
             prompts_per_call=config.prompts_per_call,
             max_clicks=max(config.num_clicks),
             devices=devices,
+            kernels=kernels,
         )
         self._measures = {f"{p}_{n}" for p in CLICK_PROTOCOLS for n in config.num_clicks}
         self._measures |= {f"{p}_1_{ORACLE}" for p in CLICK_PROTOCOLS}
@@ -347,6 +352,26 @@ class Evaluator:
             if self._first_clicks:
                 pictures["curves"] = report.curves()
         return dataclasses.replace(report, pictures=pictures)
+
+
+def build_evaluators(
+    sections: Mapping[str, Mapping[str, Any]],
+    model: Sam,
+    *,
+    kernels: Kernels = "auto",
+    show_progress: bool = False,
+) -> dict[str, Evaluator]:
+    """The evaluators that a config's section ``evals`` describes, by name.
+
+    Raises:
+      ConfigError: if a section does not fit ``EvalConfig``, before any dataset is opened; and what
+        ``Evaluator`` raises.
+    """
+    configs = {name: from_mapping(EvalConfig, s, f"evals.{name}") for name, s in sections.items()}
+    return {
+        name: Evaluator(model, config, kernels=kernels, show_progress=show_progress)
+        for name, config in configs.items()
+    }
 
 
 class _Drawn:

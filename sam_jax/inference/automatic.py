@@ -11,8 +11,8 @@ from typing import Any, get_args
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam_jax import rle
 from sam_jax.arrays import Float, UInt8
-from sam_jax.data import rle
 from sam_jax.errors import ConfigError
 from sam_jax.images import ImageError, as_rgb
 from sam_jax.inference.arguments import checked_embeddings, images_in, one_image

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam_jax import rle
 from sam_jax.arrays import Bool, Float, Int
-from sam_jax.data import rle
 from sam_jax.inference.regions import Box
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]

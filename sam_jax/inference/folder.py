@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax import places
+from sam_jax import places, rle
 from sam_jax.arrays import UInt8, UInt16
-from sam_jax.convert.files import WeightsError, written_whole
-from sam_jax.data import rle
-from sam_jax.data.files import data_files
-from sam_jax.data.transforms import resize_image
 from sam_jax.errors import ConfigError
+from sam_jax.files import data_files
 from sam_jax.images import PICTURE_SUFFIXES, ImageError, read_header, read_image, upright_copy
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.candidates import label_map
 from sam_jax.inference.predictor import Predictor
+from sam_jax.resizing import resize_image
 from sam_jax.visualize import overlay_masks, palette, save_picture
+from sam_jax.weights.files import WeightsError, written_whole
 
 _log = logging.getLogger(__name__)
 ANNOTATIONS_FOLDER = "annotations"

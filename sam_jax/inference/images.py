@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from sam_jax.arrays import Array, Float, Int, UInt8
-from sam_jax.convert.files import WeightsError, read_tensors, write_safetensors
-from sam_jax.data.transforms import fit_longest_side, resize_image
+from sam_jax.resizing import fit_longest_side, resize_image
+from sam_jax.weights.files import WeightsError, read_tensors, write_safetensors
 
 
 def model_input(

@@ -16,7 +16,6 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
-from sam_jax.convert.checkpoints import load
 from sam_jax.images import as_rgb
 from sam_jax.inference.arguments import checked_embeddings, images_in, prompts_per_image
 from sam_jax.inference.images import ImageEmbeddings, model_input
@@ -24,9 +23,11 @@ from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_row
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
 from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
-from sam_jax.models.sam import Sam, decode_on_each_device
+from sam_jax.models.sam import Sam
+from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import normalize_images
-from sam_jax.ops.placement import BATCH, Placement
+from sam_jax.parallel import BATCH, Parallel
+from sam_jax.weights.load import load
 
 
 def use_compilation_cache(folder: str | Path) -> None:
@@ -151,6 +152,7 @@ class Predictor:
       variables: its variables; every device gets a copy, once.
       buckets: sizes that calls are padded to, on each device.
       devices: on which images and rows of prompts are spread; by default one.
+      kernels: see ``ops.dispatch.Target``.
     """
 
     def __init__(
@@ -160,25 +162,24 @@ class Predictor:
         buckets: Buckets | None = None,
         *,
         devices: Sequence[jax.Device] | None = None,
+        kernels: Kernels = "auto",
     ):
         mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("image",))
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        placement = Placement(mesh, ("image",))
-        self._model = model.clone(placement=placement)
-        self._decoder = model.clone(placement=placement.inside)
+        parallel = Parallel(mesh, ("image",), kernels=kernels)
+        self._model = model
+        self._encode_images = parallel.encode(model)
         self._variables = jax.device_put(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
-        everywhere, by_image = PartitionSpec(), placement.spec(BATCH)
-        decode_points = placement.on_each_device(
+        everywhere, by_image = PartitionSpec(), parallel.spec(BATCH)
+        decode_points = parallel.on_each_device(
             self._decode_points_on_device,
             [everywhere, by_image, by_image, by_image, everywhere],
             by_image,
         )
-        self._decode = jax.jit(
-            decode_on_each_device(self._model), static_argnames="multimask_output"
-        )
+        self._decode = jax.jit(parallel.decode(model), static_argnames="multimask_output")
         self._decode_points = jax.jit(decode_points)
         # Not a slice, which would be compiled anew for each place.
         self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)
@@ -192,7 +193,7 @@ class Predictor:
         devices: Sequence[jax.Device] | None = None,
         **options: Any,
     ) -> "Predictor":
-        """A predictor of any checkpoint; ``options`` and errors as ``convert.checkpoints.load``."""
+        """A predictor of any checkpoint; ``options`` and errors as ``weights.load.load``."""
         model, variables = load(path_or_name, **options)
         return cls(model, variables, buckets, devices=devices)
 
@@ -454,7 +455,7 @@ class Predictor:
         self, variables: Any, images: UInt8[Array, "b h w 3"], image_hw: Int[Array, "b 2"]
     ) -> Any:
         normalized = normalize_images(images, image_hw)
-        return self._model.apply(variables, normalized, method=Sam.encode)
+        return self._encode_images(variables["params"], normalized, None)
 
     def _decode_points_on_device(
         self,
@@ -486,14 +487,14 @@ class Predictor:
                     point_labels=jnp.full((*valid.shape, 1), FOREGROUND, jnp.int32),
                     point_valid=valid[..., None],
                 )
-                attended: Any = self._decoder.apply(
-                    variables, features, prompts, multimask_output=True, method=Sam.attend
+                output: Any = self._model.apply(
+                    variables, features, prompts, multimask_output=True, method=Sam.run_transformer
                 )
-                ious = attended.iou_predictions
+                ious = output.iou_predictions
                 logits = jax.lax.cond(
                     jnp.any((ious > iou_threshold) & valid[..., None]),
-                    lambda: self._decoder.apply(
-                        variables, attended, multimask_output=True, method=Sam.draw
+                    lambda: self._model.apply(
+                        variables, output, multimask_output=True, method=Sam.predict_masks
                     ),
                     no_masks,
                 )
@@ -512,7 +513,7 @@ class Predictor:
 
 
 def _points_in_cache(numbers_per_point: int) -> int:
-    """A power of two of points whose cells stay in a CPU's cache while they are decoded."""
+    """A power of two of points whose image tokens stay in a CPU's cache while they are decoded."""
     return 1 << max(_CACHED_CELL_NUMBERS // numbers_per_point, 1).bit_length() - 1
 
 

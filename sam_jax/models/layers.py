@@ -1,4 +1,4 @@
-"""Layers that several parts of the model share."""
+"""Layers that several parts of the model share, and parameters for operations that fuse layers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,12 +6,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
-from sam_jax.ops.full_precision import EXACT, add_bias
+from sam_jax.ops.full_precision import EXACT
+from sam_jax.ops.linear import dense
+from sam_jax.ops.norm import NormWeights
+from sam_jax.ops.remat import product_of
+
+LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
 def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
@@ -28,7 +32,7 @@ def gelu(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
 
 
 class Dense(nn.Module):
-    """``nn.Dense`` whose bias has a gradient that is summed in float32.
+    """``nn.Dense`` whose bias has a gradient that is summed in float32 (``ops.full_precision``).
 
     Attributes:
       features: channels of the output.
@@ -42,37 +46,30 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch o"]:
-        init = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", LECUN_NORMAL, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return add_bias(jnp.matmul(x, kernel, precision=self.precision), bias)
+        return dense(x.astype(self.dtype), kernel, bias, self.precision)
 
 
-class Projection(nn.Module):
-    """Kernel and bias of a dense layer, for those who do not apply it to its input.
-
-    The bias is float32, as ``ops.full_precision`` takes it.
-    """
+class DenseParams(nn.Module):
+    """Kernel and bias of a dense layer, for an operation that does more than to apply them."""
 
     features: int
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = LECUN_NORMAL
 
     @nn.compact
     def __call__(self, input_dim: int) -> tuple[Float[Array, "d c"], Float[Array, " c"]]:
         kernel = self.param("kernel", self.kernel_init, (input_dim, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return kernel.astype(self.dtype), bias
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
-class NormWeights(nn.Module):
-    """Scale and shift of a LayerNorm, for those who do not apply it to the last axis."""
+class NormParams(nn.Module):
+    """Scale and shift of a LayerNorm, for an operation that does more than to apply them."""
 
     @nn.compact
-    def __call__(self, channels: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    def __call__(self, channels: int) -> NormWeights:
         scale = self.param("scale", nn.initializers.ones, (channels,))
-        return scale, self.param("bias", nn.initializers.zeros, (channels,))
+        return NormWeights(scale, self.param("bias", nn.initializers.zeros, (channels,)))
 
 
 class Mlp(nn.Module):
@@ -95,9 +92,27 @@ class Mlp(nn.Module):
         for index, width in enumerate(self.widths):
             if index:
                 x = self.activation(x)
-            options: dict[str, Any] = {"dtype": self.dtype}
+            dtype, precision = self.dtype, None
             if self.exact_output and index == len(self.widths) - 1:
-                options = {"dtype": jnp.float32, "precision": EXACT}
-            x = Dense(width, **options, name=f"dense_{index}")(x)
-            x = checkpoint_name(x, "product")
+                dtype, precision = jnp.float32, EXACT
+            x = product_of(Dense(width, dtype, precision, name=f"dense_{index}")(x))
         return x
+
+
+def scan_modules(modules: Sequence[nn.Module], x: Array, *inputs: Any) -> Array:
+    """Modules of one kind, one after the other, as a loop over their stacked parameters.
+
+    Args:
+      modules: bound and initialised, alike but for their names.
+      x: what the first one takes and each hands to the next.
+      *inputs: further arguments, stacked over modules; None for none.
+    """
+    params = [module.variables["params"] for module in modules]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    unbound = modules[0].clone(parent=None)
+
+    def step(x, params_and_inputs):
+        params, inputs = params_and_inputs
+        return unbound.apply({"params": params}, x, *inputs), None
+
+    return jax.lax.scan(step, x, (stacked, inputs))[0]

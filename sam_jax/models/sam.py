@@ -1,26 +1,23 @@
 """Segment Anything: one encoder call per image, any number of prompts after it."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, UInt32
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
 from sam_jax.models.mask_decoder import (
-    Attended,
     MaskDecoder,
     MaskDecoderConfig,
     MaskPrediction,
+    TransformerOutput,
 )
-from sam_jax.models.prompt_encoder import PromptEmbeddings, PromptEncoder, Prompts
+from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
 from sam_jax.ops.attention import Implementation
-from sam_jax.ops.placement import BATCH, Placement
 
 # The parts of ``Sam`` that answer prompts; the other is the image encoder.
 PROMPTED_PARTS = ("prompt_encoder", "mask_decoder")
@@ -73,7 +70,6 @@ class Sam(nn.Module):
       remat, scan: see ``ImageEncoderViT``.
       attention: which form of the encoder's attention to use.
       dtype: type of the computation; parameters, logits and predicted IoU are float32.
-      placement: the devices.
 
     Source: Kirillov et al. 2023, "Segment Anything", arXiv 2304.02643.
     """
@@ -83,21 +79,15 @@ class Sam(nn.Module):
     scan: bool = False
     attention: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
-    placement: Placement = Placement()
 
     def setup(self) -> None:
         cfg = self.config
         self.image_encoder = ImageEncoderViT(
-            cfg.image_encoder,
-            self.remat,
-            self.scan,
-            self.attention,
-            self.dtype,
-            self.placement,
+            cfg.image_encoder, self.remat, self.scan, self.attention, self.dtype
         )
-        dim, kernels = cfg.image_encoder.output_dim, self.placement.kernels
-        self.prompt_encoder = PromptEncoder(dim, cfg.mask_channels, self.dtype, kernels)
-        self.mask_decoder = MaskDecoder(cfg.mask_decoder, dim, self.dtype, kernels)
+        dim = cfg.image_encoder.output_dim
+        self.prompt_encoder = PromptEncoder(dim, cfg.mask_channels, self.dtype)
+        self.mask_decoder = MaskDecoder(cfg.mask_decoder, dim, self.dtype)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -111,13 +101,17 @@ class Sam(nn.Module):
         return 4 * gh, 4 * gw
 
     def encode(
-        self, images: Float[Array, "b h w 3"], *, train: bool = False
+        self,
+        images: Float[Array, "b h w 3"],
+        path_scales: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b gh gw d"]:
         """Image embeddings of normalised, zero-padded images (``ops.images.normalize_images``).
 
-        Training needs a ``dropout`` key for the dropped paths.
+        Args:
+          images: of any size that is a multiple of the patch size.
+          path_scales: see ``image_encoder.drop_path_scales``; None outside of training.
         """
-        return self.image_encoder(images, train=train)
+        return self.image_encoder(images, path_scales)
 
     def decode(
         self,
@@ -137,57 +131,44 @@ class Sam(nn.Module):
           dropout_seeds: of each object, in training; None for no dropout.
         """
         return self.mask_decoder(
-            self._embed(image_embeddings, prompts),
+            *self._embedded(image_embeddings, prompts),
             multimask_output=multimask_output,
             dropout_seeds=dropout_seeds,
         )
 
-    def attend(
+    def run_transformer(
         self,
         image_embeddings: Float[Array, "b gh gw d"],
         prompts: Prompts,
         *,
         multimask_output: bool,
-    ) -> Attended:
+    ) -> TransformerOutput:
         """The first part of ``decode``, which tells how good the masks would be."""
-        embedded = self._embed(image_embeddings, prompts)
-        return self.mask_decoder.attend(embedded, multimask_output=multimask_output)
+        embedded = self._embedded(image_embeddings, prompts)
+        return self.mask_decoder.run_transformer(*embedded, multimask_output=multimask_output)
 
-    def draw(self, attended: Attended, *, multimask_output: bool) -> Float[Array, "b p m lh lw"]:
+    def predict_masks(
+        self, output: TransformerOutput, *, multimask_output: bool
+    ) -> Float[Array, "b p m lh lw"]:
         """The second part of ``decode``: low-resolution logits, for those worth the work."""
-        return self.mask_decoder.draw(attended, multimask_output=multimask_output)
+        return self.mask_decoder.predict_masks(output, multimask_output=multimask_output)
 
-    def _embed(self, image_embeddings: Array, prompts: Prompts) -> PromptEmbeddings:
-        patch = self.config.image_encoder.patch_size
-        gh, gw = image_embeddings.shape[1:3]
-        return self.prompt_encoder(image_embeddings, prompts, (gh * patch, gw * patch))
+    def _embedded(self, image_embeddings: Array, prompts: Prompts) -> tuple[Array, Array, Any]:
+        """Image embeddings with the dense prompt embeddings, their encoding, sparse embeddings."""
+        b, gh, gw, _ = image_embeddings.shape
+        patch, encoder = self.config.image_encoder.patch_size, self.prompt_encoder
+        image_size = gh * patch, gw * patch
+        return (
+            encoder.add_dense_prompt_embeddings(image_embeddings, prompts),
+            encoder.image_pe((gh, gw)),
+            encoder.sparse_prompt_embeddings(prompts, image_size, num_images=b),
+        )
 
     def __call__(
         self, images: Float[Array, "b h w 3"], prompts: Prompts, *, multimask_output: bool
     ) -> MaskPrediction:
         """``encode`` and ``decode`` in one call."""
         return self.decode(self.encode(images), prompts, multimask_output=multimask_output)
-
-
-def decode_on_each_device(model: Sam) -> Callable[..., MaskPrediction]:
-    """``Sam.decode``, by each device of the model's placement on its own images.
-
-    Returns:
-      a function of variables, embeddings, prompts and ``multimask_output``.
-    """
-    placement = model.placement
-    decoder = model.clone(placement=placement.inside)
-    by_image = placement.spec(BATCH)
-
-    def decode_on_device(variables, image_embeddings, prompts, multimask_output):
-        decode = placement.on_each_device(
-            functools.partial(decoder.apply, multimask_output=multimask_output, method="decode"),
-            [PartitionSpec(), by_image, by_image],
-            by_image,
-        )
-        return decode(variables, image_embeddings, prompts)
-
-    return decode_on_device
 
 
 def init_variables(model: Sam, key: Array) -> dict:

@@ -1,4 +1,4 @@
-"""The two-way transformer: prompt tokens and image cells attend to each other."""
+"""The two-way transformer: prompt tokens and image tokens attend to each other."""
 
 import itertools
 
@@ -7,22 +7,46 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float, UInt32
-from sam_jax.models.layers import Mlp, NormWeights, layer_norm
-from sam_jax.models.token_attention import (
-    NORM_EPSILON,
-    Attention,
+from sam_jax.models.layers import LECUN_NORMAL, DenseParams, Mlp, NormParams, layer_norm
+from sam_jax.ops.dropout import branch_seeds, dropout
+from sam_jax.ops.full_precision import add_shared
+from sam_jax.ops.token_attention import (
     AttentionWeights,
-    answer_cells,
-    ask_cells,
-    fits_kernels,
+    attention,
+    image_to_token,
+    token_to_image,
 )
-from sam_jax.ops.dropout import branch_seeds
-from sam_jax.ops.dropout import dropout as drop_some
-from sam_jax.ops.full_precision import add_shared, broadcast_to
-from sam_jax.ops.placement import Kernels
 
+_NORM_EPSILON = 1e-5
 # Places with dropout in a layer, at most.
 _MOST_BRANCHES = 8
+
+
+class AttentionParams(nn.Module):
+    """Parameters of multi-head attention.
+
+    Attributes:
+      downsample_rate: of the embedding's width over that of all heads.
+    """
+
+    downsample_rate: int = 1
+
+    @nn.compact
+    def __call__(self, dim: int) -> AttentionWeights:
+        inner = dim // self.downsample_rate
+        # Queries and keys start with the same projection, so that attention starts as a kernel on
+        # positions: a click looks around itself from the first step on, and need not learn to.
+        shared_key = self.make_rng("params") if self.is_initializing() else None
+
+        def same_for_both(key, shape, dtype=jnp.float32):
+            return LECUN_NORMAL(key if shared_key is None else shared_key, shape, dtype)
+
+        return AttentionWeights(
+            *DenseParams(inner, same_for_both, name="q_proj")(dim),
+            *DenseParams(inner, same_for_both, name="k_proj")(dim),
+            *DenseParams(inner, name="v_proj")(dim),
+            *DenseParams(dim, name="out_proj")(inner),
+        )
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -31,7 +55,6 @@ class TwoWayAttentionBlock(nn.Module):
     Attributes:
       index: of the layer; the first's tokens are their own positional encoding, so its
         self-attention takes them as they are and replaces them.
-      kernels: see ``Placement.kernels``.
     """
 
     num_heads: int
@@ -39,77 +62,72 @@ class TwoWayAttentionBlock(nn.Module):
     index: int
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
-    kernels: Kernels = "none"
 
     @nn.compact
     def __call__(
         self,
         tokens: Float[Array, "b #p t d"],
-        cells: Float[Array, "b #p k d"],
+        image_tokens: Float[Array, "b #p k d"],
         token_pe: Float[Array, "b #p t d"],
-        cell_pe: Float[Array, "k d"],
+        image_pe: Float[Array, "k d"],
         tokens_valid: Bool[Array, "b #p t"],
         dropout_seeds: UInt32[Array, "b p"] | None,
-    ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
+    ) -> tuple[Float[Array, "b p t d"], Float[Array, "b #p k d"]]:
+        dim, heads = tokens.shape[-1], self.num_heads
         branch = itertools.count(_MOST_BRANCHES * self.index)
-        in_kernels, interpret = self.kernels != "none", self.kernels == "interpreted"
 
-        def dropout(x):
-            return drop_some(x, dropout_seeds, next(branch), self.dropout_rate)
+        def seeds():
+            number = next(branch)
+            return None if dropout_seeds is None else branch_seeds(dropout_seeds, number)
 
-        def attention(name, downsample_rate=2):
-            return Attention(self.num_heads, downsample_rate, self.dtype, name=name)
-
-        def weights(name):
-            return AttentionWeights(self.num_heads, 2, self.dtype, name=name)(tokens.shape[-1])
+        def drop(x):
+            return dropout(x, seeds(), self.dropout_rate)
 
         def norm(name, x):
-            return layer_norm(NORM_EPSILON, self.dtype, name)(x)
+            return layer_norm(_NORM_EPSILON, self.dtype, name)(x)
 
-        self_attention = attention("self_attn", downsample_rate=1)
+        # Self-attention of the tokens.
+        weights = AttentionParams(name="self_attn")(dim)
         if self.index == 0:
-            tokens = dropout(self_attention(tokens, tokens, tokens, tokens_valid))
+            tokens = drop(attention(weights, tokens, tokens, tokens, tokens_valid, num_heads=heads))
         else:
             q = tokens + token_pe
-            tokens = add_shared(dropout(self_attention(q, q, tokens, tokens_valid)), tokens)
+            update = attention(weights, q, q, tokens, tokens_valid, num_heads=heads)
+            tokens = add_shared(drop(update), tokens)
         tokens = norm("norm1", tokens)
 
-        name = "cross_attn_token_to_image"
-        if in_kernels:
-            looked, cells = ask_cells(
-                weights(name), tokens + token_pe, cells, cell_pe, interpret=interpret
-            )
-        else:
-            looked = attention(name)(tokens + token_pe, cells + cell_pe, cells)
-        tokens = norm("norm2", add_shared(dropout(looked), tokens))
+        # Attention of the tokens to the image.
+        weights = AttentionParams(2, name="cross_attn_token_to_image")(dim)
+        update, image_tokens = token_to_image(
+            weights, tokens + token_pe, image_tokens, image_pe, num_heads=heads
+        )
+        tokens = norm("norm2", add_shared(drop(update), tokens))
 
-        mlp = Mlp((self.mlp_dim, tokens.shape[-1]), nn.relu, self.dtype, name="mlp")
-        tokens = norm("norm3", add_shared(dropout(mlp(tokens)), tokens))
+        # MLP of each token.
+        mlp = Mlp((self.mlp_dim, dim), nn.relu, self.dtype, name="mlp")
+        tokens = norm("norm3", add_shared(drop(mlp(tokens)), tokens))
 
-        name = "cross_attn_image_to_token"
-        if in_kernels:
-            seeds = None if dropout_seeds is None else branch_seeds(dropout_seeds, next(branch))
-            cells = answer_cells(
-                weights(name),
-                NormWeights(name="norm4")(cells.shape[-1]),
-                cells,
-                cell_pe,
-                tokens + token_pe,
-                tokens,
-                tokens_valid,
-                seeds,
-                self.dropout_rate,
-                interpret=interpret,
-            )
-            return tokens, cells
-        answered = attention(name)(cells + cell_pe, tokens + token_pe, tokens, tokens_valid)
-        return tokens, norm("norm4", add_shared(dropout(answered), cells))
+        # Attention of the image to the tokens.
+        image_tokens = image_to_token(
+            AttentionParams(2, name="cross_attn_image_to_token")(dim),
+            NormParams(name="norm4")(dim),
+            image_tokens,
+            image_pe,
+            tokens + token_pe,
+            tokens,
+            tokens_valid,
+            seeds(),
+            num_heads=heads,
+            dropout_rate=self.dropout_rate,
+            norm_epsilon=_NORM_EPSILON,
+        )
+        return tokens, image_tokens
 
 
 class TwoWayTransformer(nn.Module):
-    """Tokens and image cells after ``depth`` two-way layers and one last look at the image.
+    """Tokens and image tokens after ``depth`` two-way layers and one last look at the image.
 
-    Until the first layer updates them, the cells of an image are the same for all of its objects
+    Until the first layer updates them, the image tokens are the same for all objects of an image
     (unless a mask was given): their projections are then computed once per image.
 
     Source: Kirillov et al. 2023, appendix A, "Lightweight mask decoder".
@@ -120,55 +138,43 @@ class TwoWayTransformer(nn.Module):
     mlp_dim: int = 2048
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
-    kernels: Kernels = "none"
 
     @nn.compact
     def __call__(
         self,
         tokens: Float[Array, "b #p t d"],
-        cells: Float[Array, "b #p k d"],
-        cell_pe: Float[Array, "k d"],
+        image_tokens: Float[Array, "b #p k d"],
+        image_pe: Float[Array, "k d"],
         tokens_valid: Bool[Array, "b #p t"],
         *,
         dropout_seeds: UInt32[Array, "b p"] | None = None,
-    ) -> tuple[Float[Array, "b p t d"], Float[Array, "b p k d"]]:
-        """Updated tokens and cells.
+    ) -> tuple[Float[Array, "b p t d"], Float[Array, "b #p k d"]]:
+        """Updated tokens and image tokens.
 
         Args:
           tokens: output tokens followed by the prompts' tokens.
-          cells: image embeddings with the dense prompt added, one set per image (p = 1) or object.
-          cell_pe: positional encoding of the cells.
+          image_tokens: image embeddings with the dense prompt embeddings added, of each image
+            (p = 1) or object.
+          image_pe: positional encoding of the image tokens.
           tokens_valid: tokens that exist; the others are attended to by nothing.
           dropout_seeds: of each object, in training; None for no dropout.
         """
-        kernels = self.kernels if fits_kernels(tokens, cells, self.num_heads) else "none"
-        if kernels != "none":
-            # They work on one object after the other, so each has its own.
-            objects = jnp.broadcast_shapes(tokens.shape[:2], cells.shape[:2])
-            tokens_valid = jnp.broadcast_to(tokens_valid, (*objects, *tokens_valid.shape[2:]))
-            tokens, cells = (
-                broadcast_to(x, (*objects, *x.shape[2:]), x.dtype) for x in (tokens, cells)
-            )
         token_pe = tokens
         for index in range(self.depth):
-            tokens, cells = TwoWayAttentionBlock(
+            tokens, image_tokens = TwoWayAttentionBlock(
                 num_heads=self.num_heads,
                 mlp_dim=self.mlp_dim,
                 index=index,
                 dropout_rate=self.dropout_rate,
                 dtype=self.dtype,
-                kernels=kernels,
                 name=f"layer_{index}",
-            )(tokens, cells, token_pe, cell_pe, tokens_valid, dropout_seeds)
-        name = "final_attn_token_to_image"
-        if kernels != "none":
-            weights = AttentionWeights(self.num_heads, 2, self.dtype, name=name)(tokens.shape[-1])
-            interpret = kernels == "interpreted"
-            looked, cells = ask_cells(
-                weights, tokens + token_pe, cells, cell_pe, interpret=interpret
-            )
-        else:
-            last = Attention(self.num_heads, 2, self.dtype, name=name)
-            looked = last(tokens + token_pe, cells + cell_pe, cells)
-        looked = drop_some(looked, dropout_seeds, _MOST_BRANCHES * self.depth, self.dropout_rate)
-        return layer_norm(NORM_EPSILON, self.dtype, "norm_final")(add_shared(looked, tokens)), cells
+            )(tokens, image_tokens, token_pe, image_pe, tokens_valid, dropout_seeds)
+        weights = AttentionParams(2, name="final_attn_token_to_image")(tokens.shape[-1])
+        update, image_tokens = token_to_image(
+            weights, tokens + token_pe, image_tokens, image_pe, num_heads=self.num_heads
+        )
+        seeds = None
+        if dropout_seeds is not None:
+            seeds = branch_seeds(dropout_seeds, _MOST_BRANCHES * self.depth)
+        tokens = add_shared(dropout(update, seeds, self.dropout_rate), tokens)
+        return layer_norm(_NORM_EPSILON, self.dtype, "norm_final")(tokens), image_tokens

@@ -12,7 +12,7 @@ from sam_jax.models.image_encoder import ImageEncoderConfig, Remat
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.ops.attention import Implementation
-from sam_jax.ops.placement import Placement
+from sam_jax.ops.dispatch import Kernels
 
 # The small ones keep the published design: patches of 16 pixels, one block in three global. Their
 # windows divide the grid, so none of their work goes into padding, and their decoder is half as
@@ -60,6 +60,8 @@ class ModelConfig:
       mask_channels: see ``SamConfig``.
       remat, scan: see ``ImageEncoderViT``.
       attention: see ``ops.attention.grid_attention``.
+      kernels: whether operations may use TPU kernels, see ``ops.dispatch``: "auto" (on a TPU, those
+        that agree with the plain form there), "none", or "interpret" for tests.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
     """
 
@@ -72,6 +74,7 @@ class ModelConfig:
     remat: Remat = "none"
     scan: bool = False
     attention: Implementation = "auto"
+    kernels: Kernels = "auto"
     dtype: str = "float32"
 
     @property
@@ -113,15 +116,15 @@ def _changed(base: Any, changes: Mapping[str, Any], section: str) -> Any:
     return from_mapping(type(base), dataclasses.asdict(base) | dict(changes), section)
 
 
-def build_model(config: ModelConfig, placement: Placement = Placement()) -> Sam:  # noqa: B008
-    """The model that a config describes, for these devices.
+def build_model(config: ModelConfig) -> Sam:
+    """The model that a config describes.
 
     Raises:
       ConfigError: see ``ModelConfig.sam``; or the type of computation is not known.
     """
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype = {config.dtype!r} must be 'float32' or 'bfloat16'")
-    for name, kinds in (("remat", Remat), ("attention", Implementation)):
+    for name, kinds in (("remat", Remat), ("attention", Implementation), ("kernels", Kernels)):
         if (value := getattr(config, name)) not in get_args(kinds):
             raise ConfigError(
                 f"model.{name} = {value!r} must be one of {', '.join(get_args(kinds))}"
@@ -132,5 +135,4 @@ def build_model(config: ModelConfig, placement: Placement = Placement()) -> Sam:
         config.scan,
         config.attention,
         jnp.dtype(config.dtype),
-        placement,
     )

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops import flash_kernel, window_kernel
+from sam_jax.ops import dispatch
 from sam_jax.ops.full_precision import EXACT, multiply
-from sam_jax.ops.placement import Placement
 from sam_jax.ops.positional import relative_positions, resize_table
+from sam_jax.ops.tpu import flash_attention, window_attention
 
 Implementation: TypeAlias = Literal[
     "auto", "reference", "extended", "chunked", "window_kernel", "flash_kernel", "cudnn"
@@ -38,9 +37,8 @@ def grid_attention(
     num_heads: int,
     *,
     implementation: Implementation = "auto",
-    placement: Placement = Placement(),  # noqa: B008 - frozen
 ) -> Float[Array, "b gh gw d"]:
-    """Softmax attention of all cells with all cells of the same grid.
+    """Softmax attention of all tokens with all tokens of the same grid.
 
     Logits are ``q . k / sqrt(c) + q . R_h[row offset] + q . R_w[column offset]`` in float32. All
     forms give the same values and gradients:
@@ -55,83 +53,86 @@ def grid_attention(
       rounded like queries, twice as finely where the channels suffice. Elsewhere the same product
       is computed without it, which is for tests.
 
-    ``auto`` is ``choose``'s answer.
+    ``auto`` is the fastest for the shape and the device of those that do not hold all logits.
 
     Args:
-      qkv: projections of every cell as one dense layer makes them, e = 3 d: queries of all heads,
+      qkv: projections of every token as one dense layer makes them, e = 3 d: queries of all heads,
         then keys, then values. The scale is applied here.
       rel_pos_h, rel_pos_w: tables of relative positions per axis (of any length; interpolated),
         or None for attention without them.
       num_heads: heads, of c = d / num_heads channels.
       implementation: which of the forms computes it.
-      placement: what kind of device it is; all of ``qkv`` is on one.
 
     Raises:
-      ValueError: if a kernel, or cuDNN, is asked for that cannot do this shape.
+      ValueError: if a form is asked for that cannot do this shape.
 
     Source: Li et al. 2022 (MViTv2), section 3.1, as used in ViTDet and SAM.
     """
-    _, gh, gw, width = qkv.shape
-    head_dim = width // 3 // num_heads
-    if implementation == "auto":
-        implementation = choose((gh, gw), num_heads, head_dim, qkv.dtype, placement)
-    tables = [
-        resize_table(jnp.zeros((1, head_dim)) if table is None else table, size)
-        for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
-    ]
-    if implementation in _KERNELS:
-        kernel, supports = _KERNELS[implementation]
-        if not supports((gh, gw), num_heads, head_dim):
-            raise ValueError(
-                f"attention {implementation!r} cannot do a grid of {gh} x {gw} cells with "
-                f"{num_heads} heads of {head_dim} channels; 'auto' takes what can"
-            )
-        return kernel(qkv, *tables, num_heads, interpret=placement.platform != "tpu")
-    q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
-    of_offsets = None
-    if rel_pos_h is not None and rel_pos_w is not None:
-        # Rounded here and not before, as the gradient of an entry is a sum over queries and keys.
-        of_offsets = [
-            relative_positions(table, size).astype(qkv.dtype)
-            for table, size in zip(tables, (gh, gw), strict=True)
+    return GRID_ATTENTION(qkv, rel_pos_h, rel_pos_w, num_heads, implementation=implementation)
+
+
+def _by_heads(form: Any) -> Any:
+    """A form that takes queries, keys and values by head, and embeddings of all offsets."""
+
+    def attend(qkv, rel_pos_h, rel_pos_w, num_heads):
+        _, gh, gw, _ = qkv.shape
+        q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
+        of_offsets = None
+        if rel_pos_h is not None and rel_pos_w is not None:
+            # Rounded here and not before, as an entry's gradient is a sum over queries and keys.
+            of_offsets = [
+                relative_positions(table, size).astype(qkv.dtype)
+                for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
+            ]
+        return rearrange(form(q, k, v, of_offsets), "b h w a c -> b h w (a c)")
+
+    return attend
+
+
+def _by_tables(kernel: Any) -> Any:
+    """A kernel that takes packed projections and tables of exactly ``2 size - 1`` entries."""
+
+    def attend(qkv, rel_pos_h, rel_pos_w, num_heads, *, interpret):
+        _, gh, gw, width = qkv.shape
+        head_dim = width // 3 // num_heads
+        tables = [
+            resize_table(jnp.zeros((1, head_dim)) if table is None else table, size)
+            for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
         ]
-    if implementation == "cudnn":
-        most = cudnn_max_channels(placement.compute_capability)
-        if placement.platform == "gpu" and _cudnn_channels(head_dim, (gh, gw)) > most:
-            raise ValueError(
-                f"attention 'cudnn' cannot do a grid of {gh} x {gw} cells with heads of {head_dim} "
-                f"channels: together {_cudnn_channels(head_dim, (gh, gw))} channels, of which this "
-                f"GPU takes {most}; 'auto' takes what can"
-            )
-        out = _by_cudnn(q, k, v, of_offsets, placement)
-    else:
-        forms = {"reference": _reference, "extended": _extended, "chunked": _chunked}
-        out = forms[implementation](q, k, v, of_offsets)
-    return rearrange(out, "b h w a c -> b h w (a c)")
+        return kernel(qkv, *tables, num_heads, interpret=interpret)
+
+    return attend
 
 
-_KERNELS: dict[str, tuple[Any, Any]] = {
-    "window_kernel": (window_kernel.window_attention, window_kernel.supports),
-    "flash_kernel": (flash_kernel.flash_attention, flash_kernel.supports),
-}
+def _shape_of(qkv: Any, num_heads: int) -> tuple[GridShape, int]:
+    """Rows and columns, and channels of a head."""
+    _, gh, gw, width = qkv.shape
+    return (gh, gw), width // 3 // num_heads
 
 
-def choose(
-    grid: GridShape, num_heads: int, head_dim: int, dtype: DTypeLike, placement: Placement
-) -> Implementation:
-    """The fastest form for the shape and the devices, of those that do not hold all logits."""
-    num_tokens = grid[0] * grid[1]
-    if placement.platform == "tpu":
-        if window_kernel.supports(grid, num_heads, head_dim):
-            return "window_kernel"
-        if num_tokens > MAX_TOKENS_AT_ONCE and flash_kernel.supports(grid, num_heads, head_dim):
-            return "flash_kernel"
-    if placement.platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
-        most = cudnn_max_channels(placement.compute_capability)
-        # Its backward pass wants an even number of tokens.
-        if _cudnn_channels(head_dim, grid) <= most and num_tokens % 2 == 0:
-            return "cudnn"
-    return "extended" if num_tokens <= MAX_TOKENS_AT_ONCE else "chunked"
+def _kernel_supports(module: Any) -> Any:
+    def supports(qkv, rel_pos_h, rel_pos_w, num_heads):
+        grid, head_dim = _shape_of(qkv, num_heads)
+        return module.supports(grid, num_heads, head_dim)
+
+    return supports
+
+
+def _holds_all_logits(qkv, *_, **__) -> bool:
+    return qkv.shape[1] * qkv.shape[2] <= MAX_TOKENS_AT_ONCE
+
+
+def _cudnn_supports(qkv, rel_pos_h, rel_pos_w, num_heads) -> bool:
+    """Whether the GPU takes so many channels; elsewhere it is computed without cuDNN."""
+    target = dispatch.current_target()
+    grid, head_dim = _shape_of(qkv, num_heads)
+    needed = _round_up(head_dim + sum(grid), _CUDNN_MULTIPLE)
+    return target.platform != "gpu" or needed <= cudnn_max_channels(target.compute_capability)
+
+
+def _cudnn_pays(qkv, *_, **__) -> bool:
+    # Its backward pass wants an even number of tokens.
+    return qkv.dtype in (jnp.bfloat16, jnp.float16) and qkv.shape[1] * qkv.shape[2] % 2 == 0
 
 
 def _reference(q, k, v, tables):
@@ -189,16 +190,16 @@ def _ones_at_keys(k, dtype):
     ]
 
 
-def _by_cudnn(q, k, v, tables, placement):
+def _by_cudnn(q, k, v, tables):
     gh, gw, _, c = q.shape[1:]
-    # Elsewhere, as the GPU would that takes most.
-    capability = placement.compute_capability
+    target = dispatch.current_target()
     queries, keys = [multiply(q, c**-0.5)], [k]
     if tables is not None:
         terms, ones = _relative_terms(q, tables), _ones_at_keys(k, k.dtype)
         leading = [term.astype(q.dtype) for term in terms]
         queries, keys = queries + leading, keys + ones
-        most = cudnn_max_channels((9, 0) if capability is None else capability)
+        # Elsewhere, as the GPU would that takes most.
+        most = cudnn_max_channels(target.compute_capability or (9, 0))
         if c + 2 * (gh + gw) <= most:
             queries += [
                 (term - lead.astype(jnp.float32)).astype(q.dtype)
@@ -219,7 +220,7 @@ def _by_cudnn(q, k, v, tables, placement):
         keys,
         values,
         scale=1.0,
-        implementation="cudnn" if placement.platform == "gpu" else "xla",
+        implementation="cudnn" if target.platform == "gpu" else "xla",
     )
     return rearrange(out[..., :c], "b (h w) a c -> b h w a c", h=gh)
 
@@ -237,11 +238,6 @@ def cudnn_max_channels(capability: tuple[int, int] | None) -> int:
     if capability is None or capability < _CUDNN_OLDEST:
         return 0
     return _CUDNN_MAX_CHANNELS.get(capability[0], _CUDNN_MAX_CHANNELS[0])
-
-
-def _cudnn_channels(head_dim: int, grid: GridShape) -> int:
-    """Channels of the extended form, as wide as cuDNN takes them."""
-    return _round_up(head_dim + sum(grid), _CUDNN_MULTIPLE)
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -300,3 +296,53 @@ def _mean_by_softmax(logits, values):
     total = jnp.sum(weights, axis=-1, keepdims=True)
     means = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return (means / total).astype(values.dtype)
+
+
+def _examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Heads that fill the lanes together, and ones that straddle them, as those of ViT-H do."""
+    rng = np.random.default_rng(0)
+
+    def inputs(grid: GridShape, heads: int, channels: int) -> tuple[Any, ...]:
+        tables = [rng.standard_normal((2 * size - 1, channels)) for size in grid]
+        qkv = rng.standard_normal((2, *grid, 3 * heads * channels))
+        return tuple(jnp.asarray(x, dtype) for x in (qkv, *tables))
+
+    return [
+        (inputs((14, 8), 2, 64), {"num_heads": 2}),
+        (inputs((8, 8), 8, 80), {"num_heads": 8}),
+    ]
+
+
+GRID_ATTENTION = dispatch.Operation(
+    "attention",
+    [
+        dispatch.Form(
+            "window_kernel",
+            _by_tables(window_attention.window_attention),
+            supports=_kernel_supports(window_attention),
+            is_kernel=True,
+        ),
+        dispatch.Form(
+            "flash_kernel",
+            _by_tables(flash_attention.flash_attention),
+            supports=_kernel_supports(flash_attention),
+            pays=lambda *args, **options: not _holds_all_logits(*args, **options),
+            is_kernel=True,
+        ),
+        dispatch.Form(
+            "cudnn",
+            _by_heads(_by_cudnn),
+            supports=_cudnn_supports,
+            pays=_cudnn_pays,
+            platforms=("gpu",),
+        ),
+        dispatch.Form("extended", _by_heads(_extended), pays=_holds_all_logits),
+        dispatch.Form("chunked", _by_heads(_chunked)),
+        dispatch.Form("reference", _by_heads(_reference)),
+    ],
+    examples=_examples,
+    describe=lambda qkv, h, w, num_heads: (
+        f"a grid of {qkv.shape[1]} x {qkv.shape[2]} tokens with {num_heads} heads of "
+        f"{qkv.shape[3] // 3 // num_heads} channels"
+    ),
+)

@@ -17,31 +17,29 @@ _MIX = ((16, np.uint32(0x85EBCA6B).view(np.int32)), (13, np.uint32(0xC2B2AE35).v
 
 
 def dropout(
-    x: Float[Array, "b #p ..."], seeds: UInt32[Array, "b p"] | None, branch: int, rate: float
+    x: Float[Array, "b #p ..."], seeds: Int[Array, "b p"] | None, rate: float
 ) -> Float[Array, "b p ..."]:
     """Each object's numbers, kept with probability ``1 - rate`` and enlarged for it, or zero.
 
     Args:
       x: of objects.
-      seeds: of objects; None for no dropout.
-      branch: tells places in a model apart that share seeds.
+      seeds: of objects, see ``branch_seeds``; None for no dropout.
       rate: share that is dropped, in [0, 1).
     """
     if seeds is None or rate == 0:
         return x
     *shape, dim = x.shape[2:]
     rows = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.int32).reshape(*shape, 1)
-    of_branch = branch_seeds(seeds, branch)
-    of_branch = of_branch.reshape(*of_branch.shape, *(1,) * rows.ndim)
-    return kept(x, keeps(of_branch, rows, dim, rate), rate)
+    of_place = seeds.reshape(*seeds.shape, *(1,) * rows.ndim)
+    return dropped_out(x, keep_mask(of_place, rows, dim, rate), rate)
 
 
 def branch_seeds(seeds: UInt32[Array, "*batch"], branch: int) -> Int[Array, "*batch"]:
-    """What ``keeps`` takes."""
+    """Seeds for one place of a model, from each object's seed and the number of the place."""
     return _mixed(jax.lax.bitcast_convert_type(seeds, jnp.int32) + jnp.int32(branch) * _SPREAD)
 
 
-def keeps(
+def keep_mask(
     seeds: Int[Array, "*#batch 1"], rows: Int[Array, "*#batch 1"], dim: int, rate: float
 ) -> Bool[Array, "*batch {dim}"]:
     """Which numbers are kept of rows of ``dim`` numbers.
@@ -62,7 +60,7 @@ def keeps(
     return (jnp.concatenate(chances, axis=-1) >= round(rate * 2**16))[..., :dim]
 
 
-def kept(x: Array, keep: Array, rate: float) -> Array:
+def dropped_out(x: Array, keep: Array, rate: float) -> Array:
     """Numbers that are kept, enlarged so that their mean stays; zeros for the others."""
     return jnp.where(keep, multiply(x, 1 / (1 - rate)), jnp.zeros_like(x))
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sam_jax.arrays import Array, Float
-from sam_jax.ops.tpu_kernel import SUBLANES, product
+from sam_jax.arrays import Array, DimSize, Float
+from sam_jax.ops.tpu.kernel import SUBLANES, product
 
 # Of products of float32 numbers that need all their digits, as coordinates do. By default a TPU
 # rounds what it multiplies to bfloat16, an NVIDIA GPU to the ten digits of TensorFloat-32.
@@ -21,7 +21,7 @@ EXACT = jax.lax.Precision.HIGHEST
 
 
 def broadcast_to(
-    x: Float[Array, "..."], shape: tuple[int, ...], dtype: DTypeLike
+    x: Float[Array, "..."], shape: tuple[DimSize, ...], dtype: DTypeLike
 ) -> Float[Array, "..."]:
     """``x`` at every place of a larger shape; its gradient is their sum, in float32."""
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)

@@ -24,7 +24,7 @@ def fourier_features(
 
 
 def grid_coords(grid: tuple[int, int]) -> Float[np.ndarray, "gh gw 2"]:
-    """Centres of the cells of a grid as ``(x, y)`` in (0, 1)."""
+    """Centres of the patches of a grid as ``(x, y)`` in (0, 1)."""
     gh, gw = grid
     ys = (np.arange(gh, dtype=np.float32) + 0.5) / gh
     xs = (np.arange(gw, dtype=np.float32) + 0.5) / gw
@@ -49,7 +49,7 @@ def grid_fourier_features(
         jnp.concatenate(pair, axis=-1)
         for pair in ((sin_x, cos_x), (cos_x, -sin_x), (cos_y, cos_y), (sin_y, sin_y))
     ]
-    # Without the barrier XLA moves the sines into the sum's loop, and takes them for every cell.
+    # Without the barrier XLA moves the sines into the sum's loop, and takes them for every patch.
     by_sin_x, by_cos_x, cos_y, sin_y = jax.lax.optimization_barrier(factors)
     return by_sin_x * cos_y[:, None] + by_cos_x * sin_y[:, None]
 

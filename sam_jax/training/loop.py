@@ -1,6 +1,5 @@
 """The training loop: from a model and a data iterator to checkpoints."""
 
-import dataclasses
 import itertools
 import math
 import signal
@@ -21,17 +20,15 @@ from sam_jax.checkpoint import (
     config_changes,
     save_config,
 )
-from sam_jax.convert.checkpoints import run_config, variables_for
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.geometry import differences
 from sam_jax.errors import UserError
 from sam_jax.hosts import end_now, is_first
 from sam_jax.sharding import describe
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe, TrainConfig
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.state import TrainState
-from sam_jax.training.step import Batch
+from sam_jax.training.task import Task
+from sam_jax.weights.files import WeightsError
 
 # Processes tell each other of signals so often: it makes them wait for the step before.
 _STEPS_BETWEEN_AGREEMENTS = 10
@@ -66,22 +63,26 @@ class DivergedError(UserError):
 def train(
     *,
     workdir: str | Path,
-    recipe: Recipe,
+    program: CompiledStep,
+    config: TrainConfig,
+    batch_size: int,
     data_iterator: Any,
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
     sections: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Trains all steps of the recipe, from the newest checkpoint in ``workdir`` if there is one.
+    """Trains all steps, from the newest checkpoint in ``workdir`` if there is one.
 
     A run that was killed and is started again goes through the same states as one that was not.
-    Nothing in ``workdir`` changes before recipe, data and checkpoint are found to fit together.
+    Nothing in ``workdir`` changes before config, data and checkpoint are found to fit.
 
     Args:
       workdir: for checkpoints and TensorBoard files.
-      recipe: the model, its training and its devices.
-      data_iterator: yields mappings of the fields of ``Batch``, this process's share, and can
-        save and restore its position.
+      program: the step of the task, on its devices.
+      config: how long to train, and what to tell.
+      batch_size: images of a step, of all processes.
+      data_iterator: yields mappings of the fields of the task's batch, this process's share, and
+        can save and restore its position.
       checkpoint_config: when to save.
       evaluators: called with the variables at evaluations, by name.
       sections: the config that all of this is from, kept beside the checkpoints; None keeps none.
@@ -91,12 +92,11 @@ def train(
       TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
       DivergedError: if the loss is not finite.
       CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
-      WeightsError, NamesError: if ``recipe.train.init_from`` cannot be read or does not fit.
+      WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
     """
-    config, program = recipe.train, recipe.program()
-    recipe.check_batch(program, recipe.data.batch_size)
+    program.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
-    _check_workdir(Path(workdir), checkpointer.latest_step, recipe)
+    _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
     try:
@@ -113,7 +113,7 @@ def train(
         # Data that cannot be read are found out here.
         batches = itertools.chain([next(data_iterator)], data_iterator)
         if state is None:
-            state = _new_state(recipe, program, reporter)
+            state = _new_state(program, config, reporter)
         _begin(program, checkpointer, reporter, first_step, sections)
         if not first_step:
             reporter.say("the first step is compiled now, which can take minutes")
@@ -134,7 +134,7 @@ def train(
         checkpointer.close()
 
 
-def _check_workdir(workdir: Path, latest_step: int | None, recipe: Recipe) -> None:
+def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
     """Refuses a folder that is something else than a run of this model.
 
     Shapes of arrays do not tell all of a model: its config does.
@@ -147,7 +147,7 @@ def _check_workdir(workdir: Path, latest_step: int | None, recipe: Recipe) -> No
     if not (workdir / CONFIG).exists():
         return
     try:
-        found = run_config(workdir)
+        lines = task.differences(workdir)
     except WeightsError as error:
         if latest_step is not None:
             return  # Of a run that goes on, the config is written anew.
@@ -155,7 +155,7 @@ def _check_workdir(workdir: Path, latest_step: int | None, recipe: Recipe) -> No
             f"{workdir} holds a {CONFIG} that is no run's, and no checkpoints; give another "
             f"--workdir. {error}"
         ) from error
-    if latest_step is not None and (lines := differences(found, recipe.model.config)):
+    if latest_step is not None and lines:
         raise CheckpointError(
             f"the run in {workdir} trains another model than the config describes; give another "
             f"--workdir, or the model of {workdir / CONFIG} (if that is the wrong one, remove it):"
@@ -163,7 +163,7 @@ def _check_workdir(workdir: Path, latest_step: int | None, recipe: Recipe) -> No
         )
 
 
-def _introduce(program: TrainProgram, reporter: Reporter) -> None:
+def _introduce(program: CompiledStep, reporter: Reporter) -> None:
     """Says what runs where."""
     mesh, params = program.mesh, program.state_shapes.params
     reporter.say(
@@ -171,6 +171,11 @@ def _introduce(program: TrainProgram, reporter: Reporter) -> None:
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s) of {jax.process_count()} "
         f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
+    for check in program.parallel.check_kernels():
+        agrees = (
+            "agrees with the reference" if check.fault is None else f"is not used: {check.fault}"
+        )
+        reporter.say(f"kernel {check.form} of {check.operation} {agrees}")
 
 
 def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:
@@ -186,12 +191,12 @@ def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainStat
     return state
 
 
-def _new_state(recipe: Recipe, program: TrainProgram, reporter: Reporter) -> TrainState:
+def _new_state(program: CompiledStep, config: TrainConfig, reporter: Reporter) -> TrainState:
     """The state before the first step, from random or from other weights."""
-    config, key = recipe.train, jax.random.key(recipe.train.seed)
+    key = jax.random.key(config.seed)
     if config.init_from is None:
         return program.new_state(key)
-    state = program.state_from(variables_for(recipe.model, config.init_from, key=key))
+    state = program.state_from(program.task.load(config.init_from, key))
     reporter.say(f"starting from the weights in {config.init_from}")
     return state
 
@@ -222,7 +227,7 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
         for step in range(first_step + 1, config.num_steps + 1):
             profile.before(step)
             with stopwatch.during("input"):
-                batch = _global_batch(next(batches), program.batch_sharding)
+                batch = _global_batch(next(batches), program)
             state, metrics = program.step(state, batch)
             interval.append(metrics)
             if len(interval) > 1:
@@ -247,8 +252,10 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
                 if step % config.log_every == 0 or is_last:
                     seconds, spent = stopwatch.read()
                     seconds -= spent["evaluation"] + spent["checkpoint"]
-                    means |= _rates(interval, len(batch["image"]), seconds, spent["input"])
-                    reporter.train_metrics(step, means)
+                    batch_size = jax.tree.leaves(batch)[0].shape[0]
+                    unit = program.task.unit
+                    rates = _rates(interval, unit, batch_size, seconds, spent["input"])
+                    reporter.train_metrics(step, means | rates, _news(program.task, means, rates))
                     interval = []
             if is_saved:
                 with stopwatch.during("checkpoint"):
@@ -280,11 +287,11 @@ def _is_evaluated(step: int, config: TrainConfig) -> bool:
     return is_due or step == config.num_steps
 
 
-def _global_batch(local: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:
+def _global_batch(local: Mapping[str, np.ndarray], program: CompiledStep) -> dict[str, jax.Array]:
     """This process's share of the images as part of the arrays over all devices."""
     return {
-        field.name: jax.make_array_from_process_local_data(sharding, local[field.name])
-        for field in dataclasses.fields(Batch)
+        name: jax.make_array_from_process_local_data(program.batch_sharding, local[name])
+        for name in program.task.batch_spec(1)
     }
 
 
@@ -293,14 +300,26 @@ def _means(interval: list[dict]) -> dict[str, float]:
     return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
-def _rates(interval, batch_size: int, seconds: float, input_seconds: float) -> dict[str, float]:
-    num_masks = sum(float(m["num_masks"]) for m in interval)
+def _rates(
+    interval, unit: str, batch_size: int, seconds: float, input_seconds: float
+) -> dict[str, float]:
+    count = sum(float(m[f"num_{unit}"]) for m in interval)
     return {
         "images_per_second": len(interval) * batch_size / seconds,
-        "masks_per_second": num_masks / seconds,
+        f"{unit}_per_second": count / seconds,
         "seconds_per_step": seconds / len(interval),
         "input_wait_rate": input_seconds / seconds,
     }
+
+
+def _news(task: Task, means: Mapping[str, float], rates: Mapping[str, float]) -> str:
+    """An interval in a line."""
+    return (
+        f"{task.headline(means)}  "
+        f"{rates['images_per_second']:.1f} img/s  "
+        f"{rates[f'{task.unit}_per_second']:.1f} {task.unit}/s  "
+        f"input wait {100 * rates['input_wait_rate']:.0f} %"
+    )
 
 
 @contextmanager

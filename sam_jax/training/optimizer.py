@@ -14,7 +14,7 @@ from sam_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer; the defaults are what all of the paper's recipes share.
+    """The optimizer; the defaults are what all of the paper's experiments share.
 
     Attributes:
       peak_learning_rate: the rate after warm-up, of layers that are not scaled down.

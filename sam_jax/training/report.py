@@ -76,17 +76,9 @@ class Reporter:
         """Moves the progress bar."""
         self._progress.update(self._task, completed=step)
 
-    def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records a training interval's means and prints the chief ones."""
+    def train_metrics(self, step: int, metrics: Mapping[str, float], news: str) -> None:
+        """Records a training interval's means, and prints what is news of it."""
         self._write(step, {f"train/{name}": value for name, value in metrics.items()})
-        ious = [value for name, value in metrics.items() if name.startswith("iou_round_")]
-        news = (
-            f"loss {metrics['loss']:.2f}  "
-            f"IoU {ious[0]:.3f} first, {ious[-1]:.3f} last round  "
-            f"{metrics['images_per_second']:.1f} img/s  "
-            f"{metrics['masks_per_second']:.1f} masks/s  "
-            f"input wait {100 * metrics['input_wait_rate']:.0f} %"
-        )
         self._progress.update(self._task, news=news)
         self.say(f"step {step}/{self._num_steps}  {news}")
 

@@ -8,16 +8,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from sam_jax.arrays import Array, Float, Int, UInt32
 from sam_jax.losses import LossConfig, RoundLoss, mask_losses, round_loss
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.ops.cells import MaskGrid, bit_at, to_cells, to_image
-from sam_jax.ops.placement import Kernels
-from sam_jax.ops.tpu_kernel import WORTH_KEEPING
-from sam_jax.prompts import PromptConfig, error_click, mask_round_of, noisy_box
+from sam_jax.ops.packed_masks import MaskLayout, bit_at
+from sam_jax.ops.remat import WORTH_KEEPING, keeping, worth_keeping
+from sam_jax.simulated_user import PromptConfig, error_click, mask_round_of, noisy_box
 
 # Prompts, whether three candidates are wanted or one, and seeds of dropout in; masks out.
 Decode = Callable[[Prompts, bool, UInt32[Array, "b p"]], MaskPrediction]
@@ -44,28 +42,27 @@ class _Round:
 
     Attributes:
       prompts: all that was said about the objects so far.
-      logits: of the masks that are carried on, by cells.
-      errors: words of where they are wrong.
+      logits: low-resolution logits of the masks that are carried on.
+      errors: packed masks of where they are wrong.
       num_clicks: corrections so far.
     """
 
     prompts: Prompts
-    logits: Float[Array, "b p 16 cells"]
-    errors: Int[Array, "b p 16 cells"]
+    logits: Float[Array, "b p lh lw"]
+    errors: Int[Array, "b p 16 tokens"]
     num_clicks: Int[Array, "b p"]
 
 
 def run_rounds(
     decode: Decode,
     keys: Array,
-    masks: Int[Array, "b p 16 cells"],
+    masks: Int[Array, "b p 16 tokens"],
     image_hw: Int[Array, "b 2"],
-    mask_grid: MaskGrid,
+    mask_layout: MaskLayout,
     prompt_config: PromptConfig,
     loss_config: LossConfig,
     *,
     remat: bool = True,
-    kernels: Kernels = "none",
 ) -> RoundResult:
     """Every object prompted, predicted and corrected for all rounds.
 
@@ -82,25 +79,24 @@ def run_rounds(
     Args:
       decode: the decoder on the images' embeddings.
       keys: for the prompts and the dropout of each object [b, p].
-      masks: words (``ops.cells``) of the ground truth; empty for absent objects, whose results mean
-        nothing.
+      masks: packed masks (``ops.packed_masks``) of the ground truth; empty for absent objects,
+        whose results mean nothing.
       image_hw: valid height and width of each image.
-      mask_grid: what the words mean.
+      mask_layout: of the packed masks.
       prompt_config: how the user behaves.
       loss_config: what the losses weigh.
       remat: whether each round is computed again in the backward pass: without, the memory of
         all rounds is needed at once, and the step is about a fifth faster on a CPU. It is slower
         on a TPU by its compiler's count, where keeping takes longer than computing again.
-      kernels: see ``Placement.kernels``.
 
     Source: Kirillov et al. 2023, appendix A, "Training algorithm".
     """
-    area = mask_grid.area(image_hw)
+    area = mask_layout.area(image_hw)
 
     def judge(prediction: MaskPrediction) -> tuple[RoundResult, Array, Array]:
         """The result of a round, and logits and errors of the masks that are carried on."""
-        logits = to_cells(prediction.low_res_logits)
-        losses = mask_losses(logits, masks, area, mask_grid, loss_config, kernels)
+        logits = prediction.low_res_logits
+        losses = mask_losses(logits, masks, area, mask_layout, loss_config)
         chosen = jnp.argmax(prediction.iou_predictions, axis=-1)[..., None]
 
         def of_chosen(x):
@@ -124,10 +120,10 @@ def run_rounds(
     first_keys, seeds = keys_and_seeds(0)
     round_keys = _of_each(jax.random.split)(first_keys)
     mask_round = _of_each(lambda key: mask_round_of(key, prompt_config))(round_keys[..., 1])
-    prompts = first_prompts(round_keys[..., 0], masks, image_hw, mask_grid, prompt_config)
+    prompts = first_prompts(round_keys[..., 0], masks, image_hw, mask_layout, prompt_config)
 
-    keep = jax.checkpoint_policies.save_only_these_names(WORTH_KEEPING)
-    rematted = functools.partial(jax.checkpoint, policy=keep) if remat else lambda f: f
+    policy = keeping(WORTH_KEEPING)
+    rematted = functools.partial(jax.checkpoint, policy=policy) if remat else lambda f: f
     first, logits, errors = rematted(lambda p, s: judge(decode(p, True, s)))(prompts, seeds)
 
     @rematted
@@ -137,10 +133,10 @@ def run_rounds(
         if prompt_config.final_mask_round:
             adds_click &= round_index < prompt_config.num_rounds - 1
         found = _of_each(
-            lambda key, errors, mask, area: error_click(key, errors, mask, area, mask_grid),
+            lambda key, errors, mask, area: error_click(key, errors, mask, area, mask_layout),
             of_image=3,
         )(click_keys, before.errors, masks, area)
-        coords, labels = checkpoint_name(found, WORTH_KEEPING)
+        coords, labels = worth_keeping(found)
         # Slot 0 belongs to the first prompt even where that is a box.
         slot = jnp.arange(prompt_config.num_points) == 1 + before.num_clicks[..., None]
         slot &= adds_click[..., None]
@@ -155,7 +151,7 @@ def run_rounds(
         )
         with_mask = dataclasses.replace(
             prompts,
-            mask_logits=to_image(before.logits, mask_grid.grid),
+            mask_logits=before.logits,
             mask_valid=jnp.ones(slot.shape[:2], bool),
         )
         result, logits, errors = judge(decode(with_mask, False, seeds))
@@ -168,16 +164,16 @@ def run_rounds(
 
 def first_prompts(
     keys: Array,
-    masks: Int[Array, "b p 16 cells"],
+    masks: Int[Array, "b p 16 tokens"],
     image_hw: Int[Array, "b 2"],
-    mask_grid: MaskGrid,
+    mask_layout: MaskLayout,
     config: PromptConfig,
 ) -> Prompts:
     """A uniform foreground point or a noisy box for each object, with room for corrections."""
 
     def of_object(key, mask, box, hw):
         kind_key, point_key, box_key = jax.random.split(key, 3)
-        pixel, place = mask_grid.sample_pixel(point_key, mask)
+        pixel, place = mask_layout.sample_pixel(point_key, mask)
         return (
             jax.random.bernoulli(kind_key, jnp.float32(config.box_rate)),
             pixel.astype(jnp.float32),
@@ -186,7 +182,7 @@ def first_prompts(
         )
 
     box_valid, coords, labels, boxes = _of_each(of_object, of_image=3)(
-        keys, masks, mask_grid.boxes(masks), image_hw
+        keys, masks, mask_layout.boxes(masks), image_hw
     )
     first_slot = jnp.arange(config.num_points) == 0
     return Prompts(

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from sam_jax import cli
-from sam_jax.convert.checkpoints import save, variables_for
 from sam_jax.data.config import SourceConfig
 from sam_jax.data.pipeline import DataConfig, train_iterator
 from sam_jax.evaluation.report import DatasetReport
 from sam_jax.evaluation.run import EvalConfig, Evaluator
 from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.weights.load import save, variables_for
 from tests.e2e import programs, tiny_run
 from tests.e2e.test_pictures import oddities
 from tests.golden.tiny import random_variables

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data import rle
+from sam_jax import rle
 from sam_jax.data.pipeline import DataConfig, eval_samples, train_iterator
 from sam_jax.data.sources import Source
 from sam_jax.data.sources.coco import CocoSource

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sam_jax.convert.names import (
+from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.variants import VARIANTS
+from sam_jax.weights.names import (
     KINDS,
     RULES,
     TABLE,
@@ -20,8 +22,6 @@ from sam_jax.convert.names import (
     native_path,
     to_native,
 )
-from sam_jax.models.sam import Sam, SamConfig, init_variables
-from sam_jax.models.variants import VARIANTS
 from tests.golden.tiny import TINY
 
 

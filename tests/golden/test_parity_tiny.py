@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.convert.names import from_native, to_native
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.ops.images import normalize_images
+from sam_jax.weights.names import from_native, to_native
 from tests.golden.tiny import (
     EVERY_COMBINATION,
     FROZEN_STRIDE,
@@ -78,18 +78,15 @@ def test_image_embeddings(frozen: dict[str, np.ndarray], variables: Any) -> None
 def test_prompt_embeddings(frozen: dict[str, np.ndarray], variables: Any, prompts: Any) -> None:
     encoder = PromptEncoder(TINY.image_encoder.output_dim, TINY.mask_channels)
     own = {name: tree["prompt_encoder"] for name, tree in variables.items()}
-    # Nothing but masks in the cells.
-    embeddings = jnp.zeros((2, *TINY.image_encoder.grid, TINY.image_encoder.output_dim))
-    ours = jax.jit(lambda v, p: encoder.apply(v, embeddings, p, TINY.image_encoder.image_size))(
-        own, prompts
-    )
+    size, grid = TINY.image_encoder.image_size, TINY.image_encoder.grid
+    sparse, dense = jax.jit(lambda v, p: encoder.apply(v, p, size, grid))(own, prompts)
     for index, name in enumerate(EVERY_COMBINATION):
         image, place = index % 2, index // 2
-        valid = np.asarray(ours.sparse_valid[image, place])
-        assert_equal(np.asarray(ours.sparse[image, place])[valid], frozen[f"sparse/{name}"])
+        valid = np.asarray(sparse.valid[image, place])
+        assert_equal(np.asarray(sparse.tokens[image, place])[valid], frozen[f"sparse/{name}"])
         if name == "mask":
             assert_equal(
-                ours.cells[image, place][::FROZEN_STRIDE, ::FROZEN_STRIDE], frozen["dense/mask"]
+                dense[image, place][::FROZEN_STRIDE, ::FROZEN_STRIDE], frozen["dense/mask"]
             )
 
 

@@ -21,17 +21,18 @@ from sam_jax.evaluation.run import EvalConfig
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import ModelConfig, build_model
-from sam_jax.prompts import PromptConfig
 from sam_jax.sharding import MESH_AXES, ShardingConfig, tree_shardings
+from sam_jax.simulated_user import PromptConfig
+from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_schedule,
     parameter_groups,
 )
-from sam_jax.training.recipe import TrainConfig
 from sam_jax.training.state import init_state
-from sam_jax.training.step import Batch, build_train_step
+from sam_jax.training.step import build_train_step
+from sam_jax.training.tasks.segment import SegmentTask
 from tests.golden.tables import assert_unchanged, folded
 
 FOLDER = Path(__file__).parent
@@ -78,23 +79,15 @@ def test_every_recipe_builds_its_train_step(config: ConfigDict) -> None:
     for name, section in sections["evals"].items():
         from_mapping(EvalConfig, section, f"evals.{name}")
     train = from_mapping(TrainConfig, sections["train"], "train")
-    step = build_train_step(
+    task = SegmentTask(
         model,
-        optimizer,
         from_mapping(PromptConfig, sections["prompts"], "prompts"),
         from_mapping(LossConfig, sections["losses"], "losses"),
-        seed=train.seed,
+        max_masks=data.max_masks,
         remat_rounds=train.remat_rounds,
     )
-    height, width = model.image_size
-    images, masks = 2, data.max_masks
-    fields = {
-        "image": jax.ShapeDtypeStruct((images, height, width, 3), np.uint8),
-        "image_hw": jax.ShapeDtypeStruct((images, 2), np.int32),
-        "masks_packed": jax.ShapeDtypeStruct((images, masks, height, width // 8), np.uint8),
-        "mask_valid": jax.ShapeDtypeStruct((images, masks), np.bool_),
-    }
-    new_state, metrics = jax.eval_shape(lambda s, f: step(s, Batch(**f)), state, fields)
+    step = build_train_step(task, optimizer, seed=train.seed)
+    new_state, metrics = jax.eval_shape(step, state, task.batch_spec(2))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import published
-from sam_jax.convert.names import to_native
 from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.weights.names import to_native
 
 # Every file of comparisons imports this one: without torch they are all skipped here.
 torch = pytest.importorskip("torch", reason="needs requirements-torch.lock")

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.convert import checkpoints
-from sam_jax.convert.checkpoints import open_weights, save
-from sam_jax.convert.names import to_native
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.models.variants import VARIANTS
+from sam_jax.weights import load as checkpoints
+from sam_jax.weights.load import open_weights, save
+from sam_jax.weights.names import to_native
 from tests.golden.tiny import TINY
 from tests.parity import official
 from tests.parity.official import torch

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.convert.names import from_native, to_native
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import VARIANTS
+from sam_jax.weights.names import from_native, to_native
 from tests.parity import official
 
 pytestmark = pytest.mark.parity

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.convert import onnx_export
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.onnx_decoder import DecoderOptions
-from sam_jax.convert.onnx_export import DECODER, ENCODER, export_onnx
+from sam_jax.export import onnx
+from sam_jax.export.onnx import DECODER, ENCODER, export_onnx
+from sam_jax.export.onnx_decoder import DecoderOptions
 from sam_jax.inference.restore import restore_mask
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam, SamConfig
+from sam_jax.weights.files import WeightsError
 from tests.golden.tiny import TINY
 from tests.parity import official
 from tests.parity.official import torch
@@ -293,7 +293,7 @@ def test_int8_answers_nearly_the_same(setting: Setting, folder: Path) -> None:
 def test_weights_past_the_limit_of_a_message_lie_beside_the_graph(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_export, "LARGEST_MESSAGE", 1000)
+    monkeypatch.setattr(onnx, "LARGEST_MESSAGE", 1000)
     export_onnx(tmp_path / "x", SQUARE, setting.variables, int8=True)
     assert (tmp_path / "x" / f"{ENCODER}.data").exists()
     images = np.zeros((1, 3, 48, 48), np.float32)

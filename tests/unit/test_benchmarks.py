@@ -20,24 +20,24 @@ from benchmarks import (
     dead_leaves,
     decoder,
     encoder,
+    experiment,
     input,
     kernels,
     limits,
     published,
-    recipe,
     step,
     table,
 )
 from benchmarks.random_inputs import random_prompts
-from sam_jax import work
+from sam_jax import flop_counts
+from sam_jax.cost_report import KERNEL_PEAK_RATES
 from sam_jax.data import decode_masks
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS
-from sam_jax.plan import KERNEL_PEAK_RATES
-from sam_jax.prompts import PromptConfig
+from sam_jax.simulated_user import PromptConfig
 from tests.golden.tiny import TINY
 
 CONFIG = Path(__file__).parents[1] / "e2e" / "tiny_run.py"
@@ -63,20 +63,22 @@ WIDE = SamConfig(
 def test_encoders_at_their_published_sizes(variant: str, tera: float) -> None:
     """Against a count made independently, matrix by matrix, from the published model's shapes."""
     config = VARIANTS[variant].image_encoder
-    assert work.encoder_flops(config) / 1e12 == pytest.approx(tera, rel=1e-3)
-    assert work.encoder_flops(config, useful=True) < work.encoder_flops(config)
+    assert flop_counts.encoder_flops(config) / 1e12 == pytest.approx(tera, rel=1e-3)
+    assert flop_counts.encoder_flops(config, useful=True) < flop_counts.encoder_flops(config)
 
 
 def test_windows_that_divide_the_grid_waste_nothing() -> None:
     config = VARIANTS["vit_ti"].image_encoder
-    assert work.encoder_flops(config, useful=True) == work.encoder_flops(config)
-    assert work.encoder_flops(config, (264, 256), useful=True) == work.encoder_flops(config)
+    assert flop_counts.encoder_flops(config, useful=True) == flop_counts.encoder_flops(config)
+    assert flop_counts.encoder_flops(config, (264, 256), useful=True) == flop_counts.encoder_flops(
+        config
+    )
 
 
 @pytest.mark.parametrize("config", [WIDE, TINY, VARIANTS["vit_b"]])
 def test_encoder_is_the_products_in_the_program(config: SamConfig) -> None:
     lowered, products = _trace(*_encode(config.image_encoder))
-    assert work.encoder_flops(config.image_encoder) == products
+    assert flop_counts.encoder_flops(config.image_encoder) == products
     if config is not TINY:
         assert lowered == pytest.approx(products, rel=0.04)
 
@@ -87,7 +89,7 @@ def test_decoder_is_the_products_in_the_program(config: SamConfig, with_mask: bo
     num_prompts, num_points = 3, 2
     decode = _decode(config, num_prompts, num_points, with_mask)
     _, products = _trace(*decode)
-    flops = work.decoder_flops(
+    flops = flop_counts.decoder_flops(
         config,
         num_prompts,
         num_points + 1,
@@ -104,15 +106,15 @@ def test_decoder_is_the_products_in_the_program(config: SamConfig, with_mask: bo
 
 def test_a_step_is_three_forward_passes() -> None:
     prompts = PromptConfig(num_corrections=2, random_mask_round=False, final_mask_round=True)
-    first = work.decoder_flops(TINY, 5, 3 + 2, multimask_output=True)
-    later = work.decoder_flops(TINY, 5, 3 + 2, multimask_output=False, with_mask=True)
-    image = work.encoder_flops(TINY.image_encoder) + first + 3 * later
-    assert work.step_flops(TINY, prompts, batch_size=4, num_objects=5) == 3 * 4 * image
+    first = flop_counts.decoder_flops(TINY, 5, 3 + 2, multimask_output=True)
+    later = flop_counts.decoder_flops(TINY, 5, 3 + 2, multimask_output=False, with_mask=True)
+    image = flop_counts.encoder_flops(TINY.image_encoder) + first + 3 * later
+    assert flop_counts.step_flops(TINY, prompts, batch_size=4, num_objects=5) == 3 * 4 * image
 
 
 def test_objects_share_the_first_layers_view_of_the_image() -> None:
     def flops(num_prompts: int) -> float:
-        return work.decoder_flops(VARIANTS["vit_b"], num_prompts, 2, multimask_output=True)
+        return flop_counts.decoder_flops(VARIANTS["vit_b"], num_prompts, 2, multimask_output=True)
 
     shared = 1 - flops(1000) / (1000 * flops(1))
     # Less than the projections that are spared, as heads that share cells meet them among zeros.
@@ -321,7 +323,7 @@ def test_rows_of_the_table_are_commands(row: table.Row) -> None:
     args = script.parse([*row.arguments, "--repeats", "1"])
     assert args.repeats == 1
     if row.benchmark == "step":
-        assert recipe.load(args).data.num_workers == 0
+        assert experiment.load(args).data.num_workers == 0
 
 
 @pytest.mark.parity

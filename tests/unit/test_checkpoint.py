@@ -28,7 +28,7 @@ from sam_jax.checkpoint import (
 from sam_jax.data.pipeline import TrainIterator, train_iterator
 from sam_jax.errors import ConfigError, UserError
 from sam_jax.training import loop
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
@@ -37,7 +37,7 @@ STEP = 3
 
 @pytest.fixture
 def data() -> Iterator[TrainIterator]:
-    iterator = train_iterator(Recipe.of(read_config(CONFIG)).data)
+    iterator = train_iterator(Experiment.of(read_config(CONFIG)).data)
     yield iterator
     iterator.close()
 
@@ -118,15 +118,17 @@ def test_a_run_says_what_becomes_of_the_average(
 ) -> None:
     """Of a run that has done all its steps, so that none is compiled."""
 
-    def recipe(decay: float) -> Recipe:
+    def experiment(decay: float) -> Experiment:
         settings = (f"train.num_steps={STEP}", "train.eval_every=0", f"train.ema_decay={decay}")
-        return Recipe.of(read_config(CONFIG, settings))
+        return Experiment.of(read_config(CONFIG, settings))
 
-    state = recipe(before).program(jax.devices()[:1]).new_state(jax.random.key(0))
+    state = experiment(before).program(jax.devices()[:1]).new_state(jax.random.key(0))
     saved(dataclasses.replace(state, step=state.step + STEP), tmp_path, data).close()
     after = loop.train(
         workdir=tmp_path,
-        recipe=recipe(now),
+        program=experiment(now).program(),
+        config=experiment(now).train,
+        batch_size=experiment(now).data.batch_size,
         data_iterator=data,
         checkpoint_config=CheckpointConfig(),
         evaluators={},
@@ -143,7 +145,7 @@ def test_a_run_says_what_becomes_of_the_average(
 
 def test_an_average_needs_something_to_average() -> None:
     with pytest.raises(Exception, match="ema_decay must be at least 0 and less than 1, got 1"):
-        Recipe.of(read_config(CONFIG, ["train.ema_decay=1.0"]))
+        Experiment.of(read_config(CONFIG, ["train.ema_decay=1.0"]))
 
 
 # Brackets, stars and question marks are read as patterns, others as parts of URLs.
@@ -300,9 +302,9 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps, without its having been trained."""
     workdir = tmp_path_factory.mktemp("good")
     sections = read_config(CONFIG, SETTINGS)
-    recipe = Recipe.of(sections)
-    iterator = train_iterator(recipe.data)
-    state = recipe.program(jax.devices()[:1]).new_state(jax.random.key(0))
+    experiment = Experiment.of(sections)
+    iterator = train_iterator(experiment.data)
+    state = experiment.program(jax.devices()[:1]).new_state(jax.random.key(0))
     saved(dataclasses.replace(state, step=state.step + STEP), workdir, iterator).close()
     iterator.close()
     save_config(workdir, sections)
@@ -315,11 +317,13 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(workdir: Path, *settings: str) -> TrainState:
     """As train.py does."""
     sections = read_config(CONFIG, (*SETTINGS, *settings))
-    recipe = Recipe.of(sections)
+    experiment = Experiment.of(sections)
     return loop.train(
         workdir=workdir,
-        recipe=recipe,
-        data_iterator=train_iterator(recipe.data),
+        program=experiment.program(),
+        config=experiment.train,
+        batch_size=experiment.data.batch_size,
+        data_iterator=train_iterator(experiment.data),
         checkpoint_config=CheckpointConfig(),
         evaluators={},
         sections=sections,

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from sam_jax import cli
-from sam_jax.convert.checkpoints import save
-from sam_jax.convert.files import write_safetensors
-from sam_jax.convert.names import from_native
 from sam_jax.visualize import picture_form
+from sam_jax.weights.files import write_safetensors
+from sam_jax.weights.load import save
+from sam_jax.weights.names import from_native
 from tests.golden.tiny import TINY, random_variables
 
 SQUARE = dataclasses.replace(

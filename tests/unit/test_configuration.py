@@ -9,7 +9,7 @@ from sam_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Experiment:
     steps: int
     boundaries: tuple[int, ...] = ()
     rate: float = 1.0
@@ -20,7 +20,9 @@ class Recipe:
 
 
 def test_lists_become_tuples():
-    assert from_mapping(Recipe, {"steps": 3, "boundaries": [1, 2]}, "recipe") == Recipe(3, (1, 2))
+    assert from_mapping(Experiment, {"steps": 3, "boundaries": [1, 2]}, "recipe") == Experiment(
+        3, (1, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,4 +36,4 @@ def test_lists_become_tuples():
 )
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
-        from_mapping(Recipe, values, "recipe")
+        from_mapping(Experiment, values, "recipe")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from sam_jax.data import rle
+from sam_jax import rle
 from sam_jax.data.samples import (
     CorruptSampleError,
     Sample,

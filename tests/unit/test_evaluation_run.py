@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam_jax import rle
 from sam_jax.configuration import from_mapping
-from sam_jax.data import rle
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.protocols import (
@@ -53,10 +53,10 @@ class ColorSam(Sam):
     def setup(self):
         pass
 
-    def encode(self, images, *, train=False):
+    def encode(self, images, path_scales=None):
         return images[:, 2::4, 2::4]
 
-    def decode(self, image_embeddings, prompts, *, multimask_output, train=False):
+    def decode(self, image_embeddings, prompts, *, multimask_output, dropout_seeds=None):
         if prompts.boxes_xyxy is not None:
             found = self._inside(image_embeddings, prompts.boxes_xyxy)
         else:

@@ -17,43 +17,55 @@ LEAVES = {"arrays", "configuration", "errors", "places"}
 BASE = LEAVES | {"ops"}
 LOWER = BASE | {
     "checkpoint",
-    "convert",
     "data",
+    "export",
+    "files",
+    "flop_counts",
     "hlo",
     "hosts",
     "images",
     "losses",
     "models",
-    "prompts",
+    "parallel",
+    "resizing",
+    "rle",
     "sharding",
+    "simulated_user",
     "visualize",
-    "work",
+    "weights",
 }
 MAY_IMPORT = {
     "arrays": set[str](),
     "configuration": {"errors"},
     "errors": set[str](),
+    "files": {"errors"},
     "images": {"arrays", "errors"},
+    "resizing": {"arrays"},
+    "rle": {"arrays", "errors", "images"},
     "ops": {"arrays", "errors"},
     "places": {"errors"},
     "models": BASE,
+    "parallel": BASE | {"models", "sharding"},
     "losses": BASE,
-    "data": BASE | {"images"},
-    "prompts": BASE,
+    "data": BASE | {"files", "images", "resizing", "rle"},
+    "simulated_user": BASE,
     "sharding": LEAVES,
     "hlo": set[str](),
     "hosts": LEAVES,
-    "work": BASE | {"models", "prompts"},
+    "flop_counts": BASE | {"models", "simulated_user"},
     "checkpoint": LEAVES | {"sharding"},
-    "convert": BASE | {"checkpoint", "models"},
+    "weights": BASE | {"checkpoint", "models"},
+    "export": BASE | {"models", "weights"},
     "visualize": BASE,
     "training": LOWER,
-    "inference": BASE | {"convert", "data", "images", "models", "visualize"},
+    # Neither data nor inference knows of the other: they meet in pictures, files and run lengths.
+    "inference": BASE
+    | {"files", "images", "models", "parallel", "resizing", "rle", "visualize", "weights"},
     "evaluation": LOWER | {"inference"},
-    "plan": LOWER | {"training"},
-    "cli": LOWER | {"evaluation", "inference", "plan", "training"},
+    "cost_report": LOWER | {"training"},
+    "cli": LOWER | {"cost_report", "evaluation", "inference", "training"},
     # sam_jax/__init__.py: the public names
-    "__init__": LOWER | {"evaluation", "inference", "plan", "training"},
+    "__init__": LOWER | {"evaluation", "inference", "training"},
 }
 
 # The library knows nothing of the programs around it, nor of how they are configured.
@@ -89,6 +101,13 @@ def imported_names(source: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+# What the models know nothing of: they read like the paper, on one device, without kernels.
+NOT_FOR_MODELS = ("sam_jax.ops.tpu", "sam_jax.ops.dispatch", "sam_jax.parallel", "sam_jax.sharding")
+# The type of an option, which ``ModelConfig`` has as it has all of a model's.
+ALLOWED_IN_MODELS = {("variants.py", "sam_jax.ops.dispatch.Kernels")}
+WORDS_NOT_FOR_MODELS = ("pallas", "shard_map", "all_gather", "psum", "interpret=", "placement")
+
+
 def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
@@ -122,13 +141,65 @@ def test_every_import_follows_the_layout() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def wrong_in_models(name: str, source: str) -> list[str]:
+    """What a file of models imports or names although models know nothing of it."""
+    imported = [
+        found
+        for found in imported_names(source)
+        if any(is_within(found, outside) for outside in NOT_FOR_MODELS)
+        and (name, found) not in ALLOWED_IN_MODELS
+    ]
+    return imported + [word for word in WORDS_NOT_FOR_MODELS if word in source.lower()]
+
+
+def test_models_know_nothing_of_devices_and_kernels() -> None:
+    files = source_files(PACKAGE / "models")
+    assert files
+    found = {path.name: wrong_in_models(path.name, path.read_text("utf-8")) for path in files}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from sam_jax.ops.dispatch import Kernels", []),
+        ("from sam_jax.ops.dispatch import Target", ["sam_jax.ops.dispatch.Target"]),
+        ("from sam_jax.ops import dispatch", ["sam_jax.ops.dispatch"]),
+        ("import sam_jax.ops.tpu.kernel", ["sam_jax.ops.tpu.kernel"]),
+        ("from sam_jax.parallel import Parallel", ["sam_jax.parallel.Parallel"]),
+        ("from sam_jax.ops.linear import dense", []),
+        ("y = jax.lax.psum(y, 'x')  # Placement", ["psum", "placement"]),
+    ],
+)
+def test_what_models_must_not_know_is_found(source: str, expected: list[str]) -> None:
+    assert wrong_in_models("variants.py", source) == expected
+
+
+def test_only_operations_import_kernels() -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in source_files(PACKAGE)
+        for name in imported_names(path.read_text(encoding="utf-8"))
+        if is_within(name, "sam_jax.ops.tpu")
+    }
+    assert {path.split("/")[0] for path in users} == {"ops"}
+    # Kernels of Pallas stand in one folder.
+    written = {
+        str(path.relative_to(PACKAGE))
+        for path in source_files(PACKAGE)
+        for name in imported_names(path.read_text(encoding="utf-8"))
+        if is_within(name, "jax.experimental.pallas")
+    }
+    assert {path.rpartition("/")[0] for path in written} == {"ops/tpu"}
+
+
 @pytest.mark.parametrize(
     ("part", "source", "expected"),
     [
         ("ops", "from sam_jax.arrays import Float", []),
         ("ops", "from sam_jax.models import sam", ["sam_jax.models.sam"]),
-        ("models", "from sam_jax.ops.cells import to_cells\nimport sam_jax.ops", []),
-        ("models", "def f():\n    import sam_jax.data.rle", ["sam_jax.data.rle"]),
+        ("models", "from sam_jax.ops.packed_masks import to_image\nimport sam_jax.ops", []),
+        ("models", "def f():\n    import sam_jax.rle", ["sam_jax.rle"]),
         ("data", "from sam_jax import models", ["sam_jax.models"]),
         ("data", "from sam_jax import Sam", ["sam_jax.Sam"]),
         ("data", "import sam_jax", ["sam_jax"]),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.data import rle
+from sam_jax import rle
 from sam_jax.errors import ConfigError
 from sam_jax.images import ImageError
 from sam_jax.inference import automatic

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.data import rle
+from sam_jax import rle
 from sam_jax.inference.candidates import (
     Candidate,
     box_nms,

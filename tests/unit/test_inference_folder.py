@@ -12,7 +12,6 @@ import pytest
 from PIL import Image, PngImagePlugin
 from pycocotools.coco import COCO
 
-from sam_jax.convert.files import WeightsError
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.errors import ConfigError
 from sam_jax.inference import folder
@@ -20,6 +19,7 @@ from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
 from sam_jax.places import PlaceError
+from sam_jax.weights.files import WeightsError
 from tests.golden.tiny import TINY, random_variables
 
 OPTIONS = AutomaticOptions(

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.convert.files import WeightsError, write_safetensors
 from sam_jax.inference.images import ImageEmbeddings, model_input
+from sam_jax.weights.files import WeightsError, write_safetensors
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)

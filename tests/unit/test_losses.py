@@ -15,16 +15,16 @@ from sam_jax.losses import (
     mask_losses,
     round_loss,
 )
-from sam_jax.ops.cells import MaskGrid, to_cells
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.resize import resize_bilinear
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def losses_of(logits, masks, area, config=LossConfig()):
     """Of logits [b, p, m, lh, lw] and masks [b, p, h, w] on an area [b, h, w], as booleans."""
-    mask_grid = MaskGrid.of((logits.shape[-2] // 4, logits.shape[-1] // 4), masks.shape[-2:])
-    words = (mask_grid.of_masks(jnp.asarray(x)) for x in (masks, area))
-    return mask_losses(to_cells(logits), *words, mask_grid, config)
+    mask_layout = MaskLayout.of((logits.shape[-2] // 4, logits.shape[-1] // 4), masks.shape[-2:])
+    packed_masks = (mask_layout.of_masks(jnp.asarray(x)) for x in (masks, area))
+    return mask_losses(logits, *packed_masks, mask_layout, config)
 
 
 def random_case(*batch: int, size: tuple[int, int] = (8, 12), seed: int = 0):
@@ -69,7 +69,7 @@ def test_errors_are_the_wrong_pixels_of_the_area():
     logits, masks, area = random_case(2, 3)
     errors = losses_of(logits[:, :, None], masks, area).errors[:, :, 0]
     expected = ((logits > 0) ^ masks) & area[:, None]
-    np.testing.assert_array_equal(MaskGrid((2, 3), 1).to_masks(errors), expected)
+    np.testing.assert_array_equal(MaskLayout((2, 3), 1).to_masks(errors), expected)
 
 
 def test_a_perfect_prediction_costs_nothing():
@@ -117,26 +117,6 @@ def test_a_chunk_size_that_does_not_divide_is_refused():
             jnp.ones((1, 8, 8), bool),
             LossConfig(prompts_per_chunk=4),
         )
-
-
-def test_kernels_find_the_same_losses():
-    """Interpreted; values, words of the errors, and gradients."""
-    rng = np.random.default_rng(2)
-    mask_grid = MaskGrid((8, 16), 2)
-    logits = jnp.asarray(rng.normal(0, 3, (2, 2, 3, 16, 128)), jnp.float32)
-    masks = mask_grid.of_masks(jnp.asarray(rng.random((2, 2, *mask_grid.image_size)) < 0.5))
-    area = mask_grid.area(jnp.array([[50, 128], [64, 99]]))
-
-    def total(logits, kernels):
-        losses = mask_losses(logits, masks, area, mask_grid, LossConfig(), kernels)
-        return jnp.sum(losses.focal + 2 * losses.dice), losses
-
-    ours, theirs = (
-        jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)(logits, kernels)
-        for kernels in ("interpreted", "none")
-    )
-    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
 
 
 def test_small_masks_exist_at_the_resolution_of_the_loss():

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sam_jax.ops.attention import Implementation, choose, grid_attention
-from sam_jax.ops.placement import Placement
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.ops.attention import GRID_ATTENTION, Implementation, grid_attention
+from sam_jax.ops.dispatch import Target, tracing_for
+from sam_jax.training.experiment import Experiment, read_config
 
 FORWARD, BACKWARD = "@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("
 
@@ -33,8 +33,9 @@ def a_gpu_of(capability: tuple[int, int]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in asked.items():
             stack.enter_context(mock.patch(name, answer))
-        stack.enter_context(mock.patch.object(Placement, "compute_capability", capability))
-        stack.enter_context(mock.patch.object(Placement, "platform", "gpu"))
+        target = Target("gpu", capability)
+        stack.enter_context(mock.patch.object(Target, "of", return_value=target))
+        stack.enter_context(tracing_for(target))
         yield
 
 
@@ -47,15 +48,14 @@ def test_a_gpus_program_is_lowered_without_one(
     capability: tuple[int, int], heads: int, head_dim: int, grid: tuple[int, int]
 ) -> None:
     """Forward and backward by cuDNN where it is chosen; a TPU's kernel could not be lowered."""
-    placement = Placement(named_platform="gpu")
     qkv = jax.ShapeDtypeStruct((1, *grid, 3 * heads * head_dim), jnp.bfloat16)
     tables = [jax.ShapeDtypeStruct((2 * side - 1, head_dim), jnp.float32) for side in grid]
 
     def loss(qkv: Any, *tables: Any) -> Any:
-        return jnp.sum(grid_attention(qkv, *tables, heads, placement=placement)).astype(jnp.float32)
+        return jnp.sum(grid_attention(qkv, *tables, heads)).astype(jnp.float32)
 
     with a_gpu_of(capability):
-        chosen = choose(grid, heads, head_dim, jnp.bfloat16, placement)
+        chosen = GRID_ATTENTION.choose(qkv, *tables, heads).name
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(qkv, *tables)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     by_cudnn = chosen == "cudnn"
@@ -68,12 +68,10 @@ def test_a_gpus_program_is_lowered_without_one(
 @pytest.mark.parametrize("implementation", ["window_kernel", "flash_kernel"])
 def test_a_tpu_kernel_in_a_gpus_program_would_be_found(implementation: Implementation) -> None:
     grid = (14, 14) if implementation == "window_kernel" else (64, 64)
-    placement = Placement(named_platform="tpu")
-    traced = jax.jit(
-        lambda qkv: grid_attention(
-            qkv, None, None, 12, implementation=implementation, placement=placement
-        )
-    ).trace(jax.ShapeDtypeStruct((1, *grid, 3 * 12 * 64), jnp.bfloat16))
+    with tracing_for(Target("tpu")):
+        traced = jax.jit(
+            lambda qkv: grid_attention(qkv, None, None, 12, implementation=implementation)
+        ).trace(jax.ShapeDtypeStruct((1, *grid, 3 * 12 * 64), jnp.bfloat16))
     with pytest.raises(ValueError, match="Cannot lower pallas_call"):
         traced.lower(lowering_platforms=("cuda",))
 
@@ -82,11 +80,13 @@ def test_a_whole_training_step_is_lowered() -> None:
     """Both blocks of the encoder by cuDNN in both passes, and no other kernel."""
     config = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
     with a_gpu_of((9, 0)):
-        recipe = Recipe.of(
-            read_config(config, ["model.dtype=bfloat16", "prompts.num_corrections=0"])
+        experiment = Experiment.of(
+            read_config(
+                config, ["model.dtype=bfloat16", "prompts.num_corrections=0", "data.max_masks=2"]
+            )
         )
-        program = recipe.program(jax.devices()[:1])
-        traced = program.step.trace(program.placed_state, program.placed_batch(2, 2))
+        program = experiment.program(jax.devices()[:1])
+        traced = program.step.trace(program.placed_state, program.placed_batch(2))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert {call: text.count(call) for call in (FORWARD, BACKWARD)} == {FORWARD: 2, BACKWARD: 2}
     assert text.count("custom_call @") == 4

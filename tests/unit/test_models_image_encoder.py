@@ -1,9 +1,11 @@
-"""The image encoder beyond its numbers: which cells see which, sizes, dropped paths, memory."""
+"""The image encoder beyond its numbers: which tokens see which, sizes, dropped paths, memory."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,10 @@ from sam_jax.models.image_encoder import (
     EncoderBlock,
     ImageEncoderConfig,
     ImageEncoderViT,
-    drop_paths,
+    drop_path_scales,
 )
 from sam_jax.models.variants import VARIANTS
+from sam_jax.ops.dispatch import Target, tracing_for
 from tests.golden.tiny import TINY, random_variables
 
 # One block with windows, one without.
@@ -53,11 +56,17 @@ def test_sizes_that_are_no_multiple_of_a_patch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("window_size", [CONFIG.window_size, 0])
-def test_cells_see_their_window_or_the_whole_grid(window_size: int) -> None:
+def test_tokens_see_their_window_or_the_whole_grid(window_size: int) -> None:
     grid = (9, 12)
     name = "block_00" if window_size else "block_01"
     table = (window_size, window_size) if window_size else CONFIG.grid
-    block = EncoderBlock(CONFIG.num_heads, CONFIG.mlp_rate, window_size, table)
+    block = EncoderBlock(
+        num_heads=CONFIG.num_heads,
+        head_dim=CONFIG.embed_dim // CONFIG.num_heads,
+        mlp_dim=int(CONFIG.mlp_rate * CONFIG.embed_dim),
+        window_size=window_size,
+        table_grid=table,
+    )
     tokens = jax.random.normal(jax.random.key(0), (2, *grid, CONFIG.embed_dim))
     run = jax.jit(lambda x: block.apply({"params": PARAMS["image_encoder"][name]}, x))
     changed = np.asarray(run(tokens) != run(tokens.at[0, 1, 8, 0].add(9.0))).any(-1)
@@ -91,6 +100,7 @@ def test_scanned_and_recomputed_blocks_give_the_same(remat: Any) -> None:
     )
     params = random_variables(dataclasses.replace(TINY, image_encoder=config))["params"]
     pixels = images(2, *config.image_size)
+    scales = drop_path_scales(jax.random.key(3), config, 2)
 
     def run(**options: Any) -> Any:
         encoder = ImageEncoderViT(config, **options)
@@ -98,8 +108,7 @@ def test_scanned_and_recomputed_blocks_give_the_same(remat: Any) -> None:
         @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         @jax.value_and_grad
         def loss(params: Any) -> jax.Array:
-            rngs = {"dropout": jax.random.key(3)}
-            return jnp.sum(encoder.apply({"params": params}, pixels, train=True, rngs=rngs) ** 2)
+            return jnp.sum(encoder.apply({"params": params}, pixels, scales) ** 2)
 
         return loss(params["image_encoder"])
 
@@ -110,39 +119,108 @@ def test_scanned_and_recomputed_blocks_give_the_same(remat: Any) -> None:
         np.testing.assert_allclose(o, e, rtol=0, atol=2e-5 * np.abs(e).max(), err_msg=str(path))
 
 
-def test_kernels_give_the_same() -> None:
-    """Windows cut, attended and put together by a TPU's kernels, with dropped paths."""
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_kernels_give_the_same(remat: Any) -> None:
+    """Windows cut, attended and put together by TPU kernels, with dropped paths."""
     config = dataclasses.replace(
         TINY.image_encoder,
-        image_size=(256, 256),
+        image_size=(64, 64),
         embed_dim=128,
         num_heads=2,
-        depth=2,
+        depth=1,
         window_size=6,
         global_attention_blocks=(),
         drop_path_rate=0.5,
     )
     params = random_variables(dataclasses.replace(TINY, image_encoder=config))["params"]
-    pixels = images(2, *config.image_size)
+    pixels, scales = images(2, *config.image_size), jnp.array([[[2.0, 0.0], [0.0, 2.0]]])
+    encoder = ImageEncoderViT(config, remat=remat)
 
-    def run(implementation: Any) -> Any:
-        encoder = ImageEncoderViT(config, remat="products", implementation=implementation)
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(encoder.apply({"params": params}, pixels, scales) ** 2)
 
-        @jax.jit
-        @jax.value_and_grad
-        def loss(params: Any) -> jax.Array:
-            rngs = {"dropout": jax.random.key(3)}
-            return jnp.sum(encoder.apply({"params": params}, pixels, train=True, rngs=rngs) ** 2)
+    def run(target: Target, has_kernels: bool) -> Any:
+        with tracing_for(target):
+            text = str(loss.trace(params["image_encoder"]).jaxpr)
+            for name in ("norm_partition", "window_attention", "unpartition_add_norm"):
+                assert (f"{name}_backward" in text) == has_kernels
+            return loss(params["image_encoder"])
 
-        text = str(jax.make_jaxpr(loss)(params["image_encoder"]))
-        assert ("norm_and_cut" in text) == (implementation == "window_kernel")
-        return loss(params["image_encoder"])
-
-    plain, kernels = run("extended"), run("window_kernel")
+    plain, kernels = run(Target(), False), run(Target(kernels="interpret"), True)
     for (path, e), o in zip(
         jax.tree.leaves_with_path(plain), jax.tree.leaves(kernels), strict=True
     ):
         np.testing.assert_allclose(o, e, rtol=0, atol=2e-5 * np.abs(e).max(), err_msg=str(path))
+
+
+def names_of(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of the modules that a collection has something of."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield f"{prefix}{name}"
+            yield from names_of(value, f"{prefix}{name}/")
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "blocks"])
+def test_the_tools_of_linen_see_the_blocks(remat: Any) -> None:
+    """Tables, intermediates and interceptors, as whoever adapts or looks into a model uses them."""
+    encoder, pixels = ImageEncoderViT(CONFIG, remat=remat), images(1, *CONFIG.image_size)
+    blocks = [f"block_{index:02d}" for index in range(CONFIG.depth)]
+    inside = [f"{block}/{part}" for block in blocks for part in ("attn/qkv", "mlp/dense_1")]
+
+    seen: dict[str, Any] = {}
+
+    def intercept(next_method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext):
+        if context.method_name == "__call__":
+            seen["/".join(context.module.path)] = type(context.module)
+        return next_method(*args, **kwargs)
+
+    @jax.eval_shape
+    def run() -> Any:
+        with nn.intercept_methods(intercept):
+            return encoder.apply(VARIABLES, pixels, capture_intermediates=True)
+
+    assert {*blocks, *inside} <= seen.keys()
+    assert all(issubclass(seen[block], EncoderBlock) for block in blocks)
+
+    _, found = run
+    tokens = (1, *CONFIG.grid, CONFIG.embed_dim)
+    for block in blocks:
+        assert found["intermediates"][block]["__call__"][0].shape == tokens
+    assert {*blocks, *inside} <= {*names_of(found["intermediates"])}
+
+    table = encoder.tabulate(jax.random.key(0), pixels, depth=1, console_kwargs={"width": 200})
+    assert all(block in table for block in blocks)
+
+
+def test_a_block_can_be_changed_from_outside() -> None:
+    """An interceptor takes the place of a layer, as adapters do."""
+
+    def without_attention(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = next_method(*args, **kwargs)
+        is_branch = context.module.name == "attn" and context.method_name == "__call__"
+        return 0 * out if is_branch else out
+
+    @jax.jit
+    def run(params: Any) -> jax.Array:
+        return ImageEncoderViT(CONFIG).apply({"params": params}, pixels)
+
+    @jax.jit
+    def run_without(params: Any) -> jax.Array:
+        with nn.intercept_methods(without_attention):
+            return ImageEncoderViT(CONFIG).apply({"params": params}, pixels)
+
+    pixels, params = images(1, *CONFIG.image_size), VARIABLES["params"]
+    silent = {
+        name: jax.tree_util.tree_map_with_path(
+            lambda path, x: 0 * x if "['attn']['proj']" in jax.tree_util.keystr(path) else x, tree
+        )
+        for name, tree in params.items()
+    }
+    np.testing.assert_allclose(run_without(params), run(silent), atol=1e-5)
+    assert np.abs(run_without(params) - run(params)).max() > 0.1
 
 
 def test_every_parameter_has_a_finite_gradient() -> None:
@@ -152,7 +230,7 @@ def test_every_parameter_has_a_finite_gradient() -> None:
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     @jax.grad
     def gradient(variables: Any) -> jax.Array:
-        out = ImageEncoderViT(CONFIG, remat="blocks").apply(variables, pixels, train=True)
+        out = ImageEncoderViT(CONFIG, remat="blocks").apply(variables, pixels)
         return jnp.sum(out**3)
 
     for path, leaf in jax.tree.leaves_with_path(gradient(VARIABLES)):
@@ -161,7 +239,9 @@ def test_every_parameter_has_a_finite_gradient() -> None:
 
 
 def test_dropped_paths_are_whole_images_scaled_up() -> None:
-    factors = np.asarray(drop_paths(jax.random.key(0), 0.5, 3, 400))
+    config = dataclasses.replace(CONFIG, depth=3, drop_path_rate=0.5)
+    factors = np.asarray(drop_path_scales(jax.random.key(0), config, 400))
+    assert drop_path_scales(jax.random.key(0), CONFIG, 400) is None
     assert factors.shape == (3, 2, 400)
     np.testing.assert_array_equal(factors[0], 1.0)
     for block, rate in ((1, 0.25), (2, 0.5)):
@@ -176,12 +256,10 @@ def test_dropped_paths_grow_from_none_at_the_first_block_to_all_at_the_last() ->
     pixels = images(1, *CONFIG.image_size)
 
     @jax.jit
-    def run(params: Any, train: Any) -> jax.Array:
-        rngs = {"dropout": jax.random.key(0)}
+    def run(params: Any) -> jax.Array:
         encoder = ImageEncoderViT(config)
-        return jnp.stack(
-            [encoder.apply({"params": params}, pixels, train=t, rngs=rngs) for t in (True, False)]
-        )
+        scales = drop_path_scales(jax.random.key(0), config, 1)
+        return jnp.stack([encoder.apply({"params": params}, pixels, s) for s in (scales, None)])
 
     def scaled(name: str) -> Any:
         return {
@@ -190,8 +268,7 @@ def test_dropped_paths_grow_from_none_at_the_first_block_to_all_at_the_last() ->
         }
 
     base, first, last = (
-        run(params, None)
-        for params in (VARIABLES["params"], scaled("block_00"), scaled("block_01"))
+        run(params) for params in (VARIABLES["params"], scaled("block_00"), scaled("block_01"))
     )
     train, evaluation = 0, 1
     np.testing.assert_array_equal(last[train], base[train])
@@ -238,6 +315,8 @@ def test_a_deep_stream_of_half_precision_tokens() -> None:
         for shape in ((2, 128, 128, 3), (2, 8, 8, 32))
     )
 
+    path_scales = drop_path_scales(jax.random.key(1), config, len(pixels))
+
     def encoder(dtype: Any) -> ImageEncoderViT:
         return ImageEncoderViT(config, scan=True, dtype=dtype)
 
@@ -252,9 +331,7 @@ def test_a_deep_stream_of_half_precision_tokens() -> None:
 
     def run(dtype: Any) -> tuple[Any, Any]:
         def total(variables: Any) -> Any:
-            out = encoder(dtype).apply(
-                variables, pixels, train=True, rngs={"dropout": jax.random.key(1)}
-            )
+            out = encoder(dtype).apply(variables, pixels, path_scales)
             return jnp.vdot(weights, out.astype(jnp.float32)), out.astype(jnp.float32)
 
         gradients, out = jax.jit(jax.grad(total, has_aux=True))(variables)

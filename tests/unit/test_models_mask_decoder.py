@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sam_jax.models.mask_decoder import HyperNetworks, MaskDecoder, MaskPrediction
-from sam_jax.models.prompt_encoder import PromptEmbeddings
+from sam_jax.models.prompt_encoder import SparseEmbeddings
 from tests.golden.tiny import TINY, random_variables
 
 DIM = TINY.image_encoder.output_dim
@@ -23,17 +23,14 @@ def normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
 
 
-PROMPTS = PromptEmbeddings(
-    sparse=normal(2, 3, 4, DIM),
-    sparse_valid=jnp.ones((2, 3, 4), bool),
-    cells=normal(2, 3, *GRID, DIM),
-    image_pe=normal(*GRID, DIM),
-)
+SPARSE = SparseEmbeddings(normal(2, 3, 4, DIM), jnp.ones((2, 3, 4), bool))
+# Embeddings of images with those of masks added, their positional encoding, and prompts.
+INPUTS = (normal(2, 3, *GRID, DIM), normal(*GRID, DIM), SPARSE)
 
 
 def decode(params: Any, multimask_output: bool, dtype: Any = jnp.float32) -> MaskPrediction:
     return MaskDecoder(CONFIG, DIM, dtype).apply(
-        {"params": params}, PROMPTS, multimask_output=multimask_output
+        {"params": params}, *INPUTS, multimask_output=multimask_output
     )
 
 
@@ -93,7 +90,7 @@ def test_parameters_are_the_same_however_the_decoder_is_first_called(
 ) -> None:
     decoder = MaskDecoder(CONFIG, DIM)
     variables = jax.eval_shape(
-        lambda: decoder.init(jax.random.key(0), PROMPTS, multimask_output=multimask_output)
+        lambda: decoder.init(jax.random.key(0), *INPUTS, multimask_output=multimask_output)
     )
     shapes = jax.tree.map(lambda x: x.shape, variables["params"])
     assert shapes == jax.tree.map(lambda x: x.shape, PARAMS)
@@ -121,17 +118,16 @@ def test_predictions_have_more_digits_than_half_precision() -> None:
         | {"dense_2": {"kernel": 1e-3 * last["kernel"], "bias": jnp.full_like(last["bias"], 0.9)}}
     }
     sparse = normal(1, 64, 3, DIM)
-    prompts = PromptEmbeddings(
-        sparse,
-        jnp.ones(sparse.shape[:3], bool),
+    inputs = (
         normal(1, 64, *GRID, DIM),
-        PROMPTS.image_pe,
+        INPUTS[1],
+        SparseEmbeddings(sparse, jnp.ones(sparse.shape[:3], bool)),
     )
 
     def predictions(dtype: Any) -> np.ndarray:
         decoder = MaskDecoder(CONFIG, DIM, dtype)
         return np.asarray(
-            jax.jit(lambda p: decoder.apply({"params": p}, prompts, multimask_output=True))(
+            jax.jit(lambda p: decoder.apply({"params": p}, *inputs, multimask_output=True))(
                 params
             ).iou_predictions
         )

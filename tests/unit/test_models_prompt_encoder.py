@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.models.prompt_encoder import PromptEmbeddings, PromptEncoder, Prompts
+from sam_jax.models.prompt_encoder import PromptEncoder, Prompts, SparseEmbeddings
 from sam_jax.ops.positional import fourier_features, grid_coords
 from tests.golden.tiny import (
     EVERY_COMBINATION,
@@ -24,13 +24,15 @@ LOW_RES = (4 * GRID[0], 4 * GRID[1])
 VARIABLES = {name: tree["prompt_encoder"] for name, tree in random_variables(TINY).items()}
 PARAMS = VARIABLES["params"]
 ENCODER = PromptEncoder(DIM, TINY.mask_channels)
-# Nothing but masks in the cells.
-EMBEDDINGS = jnp.zeros((2, *GRID, DIM))
 
 
 @jax.jit
-def embed(prompts: Prompts) -> PromptEmbeddings:
-    return ENCODER.apply(VARIABLES, EMBEDDINGS, prompts, SIZE)
+def embed(prompts: Prompts) -> tuple[SparseEmbeddings, jax.Array]:
+    return ENCODER.apply(VARIABLES, prompts, SIZE, GRID)
+
+
+def embed_sparse(prompts: Prompts) -> SparseEmbeddings:
+    return embed(prompts)[0]
 
 
 def features(x: float, y: float) -> jax.Array:
@@ -46,7 +48,7 @@ def test_points_by_hand() -> None:
         point_labels=jnp.tile(jnp.array([1, 0, 2, 3, -1]), (2, 1, 1)),
         point_valid=jnp.ones((2, 1, 5), bool),
     )
-    ours = embed(prompts)
+    ours = embed_sparse(prompts)
     kinds = PARAMS["point_kinds"]
     expected = [
         features(3, 2) + kinds[1],
@@ -57,18 +59,18 @@ def test_points_by_hand() -> None:
         PARAMS["not_a_point"],
         PARAMS["not_a_point"],
     ]
-    assert ours.sparse_valid.all()
+    assert ours.valid.all()
     for image in range(2):
-        np.testing.assert_allclose(ours.sparse[image, 0], jnp.stack(expected), atol=2e-5)
+        np.testing.assert_allclose(ours.tokens[image, 0], jnp.stack(expected), atol=2e-5)
 
 
 def test_boxes_by_hand() -> None:
     boxes = jnp.array([[[1.0, 2.0, 18.5, 9.0]], [[0.0, 0.0, 19.0, 11.0]]])
-    ours = embed(Prompts(boxes_xyxy=boxes, box_valid=jnp.array([[True], [False]])))
+    ours = embed_sparse(Prompts(boxes_xyxy=boxes, box_valid=jnp.array([[True], [False]])))
     kinds = PARAMS["point_kinds"]
     expected = jnp.stack([features(1, 2) + kinds[2], features(18.5, 9) + kinds[3]])
-    np.testing.assert_allclose(ours.sparse[0, 0], expected, atol=2e-5)
-    np.testing.assert_array_equal(ours.sparse_valid[:, 0], [[True, True], [False, False]])
+    np.testing.assert_allclose(ours.tokens[0, 0], expected, atol=2e-5)
+    np.testing.assert_array_equal(ours.valid[:, 0], [[True, True], [False, False]])
 
 
 def test_points_are_closed_by_a_token_unless_there_is_a_box() -> None:
@@ -82,19 +84,19 @@ def test_points_are_closed_by_a_token_unless_there_is_a_box() -> None:
         boxes_xyxy=jnp.ones((2, 4, 4)),
         box_valid=jnp.tile(boxes, (2, 1)),
     )
-    ours = embed(prompts)
+    ours = embed_sparse(prompts)
     # The third place is "not a point" or the box's first corner: one leaves it to the other.
     expected = [[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(ours.sparse_valid[1], np.array(expected, bool))
-    np.testing.assert_array_equal(ours.sparse[1, 0, 2], PARAMS["not_a_point"])
+    np.testing.assert_array_equal(ours.valid[1], np.array(expected, bool))
+    np.testing.assert_array_equal(ours.tokens[1, 0, 2], PARAMS["not_a_point"])
     corner = features(1, 1) + PARAMS["point_kinds"][2]
-    np.testing.assert_allclose(ours.sparse[1, 1:3, 2], jnp.stack([corner] * 2), atol=2e-5)
+    np.testing.assert_allclose(ours.tokens[1, 1:3, 2], jnp.stack([corner] * 2), atol=2e-5)
 
 
 def test_text_tokens_are_appended_as_they_are() -> None:
     text = jax.random.normal(jax.random.key(0), (2, 3, 2, DIM))
     valid = jnp.zeros((2, 3, 2), bool).at[:, 1].set(True)
-    ours = embed(
+    ours = embed_sparse(
         Prompts(
             boxes_xyxy=jnp.ones((2, 3, 4)),
             box_valid=jnp.ones((2, 3), bool),
@@ -102,28 +104,41 @@ def test_text_tokens_are_appended_as_they_are() -> None:
             text_valid=valid,
         )
     )
-    np.testing.assert_array_equal(ours.sparse[:, 1, 2:], text[:, 1])
-    np.testing.assert_array_equal(ours.sparse_valid[:, :, 2:], valid)
+    np.testing.assert_array_equal(ours.tokens[:, 1, 2:], text[:, 1])
+    np.testing.assert_array_equal(ours.valid[:, :, 2:], valid)
 
 
 def test_no_mask_is_one_shared_vector() -> None:
-    ours = embed(Prompts())
-    assert ours.sparse.shape == (2, 1, 0, DIM)
-    assert ours.cells.shape == (2, 1, *GRID, DIM)
-    np.testing.assert_array_equal(ours.cells, jnp.broadcast_to(PARAMS["no_mask"], ours.cells.shape))
-    image_pe = fourier_features(
+    sparse, dense = embed(Prompts())
+    assert sparse.tokens.shape == (1, 1, 0, DIM)
+    assert dense.shape == (1, 1, *GRID, DIM)
+    np.testing.assert_array_equal(dense, jnp.broadcast_to(PARAMS["no_mask"], dense.shape))
+
+
+def test_without_prompts_every_image_has_an_object_without_tokens() -> None:
+    ours = ENCODER.apply(
+        VARIABLES, Prompts(), SIZE, num_images=3, method=PromptEncoder.sparse_prompt_embeddings
+    )
+    assert ours.tokens.shape == (3, 1, 0, DIM)
+    assert ours.valid.shape == (3, 1, 0)
+
+
+def test_the_image_has_the_encoding_of_its_tokens_centres() -> None:
+    ours = ENCODER.apply(VARIABLES, GRID, method=PromptEncoder.image_pe)
+    expected = fourier_features(
         jnp.asarray(grid_coords(GRID)), VARIABLES["constants"]["frequencies"]
     )
-    np.testing.assert_allclose(ours.image_pe, image_pe, atol=1e-6)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-def test_masks_are_embedded_cell_by_cell() -> None:
+def test_masks_are_embedded_token_by_token() -> None:
     logits = jax.random.normal(jax.random.key(0), (2, 2, *LOW_RES))
     valid = jnp.array([[True, False], [True, True]])
-    ours = embed(Prompts(mask_logits=logits, mask_valid=valid)).cells
+    _, ours = embed(Prompts(mask_logits=logits, mask_valid=valid))
     assert ours.shape == (2, 2, *GRID, DIM)
     np.testing.assert_array_equal(ours[0, 1], jnp.broadcast_to(PARAMS["no_mask"], (*GRID, DIM)))
-    changed = embed(Prompts(mask_logits=logits.at[1, 0, 7, 9].add(5.0), mask_valid=valid)).cells
+    other = Prompts(mask_logits=logits.at[1, 0, 7, 9].add(5.0), mask_valid=valid)
+    _, changed = embed(other)
     expected = np.zeros((2, 2, *GRID), bool)
     expected[1, 0, 7 // 4, 9 // 4] = True
     np.testing.assert_array_equal((changed != ours).any(-1), expected)
@@ -135,46 +150,12 @@ def test_masks_are_added_to_the_image(has_masks: bool) -> None:
     if has_masks:
         logits = jax.random.normal(jax.random.key(0), (2, 3, *LOW_RES))
         prompts = Prompts(mask_logits=logits, mask_valid=jnp.ones((2, 3), bool))
-    image = jax.random.normal(jax.random.key(1), EMBEDDINGS.shape)
-    ours = ENCODER.apply(VARIABLES, image, prompts, SIZE).cells
-    np.testing.assert_allclose(ours, image[:, None] + embed(prompts).cells, atol=1e-6)
-
-
-def test_kernel_adds_the_same() -> None:
-    """A TPU's kernel: values and gradients, of objects with masks and without, of two images."""
-    encoder = PromptEncoder(128, 16)
-    grid, key = (16, 24), jax.random.key(0)
-    image = jax.random.normal(key, (2, *grid, 128))
-    logits = 3 * jax.random.normal(key, (2, 3, 64, 96))
-    valid = jnp.array([[True, False, True], [True, True, True]])
-    variables = encoder.init(key, image, Prompts(), (256, 384))
-    noise = jax.random.normal(key, (128,))
-    params = jax.tree.map(lambda x: x + 0.3 * noise[: x.shape[-1]], variables["params"])
-    weights = jax.random.normal(jax.random.key(1), (2, 3, *grid, 128))
-
-    def run(kernels: Any) -> Any:
-        def total(params: Any, image: jax.Array, logits: jax.Array) -> Any:
-            cells = (
-                encoder.clone(kernels=kernels)
-                .apply(
-                    {**variables, "params": params},
-                    image,
-                    Prompts(mask_logits=logits, mask_valid=valid),
-                    (256, 384),
-                )
-                .cells
-            )
-            return jnp.sum(weights * cells), cells
-
-        grad = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
-        text = str(jax.make_jaxpr(grad)(params, image, logits))
-        assert ("embed_masks_backward" in text) == (kernels != "none")
-        return grad(params, image, logits)
-
-    for (path, e), o in zip(
-        jax.tree.leaves_with_path(run("none")), jax.tree.leaves(run("interpreted")), strict=True
-    ):
-        np.testing.assert_allclose(o, e, rtol=0, atol=2e-5 * np.abs(e).max(), err_msg=str(path))
+    image = jax.random.normal(jax.random.key(1), (2, *GRID, DIM))
+    ours = ENCODER.apply(
+        VARIABLES, image, prompts, method=PromptEncoder.add_dense_prompt_embeddings
+    )
+    _, dense = embed(prompts)
+    np.testing.assert_allclose(ours, image[:, None] + dense, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +170,7 @@ def test_kernel_adds_the_same() -> None:
 )
 def test_incomplete_prompts_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be given together"):
-        ENCODER.apply(VARIABLES, EMBEDDINGS[:1], Prompts(**fields), SIZE)
+        ENCODER.apply(VARIABLES, Prompts(**fields), SIZE, GRID)
 
 
 def test_what_is_invalid_changes_no_output_and_no_gradient() -> None:
@@ -211,9 +192,9 @@ def test_what_is_invalid_changes_no_output_and_no_gradient() -> None:
                 lambda x, y: y if x.dtype == jnp.float32 else x, prompts, floats
             )
             variables = {**VARIABLES, "params": params}
-            out = ENCODER.apply(variables, EMBEDDINGS, everything, SIZE)
-            valid_tokens = jnp.where(out.sparse_valid[..., None], out.sparse, 0.0)
-            return jnp.sum(valid_tokens**2) + jnp.sum(out.cells**2), (valid_tokens, out.cells)
+            sparse, dense = ENCODER.apply(variables, everything, SIZE, GRID)
+            valid_tokens = jnp.where(sparse.valid[..., None], sparse.tokens, 0.0)
+            return jnp.sum(valid_tokens**2) + jnp.sum(dense**2), (valid_tokens, dense)
 
         grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         return grad(params, prompts)

@@ -129,7 +129,7 @@ def test_fresh_variables() -> None:
     assert shapes.keys() == {"params", "constants"}
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     prompts = PromptEncoder(256, 4)
-    fresh = jax.jit(lambda key: prompts.init(key, jnp.zeros((1, 3, 5, 256)), Prompts(), (12, 20)))
+    fresh = jax.jit(lambda key: prompts.init(key, Prompts(), (12, 20), (3, 5)))
     frequencies = fresh(jax.random.key(0))["constants"]["frequencies"]
     assert frequencies.shape == (2, 128)
     assert 0.8 < frequencies.std() < 1.2

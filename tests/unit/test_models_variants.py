@@ -77,3 +77,19 @@ def test_changes_reach_their_part_and_leave_the_rest() -> None:
 def test_mistakes_are_named(config: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("remat", "none, products, blocks"),
+        ("attention", "auto, reference, extended, chunked, window_kernel, flash_kernel, cudnn"),
+        ("kernels", "auto, none, interpret"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_named_with_those_there_are(name: str, kinds: str) -> None:
+    config = ModelConfig()
+    # As a config file does, which nothing checks the types of.
+    object.__setattr__(config, name, "some")
+    with pytest.raises(ConfigError, match=f"model.{name} = 'some' must be one of {kinds}$"):
+        build_model(config)

@@ -1,6 +1,7 @@
 """Grid attention: the definition in numpy, and one suite for all implementations."""
 
-import types
+import dataclasses
+import unittest.mock
 from typing import Any
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.ops import attention, flash_kernel
-from sam_jax.ops.attention import Implementation, choose, grid_attention
-from sam_jax.ops.placement import Placement
+from sam_jax.ops import attention
+from sam_jax.ops.attention import GRID_ATTENTION, Implementation, grid_attention
+from sam_jax.ops.dispatch import Target, tracing_for
 from sam_jax.ops.positional import resize_table
+from sam_jax.ops.tpu import flash_attention
 
 # "auto" is one of these. Kernels are interpreted where their hardware is not.
-FORMS = ("reference", "extended", "chunked", "window_kernel", "flash_kernel", "cudnn")
+FORMS = tuple(GRID_ATTENTION.forms)
 implementations = pytest.mark.parametrize("implementation", FORMS)
 
 
@@ -31,7 +33,7 @@ def inputs(
 def definition(
     qkv: np.ndarray, rel_h: np.ndarray | None, rel_w: np.ndarray | None, num_heads: int
 ) -> np.ndarray:
-    """One query cell at a time, in float64; tables have exactly 2 * size - 1 entries."""
+    """One query at a time, in float64; tables have exactly 2 * size - 1 entries."""
     split = np.asarray(qkv, np.float64).reshape(*qkv.shape[:3], 3, num_heads, -1)
     q, k, v = np.moveaxis(split, 3, 0)
     b, gh, gw, a, c = q.shape
@@ -125,7 +127,7 @@ def test_every_form_equals_the_reference_with_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In float32 to rounding; in bfloat16 against float32 as well as the reference does."""
-    monkeypatch.setattr(flash_kernel, "_TOKENS_PER_BLOCK", 128)
+    monkeypatch.setattr(flash_attention, "_TOKENS_PER_BLOCK", 128)
     args = [None if x is None else x.astype(dtype) for x in inputs(grid, entries, 2, a, c)]
     exact = value_and_gradients(
         "reference", [None if x is None else x.astype(jnp.float32) for x in args], a
@@ -173,7 +175,7 @@ def test_large_logits_have_finite_gradients(implementation: Implementation) -> N
 
 @pytest.mark.parametrize("implementation", ["window_kernel", "flash_kernel"])
 def test_a_kernel_refuses_what_it_cannot_do(implementation: Implementation) -> None:
-    with pytest.raises(ValueError, match=rf"'{implementation}' cannot do a grid of 40 x 9 cells"):
+    with pytest.raises(ValueError, match=rf"'{implementation}' cannot do a grid of 40 x 9 tokens"):
         run(implementation, inputs((40, 9), None), 2)
 
 
@@ -201,11 +203,25 @@ def test_what_is_chosen(
     channels: int,
     dtype: str,
     expected: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Placement, "compute_capability", (9, 0) if platform == "gpu" else None)
-    placement = Placement(named_platform=platform)
-    assert choose(grid, heads, channels, jnp.dtype(dtype), placement) == expected
+    target = Target(platform, (9, 0) if platform == "gpu" else None, described=True)
+    assert chosen(target, grid, heads, channels, dtype) == expected
+    # Forms that are no kernels are there still.
+    without = chosen(dataclasses.replace(target, kernels="none"), grid, heads, channels, dtype)
+    assert without == (expected if "kernel" not in expected else PLAIN[grid])
+
+
+PLAIN = {(14, 14): "extended", (64, 64): "chunked", (48, 64): "chunked"}
+
+
+def chosen(target: Target, grid: tuple[int, int], heads: int, channels: int, dtype: str) -> str:
+    qkv = jax.ShapeDtypeStruct((1, *grid, 3 * heads * channels), jnp.dtype(dtype))
+    names = []
+    with tracing_for(target):
+        jax.eval_shape(
+            lambda x: names.append(GRID_ATTENTION.choose(x, None, None, heads).name), qkv
+        )
+    return names[0]
 
 
 HOPPER, OTHERS, NONE = 256, 128, 0
@@ -244,22 +260,20 @@ def test_cudnn_is_chosen_where_it_can_be_trained(
     head_dim: int,
     grid: tuple[int, int],
     needed: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Placement, "compute_capability", capability)
     assert attention.cudnn_max_channels(capability) == channels
-    chosen = choose(grid, heads, head_dim, jnp.bfloat16, Placement(named_platform="gpu"))
+    form = chosen(Target("gpu", capability), grid, heads, head_dim, "bfloat16")
     otherwise = "extended" if grid[0] <= 32 else "chunked"
-    assert chosen == ("cudnn" if needed <= channels else otherwise)
+    assert form == ("cudnn" if needed <= channels else otherwise)
 
 
-def test_cudnn_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Placement, "compute_capability", (10, 0))
+def test_cudnn_refuses_what_it_cannot_do() -> None:
     qkv = jnp.zeros((1, 40, 40, 3 * 64), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"'cudnn' cannot do a grid of 40 x 40 .*GPU takes 128"):
-        grid_attention(
-            qkv, None, None, 1, implementation="cudnn", placement=Placement(named_platform="gpu")
-        )
+    with (
+        tracing_for(Target("gpu", (10, 0))),
+        pytest.raises(ValueError, match=r"'cudnn' cannot do a grid of 40 x 40 tokens"),
+    ):
+        grid_attention(qkv, None, None, 1, implementation="cudnn")
 
 
 @pytest.mark.parametrize(
@@ -267,15 +281,15 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> Non
     [("9.0", (9, 0)), ("12.1", (12, 1)), ("10.0", (10, 0)), ("gfx942", None), (None, None)],
 )
 def test_the_compute_capability_is_an_nvidia_gpus(
-    says: str | None, capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    says: str | None, capability: tuple[int, int] | None
 ) -> None:
     """AMD's are GPUs, too."""
-    device = types.SimpleNamespace(**({} if says is None else {"compute_capability": says}))
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    placement = Placement(named_platform="gpu")
-    assert placement.compute_capability == capability
+    said = {} if says is None else {"compute_capability": says}
+    device = unittest.mock.Mock(spec=jax.Device, platform="gpu", **said)
+    target = Target.of(device)
+    assert target.compute_capability == capability
     if capability is None:
-        assert choose((14, 14), 12, 64, jnp.bfloat16, placement) == "extended"
+        assert chosen(target, (14, 14), 12, 64, "bfloat16") == "extended"
 
 
 def largest_intermediate(closed: Any) -> int:
@@ -297,10 +311,9 @@ def largest_intermediate(closed: Any) -> int:
 def test_no_matrix_of_a_large_grid_is_held_either_way(platform: str) -> None:
     """Forward and backward; 8 rows of queries at once, or a kernel's blocks."""
     qkv = jax.ShapeDtypeStruct((1, 40, 64, 3 * 2 * 4), jnp.float32)
-    placement = Placement(named_platform=platform)
-    jaxpr = jax.make_jaxpr(
-        jax.grad(lambda x: grid_attention(x, None, None, 2, placement=placement).sum())
-    )(qkv)
+    gradient = jax.grad(lambda x: grid_attention(x, None, None, 2).sum())
+    with tracing_for(Target(platform, described=True)):
+        jaxpr = jax.make_jaxpr(gradient)(qkv)
     rows = attention.QUERY_ROWS_PER_CHUNK * 64 * (40 * 64)
     assert largest_intermediate(jaxpr) <= rows
     assert rows < 2 * (40 * 64) ** 2 / 8

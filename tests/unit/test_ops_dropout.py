@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from sam_jax.ops.dropout import branch_seeds, dropout, keeps
+from sam_jax.ops.dropout import branch_seeds, dropout, keep_mask
 
 SEEDS = jax.random.bits(jax.random.key(0), (1, 40))
 
@@ -13,7 +13,7 @@ SEEDS = jax.random.bits(jax.random.key(0), (1, 40))
 def choices(branch: int, rate: float = 0.1) -> np.ndarray:
     """What is kept of 40 objects of 20,000 numbers."""
     seeds = branch_seeds(SEEDS, branch).reshape(-1, 1, 1)
-    return np.asarray(keeps(seeds, jnp.arange(80)[:, None], 250, rate)).reshape(40, -1)
+    return np.asarray(keep_mask(seeds, jnp.arange(80)[:, None], 250, rate)).reshape(40, -1)
 
 
 def test_numbers_are_dropped_at_the_rate_and_independently() -> None:
@@ -35,27 +35,28 @@ def stats_of_counts(counts: np.ndarray, size: int, rate: float) -> float:
 
 def test_what_is_kept_is_enlarged_so_that_the_mean_stays() -> None:
     x = jnp.ones((1, 40, 30, 50))
-    out = np.asarray(dropout(x, SEEDS, 2, 0.25))
+    seeds = branch_seeds(SEEDS, 2)
+    out = np.asarray(dropout(x, seeds, 0.25))
     np.testing.assert_allclose(np.unique(out), [0, 4 / 3], rtol=1e-6)
     assert abs(out.mean() - 1) < 0.01
-    gradient = jax.grad(lambda x: dropout(x, SEEDS, 2, 0.25).sum())(x)
+    gradient = jax.grad(lambda x: dropout(x, seeds, 0.25).sum())(x)
     np.testing.assert_array_equal(gradient, out)
 
 
 def test_an_objects_choices_are_its_own_wherever_it_is() -> None:
     x = jnp.ones((1, 40, 64))
-    together = dropout(x, SEEDS, 5, 0.5)
-    alone = dropout(x[:, 7:8], SEEDS[:, 7:8], 5, 0.5)
+    together = dropout(x, branch_seeds(SEEDS, 5), 0.5)
+    alone = dropout(x[:, 7:8], branch_seeds(SEEDS[:, 7:8], 5), 0.5)
     np.testing.assert_array_equal(together[:, 7:8], alone)
 
 
 def test_rows_of_an_odd_length() -> None:
     x = jnp.ones((1, 40, 3, 7))
-    out = dropout(x, SEEDS, 5, 0.5)
+    out = dropout(x, branch_seeds(SEEDS, 5), 0.5)
     assert out.shape == x.shape
     assert 0.4 < np.mean(np.asarray(out) == 0) < 0.6
 
 
 def test_without_seeds_nothing_is_dropped() -> None:
     x = jnp.ones((1, 40, 64))
-    np.testing.assert_array_equal(dropout(x, None, 0, 0.5), x)
+    np.testing.assert_array_equal(dropout(x, None, 0.5), x)

@@ -14,16 +14,17 @@ import pytest
 
 from sam_jax.models.layers import Mlp
 from sam_jax.ops.attention import grid_attention
-from sam_jax.ops.cells import MaskGrid
-from sam_jax.ops.mask_sums import mask_sums
-from sam_jax.ops.placement import Placement
+from sam_jax.ops.dispatch import Target, tracing_for
+from sam_jax.ops.mask_statistics import mask_statistics
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.positional import fourier_features, grid_fourier_features, resize_table
 from sam_jax.ops.resize import resize_bilinear, resize_positions
 from tests.unit.jaxprs import inexact_products, on_one_pass
 
 DIM = 32
 FREQUENCIES = jnp.asarray(np.random.default_rng(0).standard_normal((2, DIM // 2)), jnp.float32)
-MASK_GRID = MaskGrid((4, 8), 4)
+# Enough image tokens for a kernel.
+MASK_LAYOUT = MaskLayout((8, 16), 4)
 
 
 def ones(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -31,14 +32,14 @@ def ones(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def attend(qkv: Any, table_h: Any, table_w: Any) -> Any:
-    tpu, qkv = Placement(named_platform="tpu"), qkv.astype(jnp.bfloat16)
-    return grid_attention(qkv, table_h, table_w, 2, implementation="extended", placement=tpu)
+    qkv = qkv.astype(jnp.bfloat16)
+    return grid_attention(qkv, table_h, table_w, 2, implementation="extended")
 
 
-def sums(logits: Any) -> Any:
-    words = jnp.zeros((1, 2, 16, 32), jnp.int32)
-    found = mask_sums(logits, words, words[:, 0], MASK_GRID, alpha=0.25, gamma=2.0)
-    return found.focal, found.hit
+def statistics(logits: Any) -> Any:
+    masks = jnp.zeros((1, 2, 16, 128), jnp.int32)
+    found = mask_statistics(logits, masks, masks[:, 0], MASK_LAYOUT, alpha=0.25, gamma=2.0)
+    return found.focal_sum, found.soft_intersection
 
 
 def quality(x: Any) -> Any:
@@ -56,28 +57,33 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
     "table": (lambda table: resize_table(table, 9), (ones(9, 4),)),
     "positions": (lambda table: resize_positions(table, (6, 10)), (ones(4, 5, 3),)),
     "masks": (lambda maps: resize_bilinear(maps, (24, 20)), (ones(2, 12, 12),)),
-    "losses": (sums, (ones(1, 2, 3, 16, 32),)),
+    "losses": (statistics, (ones(1, 2, 3, 32, 64),)),
     "quality": (quality, (ones(3, 16),)),
 }
 
 
+@pytest.mark.parametrize(
+    "target",
+    [Target("tpu", kernels="none"), Target("tpu", described=True)],
+    ids=["plain", "kernels"],
+)
 @pytest.mark.parametrize(("operation", "inputs"), OPERATIONS.values(), ids=OPERATIONS)
 def test_products_of_full_numbers_say_so_to_a_tpu(
-    operation: Callable[..., Any], inputs: tuple[jax.Array, ...]
+    operation: Callable[..., Any], inputs: tuple[jax.Array, ...], target: Target
 ) -> None:
-    """Forward and backward, in the program that a TPU's compiler gets."""
+    """Forward and backward, in the program that a TPU's compiler gets, and inside of kernels."""
 
     def forward_and_backward(*inputs: Any) -> Any:
         out, pull = jax.vjp(operation, *inputs)
         return out, pull(out)
 
-    with jax.default_matmul_precision("default"):
+    with jax.default_matmul_precision("default"), tracing_for(target):
         traced = jax.jit(forward_and_backward).trace(*inputs)
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert not inexact_products(traced.jaxpr.jaxpr)
     products = re.findall(r"stablehlo\.dot_general .*", text)
     full = [line for line in products if line.count("xf32>") >= 2 and "bf16" not in line]
-    assert full
+    assert full or "tpu_custom_call" in text
     for line in full:
         assert "precision = [HIGHEST, HIGHEST]" in line
 
@@ -104,7 +110,7 @@ def test_all_columns_stay_distinct_where_products_are_rounded() -> None:
     assert len(np.unique(rounded, axis=0)) < 700
 
 
-def test_clicks_at_the_centres_of_cells_get_the_grids_encoding() -> None:
+def test_clicks_at_the_centres_of_tokens_get_the_grids_encoding() -> None:
     with jax.default_matmul_precision("default"):
         columns = (np.arange(64, dtype=np.float32) + 0.5) / 64
         coords = jnp.stack(jnp.meshgrid(columns, columns), axis=-1)

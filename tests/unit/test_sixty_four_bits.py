@@ -11,7 +11,7 @@ from sam_jax.inference.automatic import AutomaticOptions, generate_masks
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.models.sam import Sam
-from sam_jax.training.recipe import Recipe, read_config
+from sam_jax.training.experiment import Experiment, read_config
 from tests.golden.tiny import TINY, random_variables
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
@@ -72,13 +72,13 @@ def test_a_training_step_keeps_its_types() -> None:
     """State and metrics; what is drawn at random names its type, which decides what is drawn."""
     config = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
     with jax.enable_x64(True):
-        recipe = Recipe.of(
+        experiment = Experiment.of(
             read_config(config, ["model.dtype=bfloat16", "prompts.num_corrections=0"])
         )
-        program = recipe.program(jax.devices()[:1])
+        program = experiment.program(jax.devices()[:1])
         before = program.placed_state
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(before)} == {"float32", "int32"}
-        after, metrics = jax.eval_shape(program.step, before, program.placed_batch(2, 2))
+        after, metrics = jax.eval_shape(program.step, before, program.placed_batch(2))
     for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     assert all(metric.dtype.itemsize <= 4 for metric in metrics.values())

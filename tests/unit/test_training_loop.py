@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 
 from sam_jax.checkpoint import CheckpointConfig, restore_variables
-from sam_jax.convert.checkpoints import save
-from sam_jax.convert.files import WeightsError
-from sam_jax.convert.names import NamesError
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.training import loop
-from sam_jax.training.recipe import Recipe
+from sam_jax.training.experiment import Experiment
+from sam_jax.weights.files import WeightsError
+from sam_jax.weights.load import save
+from sam_jax.weights.names import NamesError
 from tests.golden.tiny import TINY, random_variables
 from tests.unit.test_training_step import recipe_of
 
 
-def train(workdir: Path, recipe: Recipe) -> Any:
-    data = train_iterator(recipe.data)
+def train(workdir: Path, experiment: Experiment) -> Any:
+    data = train_iterator(experiment.data)
     try:
         return loop.train(
             workdir=workdir,
-            recipe=recipe,
+            program=experiment.program(),
+            config=experiment.train,
+            batch_size=experiment.data.batch_size,
             data_iterator=data,
             checkpoint_config=CheckpointConfig(),
             evaluators={},
@@ -33,7 +35,7 @@ def train(workdir: Path, recipe: Recipe) -> Any:
         data.close()
 
 
-def starting_from(path: Path, *settings: str) -> Recipe:
+def starting_from(path: Path, *settings: str) -> Experiment:
     # A rate of zero, so that what came out is what went in.
     fixed = ("optimizer.peak_learning_rate=0.0", "train.num_steps=1", "train.log_every=1")
     return recipe_of(f"train.init_from={path}", *fixed, *settings)
@@ -43,10 +45,10 @@ def test_a_new_run_starts_from_weights_and_a_continued_one_from_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights, workdir = tmp_path / "weights", tmp_path / "run"
-    recipe = starting_from(weights, "train.ema_decay=0.7")
-    variables = random_variables(recipe.model.config)
-    save(weights, recipe.model.config, variables, "orbax")
-    state = train(workdir, recipe)
+    experiment = starting_from(weights, "train.ema_decay=0.7")
+    variables = random_variables(experiment.task.model.config)
+    save(weights, experiment.task.model.config, variables, "orbax")
+    state = train(workdir, experiment)
     assert "starting from the weights in" in capsys.readouterr().err
     assert int(state.step) == 1
     for tree in (
@@ -61,7 +63,7 @@ def test_a_new_run_starts_from_weights_and_a_continued_one_from_its_checkpoint(
 
     # What the run started from is not asked for again.
     shutil.rmtree(weights)
-    assert int(train(workdir, recipe).step) == 1
+    assert int(train(workdir, experiment).step) == 1
     said = capsys.readouterr().err
     assert "continuing from the checkpoint of step 1" in said
     assert "starting from" not in said

@@ -9,14 +9,14 @@ import pytest
 
 from sam_jax.losses import LossConfig, mask_losses, round_loss
 from sam_jax.models.mask_decoder import MaskPrediction
-from sam_jax.ops.cells import MaskGrid
+from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.ops.resize import resize_bilinear
-from sam_jax.prompts import PromptConfig
+from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import run_rounds
 
 IMAGE_HW = (24, 40)
-MASK_GRID = MaskGrid((2, 3), 4)
-SIZE = MASK_GRID.image_size  # eight rows and columns of padding
+MASK_LAYOUT = MaskLayout((2, 3), 4)
+SIZE = MASK_LAYOUT.image_size  # eight rows and columns of padding
 LOW = (8, 12)
 NUM_OBJECTS = 6
 
@@ -29,7 +29,7 @@ def masks():
         for number in range(NUM_OBJECTS):
             y, x = rng.integers(0, 12, 2)
             masks[image, number, y : y + 9, x : x + 13] = True
-    return MASK_GRID.of_masks(jnp.asarray(masks))
+    return MASK_LAYOUT.of_masks(jnp.asarray(masks))
 
 
 KEYS = jax.random.split(jax.random.key(5), (2, NUM_OBJECTS))
@@ -64,7 +64,7 @@ def recorded(masks):
             KEYS,
             masks,
             jnp.array([IMAGE_HW, IMAGE_HW]),
-            MASK_GRID,
+            MASK_LAYOUT,
             PromptConfig(),
             LossConfig(),
             remat=False,
@@ -89,7 +89,7 @@ def test_the_first_prompt_is_a_point_on_the_mask_or_a_box(recorded, masks):
     assert 0 < is_point.sum() < is_point.size
     assert not prompts.point_valid[..., 1:].any()
     assert prompts.mask_logits is None
-    truth = MASK_GRID.to_masks(masks)
+    truth = MASK_LAYOUT.to_masks(masks)
     for image, number in np.argwhere(is_point):
         x, y = np.asarray(prompts.point_coords[image, number, 0], int)
         assert truth[image, number, y, x]
@@ -132,7 +132,7 @@ def test_the_mask_with_the_highest_predicted_iou_is_fed_back(recorded):
 
 def test_new_clicks_lie_in_the_error_region_with_the_right_sign(recorded, masks):
     rounds, _ = recorded
-    truth = np.asarray(MASK_GRID.to_masks(masks))
+    truth = np.asarray(MASK_LAYOUT.to_masks(masks))
     num_checked = 0
     for (before, _), (after, _) in itertools.pairwise(rounds):
         predicted = np.asarray(resize_bilinear(after.mask_logits, SIZE) > 0)
@@ -161,7 +161,7 @@ def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
             KEYS,
             masks,
             jnp.array([IMAGE_HW, IMAGE_HW]),
-            MASK_GRID,
+            MASK_LAYOUT,
             PromptConfig(num_corrections=1, random_mask_round=False, final_mask_round=False),
             LossConfig(iou_weight=0.0),
             remat=remat,
@@ -180,8 +180,8 @@ def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
 def loss_of_logits(masks, value):
     """The loss of one round whose logits are all the same."""
 
-    area = MASK_GRID.area(jnp.array([IMAGE_HW, IMAGE_HW]))
-    logits = jnp.broadcast_to(value, (2, NUM_OBJECTS, 1, 16, 6))
-    losses = mask_losses(logits, masks, area, MASK_GRID, LossConfig())
+    area = MASK_LAYOUT.area(jnp.array([IMAGE_HW, IMAGE_HW]))
+    logits = jnp.broadcast_to(value, (2, NUM_OBJECTS, 1, *LOW))
+    losses = mask_losses(logits, masks, area, MASK_LAYOUT, LossConfig())
     iou_predictions = jnp.zeros((2, NUM_OBJECTS, 1))
     return round_loss(losses, iou_predictions, LossConfig(iou_weight=0.0)).total.mean()

@@ -1,6 +1,5 @@
 """One step of a run of one round, without chance: in parts, and on parts that do not divide."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,11 +9,10 @@ import pytest
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.optimizer import OptimizerConfig
-from sam_jax.training.program import TrainProgram
-from sam_jax.training.recipe import Recipe, read_config
 from sam_jax.training.state import TrainState
-from sam_jax.training.step import Batch
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 # A box without noise is the only prompt, nothing is dropped, and one step moves the parameters.
@@ -33,8 +31,8 @@ WITHOUT_CHANCE = (
 )
 
 
-def recipe_of(*settings: str) -> Recipe:
-    return Recipe.of(read_config(CONFIG, [*WITHOUT_CHANCE, *settings]))
+def recipe_of(*settings: str) -> Experiment:
+    return Experiment.of(read_config(CONFIG, [*WITHOUT_CHANCE, *settings]))
 
 
 def one_step(num_parts: int, num_devices: int) -> tuple[TrainState, dict[str, float]]:
@@ -43,7 +41,7 @@ def one_step(num_parts: int, num_devices: int) -> tuple[TrainState, dict[str, fl
     data = train_iterator(recipe.data)
     fields = next(data)
     data.close()
-    fields = {field.name: np.array(fields[field.name]) for field in dataclasses.fields(Batch)}
+    fields = {name: np.array(fields[name]) for name in program.task.batch_spec(1)}
     # Images with two masks, one and none, so that a mean of the parts' means would be another.
     fields["mask_valid"] = (
         np.array([[1, 1], [1, 1], [1, 1], [0, 0], [1, 0], [0, 0], [1, 0], [0, 0]]) > 0
@@ -70,12 +68,12 @@ def test_parts_that_do_not_divide_a_device_s_images_are_refused(
     num_parts: int, num_devices: int
 ) -> None:
     recipe = recipe_of(f"optimizer.accumulate_steps={num_parts}")
-    program: TrainProgram = recipe.program(jax.devices()[:num_devices])
+    program: CompiledStep = recipe.program(jax.devices()[:num_devices])
     with pytest.raises(
         ConfigError,
         match=rf"accumulate_steps = {num_parts} does not divide .* {8 // num_devices} images",
     ):
-        program.step.lower(program.placed_state, program.placed_batch(8, 2))
+        program.step.lower(program.placed_state, program.placed_batch(8))
 
 
 @pytest.mark.parametrize("num_parts", [0, -2])

@@ -6,12 +6,12 @@ from typing import Any, Literal, get_args
 
 from pycocotools import mask as coco_mask
 
-from sam_jax.data.files import NamedFiles
-from sam_jax.data.rle import BadRleError, check_size
 from sam_jax.data.samples import CorruptSampleError, Sample, image_hw, picture_remarks
 from sam_jax.data.sources.coco_file import CROWD, CocoImage, read_coco
 from sam_jax.errors import ConfigError
+from sam_jax.files import NamedFiles
 from sam_jax.images import Orientation
+from sam_jax.rle import BadRleError, check_size
 
 _log = logging.getLogger(__name__)
 # The reason under which a part of a polygon is counted that is left out of its object.

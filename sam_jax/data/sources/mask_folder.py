@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sam_jax.data import rle
-from sam_jax.data.files import data_files
+from sam_jax import rle
 from sam_jax.data.label_maps import LabelMapError, read_label_map
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
+from sam_jax.files import data_files
 from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sam_jax.data.files import data_files, is_hidden
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
+from sam_jax.files import data_files, is_hidden
 from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)

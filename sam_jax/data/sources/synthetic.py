@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from sam_jax.data import rle
+from sam_jax import rle
 from sam_jax.data.samples import Sample
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError

@@ -1,0 +1,1 @@
+"""Ways out to run elsewhere: ONNX and StableHLO."""

@@ -1,0 +1,155 @@
+"""A config file and what it describes, for programs that take it without flags of their own."""
+
+import ast
+import dataclasses
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam_jax.configuration import from_mapping
+from sam_jax.data.config import DataConfig
+from sam_jax.errors import ConfigError
+from sam_jax.losses import LossConfig
+from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.ops.dispatch import Kernels
+from sam_jax.sharding import ShardingConfig
+from sam_jax.simulated_user import PromptConfig
+from sam_jax.training.compiled_step import CompiledStep, compile_step
+from sam_jax.training.optimizer import OptimizerConfig
+from sam_jax.training.tasks.segment import SegmentTask
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and what to tell.
+
+    Attributes:
+      num_steps: optimizer steps of the whole run.
+      init_from: weights that a new run starts from, of any form that ``weights.load.load``
+        takes: another run (its averaged parameters, where it keeps them), a published or Hugging
+        Face checkpoint, a masked autoencoder; None for random ones.
+      seed: of the parameters, prompts, dropout; the data have a seed of their own.
+      remat_rounds: whether rounds of prompting are computed again in the backward pass, see
+        ``rounds.run_rounds``.
+      ema_decay: what is left of the running average of the parameters at each step, as in 0.9999; 0
+        keeps none, and the paper mentions none. Evaluation, prediction and conversion then take the
+        average. It starts as the first parameters, which needs no correction of a bias; after n
+        steps they weigh ``ema_decay ** n``. Costs 4 bytes per parameter, spread like them.
+      profile_steps: first and last step that a profile is written of, to ``workdir/profile``, for
+        xprof or TensorBoard; None for no profile.
+      log_every: steps between reports.
+      eval_every: steps between evaluations; None evaluates at the end only, 0 never.
+    """
+
+    num_steps: int
+    init_from: str | None = None
+    seed: int = 0
+    remat_rounds: bool = True
+    ema_decay: float = 0.0
+    profile_steps: tuple[int, int] | None = None
+    log_every: int = 50
+    eval_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The sections of a config that say what a training step is, built."""
+
+    task: SegmentTask
+    kernels: Kernels
+    data: DataConfig
+    optimizer: OptimizerConfig
+    sharding: ShardingConfig
+    train: TrainConfig
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Any]) -> "Experiment":
+        """The experiment of a config's sections.
+
+        Raises:
+          ConfigError: if a section does not fit what it describes.
+        """
+        model_config = from_mapping(ModelConfig, sections["model"], "model")
+        model = build_model(model_config)
+        data = from_mapping(
+            DataConfig, {**sections["data"], "image_size": model.image_size}, "data"
+        )
+        train = from_mapping(TrainConfig, sections["train"], "train")
+        task = SegmentTask(
+            model,
+            prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
+            losses=from_mapping(LossConfig, sections["losses"], "losses"),
+            max_masks=data.max_masks,
+            remat_rounds=train.remat_rounds,
+        )
+        return cls(
+            task=task,
+            kernels=model_config.kernels,
+            data=data,
+            optimizer=from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
+            sharding=from_mapping(ShardingConfig, sections["sharding"], "sharding"),
+            train=train,
+        )
+
+    def program(self, devices: Sequence[Any] | None = None) -> CompiledStep:
+        """The training step on these devices; see ``compile_step``."""
+        return compile_step(
+            self.task,
+            num_steps=self.train.num_steps,
+            seed=self.train.seed,
+            ema_decay=self.train.ema_decay,
+            optimizer_config=self.optimizer,
+            sharding_config=self.sharding,
+            kernels=self.kernels,
+            devices=devices,
+        )
+
+
+def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a config file.
+
+    Args:
+      file: as for train.py: FILE.py, or FILE.py:ARGUMENT for its ``get_config``.
+      settings: changes, each SECTION.KEY=VALUE.
+
+    Raises:
+      ConfigError: if there is no such file or key, or the file is no config.
+    """
+    path, _, argument = file.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path}: there is no such file")
+    # A config may import its neighbours, as in `from configs import common`.
+    root = str(Path(path).resolve().parents[1])
+    if root not in sys.path:
+        sys.path.append(root)
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"--config {path}: the file has no function get_config")
+    try:
+        config = get_config(argument) if argument else get_config()
+    except TypeError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+    for text in settings:
+        key, value = _setting(text)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"--set {text}: {error}") from error
+    sections: dict[str, Any] = config.to_dict()
+    return sections
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: expected SECTION.KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value

@@ -1,0 +1,80 @@
+"""What a run trains, as the loop, the step, reports and plans see it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax.typing import DTypeLike
+
+from sam_jax.arrays import Array, Float
+from sam_jax.parallel import Parallel
+
+Fields = Mapping[str, Array]
+Sums = dict[str, Float[Array, ""]]
+# Parameters, constants, a batch and a key in; the loss, and sums of what is reported, out: all of
+# them sums over the things that ``Task.count`` counts.
+LossSums = Callable[[Any, Any, Fields, Array], tuple[Float[Array, ""], Sums]]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a run trains: a model, what a batch is, and a loss of it.
+
+    A task is closed over by the jitted step, so it is a value: it keeps no state.
+    """
+
+    @property
+    def unit(self) -> str:
+        """What losses are means over, in the plural, as in "masks"."""
+        ...
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """Type of the computation."""
+        ...
+
+    @property
+    def remat(self) -> str:
+        """What the backward pass computes again, for reports."""
+        ...
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Fresh variables, ``{"params": ..., "constants": ...}``; also under ``jax.eval_shape``."""
+        ...
+
+    def load(self, path: str, key: Array) -> dict[str, Any]:
+        """Variables to start from, of weights in a file or folder.
+
+        Raises:
+          UserError: if they cannot be read or do not fit.
+        """
+        ...
+
+    def differences(self, run: Path) -> list[str]:
+        """In what the model of a run's folder differs from this one, a line each.
+
+        Raises:
+          WeightsError: if the folder's config is not a run's.
+        """
+        ...
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of each field of a batch; the first axis is images."""
+        ...
+
+    def count(self, batch: Fields) -> Float[Array, ""]:
+        """How many things the losses of a batch are sums over."""
+        ...
+
+    def loss_sums(self, parallel: Parallel, param_specs: Any | None) -> LossSums:
+        """The loss on these devices, which store parameters as the specs say (None: whole)."""
+        ...
+
+    def headline(self, means: Mapping[str, float]) -> str:
+        """The figures of an interval that a person wants to see first."""
+        ...
+
+    def flops(self, batch_size: int) -> float:
+        """Useful operations of a training step, counted by hand."""
+        ...

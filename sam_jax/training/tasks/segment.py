@@ -1,0 +1,234 @@
+"""Promptable segmentation: encode, prompt and correct in eleven rounds, focal, dice and IoU losses.
+
+Source: Kirillov et al. 2023, appendix A.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from sam_jax import flop_counts
+from sam_jax.arrays import Array, Bool, Float, Int, UInt8
+from sam_jax.errors import ConfigError
+from sam_jax.losses import LossConfig
+from sam_jax.models.image_encoder import drop_path_scales
+from sam_jax.models.sam import PROMPTED_PARTS, Sam, init_variables
+from sam_jax.ops.images import normalize_images
+from sam_jax.ops.packed_masks import MaskLayout
+from sam_jax.parallel import BATCH, TENSOR, Parallel
+from sam_jax.simulated_user import PromptConfig
+from sam_jax.training.rounds import RoundResult, run_rounds
+from sam_jax.training.task import Fields, LossSums, Sums
+from sam_jax.weights.geometry import differences
+from sam_jax.weights.load import run_config, variables_for
+
+_ENCODER = "image_encoder"
+
+
+@flax.struct.dataclass
+class Batch:
+    """Training images with their masks, as the input pipeline yields them.
+
+    Attributes:
+      image: RGB, resized, padded at the bottom and right.
+      image_hw: height and width of each image without its padding.
+      masks_packed: ``numpy.packbits`` of the masks along their rows.
+      mask_valid: which of an image's masks exist.
+    """
+
+    image: UInt8[Array, "b h w 3"]
+    image_hw: Int[Array, "b 2"]
+    masks_packed: UInt8[Array, "b p h w8"]
+    mask_valid: Bool[Array, "b p"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentTask:
+    """Trains a model to segment what a simulated user points at; methods as ``training.task.Task``.
+
+    Attributes:
+      model: the model.
+      prompts: how the simulated user behaves.
+      losses: what the losses weigh.
+      max_masks: masks of each image of a batch.
+      remat_rounds: see ``rounds.run_rounds``.
+    """
+
+    model: Sam
+    prompts: PromptConfig
+    losses: LossConfig
+    max_masks: int
+    remat_rounds: bool = True
+
+    @property
+    def unit(self) -> str:
+        return "masks"
+
+    @property
+    def dtype(self) -> DTypeLike:
+        return self.model.dtype
+
+    @property
+    def remat(self) -> str:
+        return self.model.remat
+
+    def init(self, key: Array) -> dict[str, Any]:
+        return init_variables(self.model, key)
+
+    def load(self, path: str, key: Array) -> dict[str, Any]:
+        """Variables of any form that ``sam_jax.load`` reads, and of a masked autoencoder."""
+        return variables_for(self.model, path, key=key)
+
+    def differences(self, run: Path) -> list[str]:
+        return differences(run_config(run), self.model.config)
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        height, width = self.model.image_size
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "image": ((height, width, 3), np.uint8),
+            "image_hw": ((2,), np.int32),
+            "masks_packed": ((self.max_masks, height, -(-width // 8)), np.uint8),
+            "mask_valid": ((self.max_masks,), np.bool_),
+        }
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def count(self, batch: Fields) -> Float[Array, ""]:
+        return jnp.maximum(jnp.sum(batch["mask_valid"]), 1).astype(jnp.float32)
+
+    def loss_sums(self, parallel: Parallel, param_specs: Any | None) -> LossSums:
+        """Sums over all objects of the loss of all rounds, and of what is reported."""
+        encoder_specs = None if param_specs is None else {_ENCODER: param_specs[_ENCODER]}
+        encode = parallel.encode(self.model, encoder_specs)
+        rounds = build_rounds(
+            self.model, self.prompts, self.losses, parallel=parallel, remat=self.remat_rounds
+        )
+
+        def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
+            batch = Batch(**fields)
+            encode_key, rounds_key = jax.random.split(key)
+            embeddings = encode(
+                {_ENCODER: params[_ENCODER]},
+                normalize_images(batch.image, batch.image_hw),
+                drop_path_scales(encode_key, self.model.config.image_encoder, len(batch.image)),
+            )
+            results = rounds(
+                {part: params[part] for part in PROMPTED_PARTS},
+                constants,
+                # In each round they are rounded again, so that their gradient is summed in float32.
+                embeddings.astype(jnp.float32),
+                jax.random.split(rounds_key, batch.mask_valid.shape),
+                batch.masks_packed,
+                batch.image_hw,
+            )
+            return _sums(results, batch.mask_valid)
+
+        return loss_sums
+
+    def headline(self, means: Mapping[str, float]) -> str:
+        """Loss, and IoU in the first and the last round."""
+        ious = [value for name, value in means.items() if name.startswith("iou_round_")]
+        return f"loss {means['loss']:.2f}  IoU {ious[0]:.3f} first, {ious[-1]:.3f} last round"
+
+    def flops(self, batch_size: int) -> float:
+        """Operations of a step, without padding and what is computed twice."""
+        return flop_counts.step_flops(
+            self.model.config, self.prompts, batch_size, self.max_masks, useful=True
+        )
+
+
+def build_rounds(
+    model: Sam,
+    prompt_config: PromptConfig,
+    loss_config: LossConfig,
+    *,
+    parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+    remat: bool = True,
+) -> Callable[..., RoundResult]:
+    """All rounds of a batch, in which each device works on its own images and objects.
+
+    Args:
+      model: the model.
+      prompt_config: how the simulated user behaves.
+      loss_config: what the losses weigh.
+      parallel: the devices.
+      remat: see ``rounds.run_rounds``.
+
+    Returns:
+      a function of the parameters of ``PROMPTED_PARTS``, the model's constants, embeddings, a key
+      for each object, packed masks, and sizes of the images.
+    """
+    images, objects = parallel.spec(BATCH), parallel.spec(BATCH, TENSOR)
+
+    @jax.named_scope("rounds")
+    def rounds_of_device(params, constants, embeddings, keys, masks_packed, image_hw):
+        """All rounds of a device's own images and objects."""
+        mask_layout = MaskLayout.of(embeddings.shape[1:3], model.image_size)
+
+        def decode(prompts, multimask_output, seeds):
+            return model.apply(
+                {"params": params, "constants": constants},
+                embeddings,
+                prompts,
+                multimask_output=multimask_output,
+                dropout_seeds=seeds,
+                method=Sam.decode,
+            )
+
+        return run_rounds(
+            decode,
+            keys,
+            mask_layout.pack(masks_packed),
+            image_hw,
+            mask_layout,
+            prompt_config,
+            loss_config,
+            remat=remat,
+        )
+
+    on_each_device = parallel.on_each_device(
+        rounds_of_device,
+        [PartitionSpec(), PartitionSpec(), images, objects, objects, images],
+        parallel.spec(None, BATCH, TENSOR),
+    )
+
+    def rounds(params, constants, embeddings, keys, masks_packed, image_hw):
+        if keys.shape[1] % parallel.num_tensor:
+            raise ConfigError(
+                f"data.max_masks = {keys.shape[1]} does not divide by the {parallel.num_tensor} "
+                "devices of sharding.tensor, which share the masks of an image"
+            )
+        return on_each_device(params, constants, embeddings, keys, masks_packed, image_hw)
+
+    return rounds
+
+
+def _sums(results: RoundResult, mask_valid: Bool[Array, "b p"]) -> tuple[Float[Array, ""], Sums]:
+    """The loss, summed over rounds and objects, and what is reported, summed over objects."""
+
+    def over_objects(x):
+        return jnp.sum(x, axis=(-2, -1), where=mask_valid)
+
+    loss = jnp.sum(over_objects(results.loss.total))
+    iou = over_objects(results.iou)
+    sums = {
+        "loss": loss,
+        "focal": jnp.sum(over_objects(results.loss.focal)),
+        "dice": jnp.sum(over_objects(results.loss.dice)),
+        "iou_mse": jnp.sum(over_objects(results.loss.iou_error)),
+        "iou_prediction_error": jnp.mean(
+            over_objects(jnp.abs(results.iou_prediction - results.iou))
+        ),
+    }
+    sums |= {f"iou_round_{index + 1:02d}": iou[index] for index in range(iou.shape[0])}
+    return loss, sums

@@ -1,0 +1,334 @@
+"""The shape of a model, from the shapes of its tensors and from Hugging Face's config."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sam_jax.models.image_encoder import ImageEncoderConfig
+from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
+from sam_jax.models.sam import SamConfig
+from sam_jax.models.variants import VARIANTS
+from sam_jax.weights.files import WeightsError
+from sam_jax.weights.names import Scheme, foreign_names
+from sam_jax.weights.strangers import which_model, which_part, without_wrapping
+
+# A tensor that every checkpoint of a scheme has, and none of another: what it is called tells the
+# scheme, and what stands before that name is a wrapper's prefix ("module.", "sam_model.").
+_LANDMARKS: tuple[tuple[Scheme, str], ...] = (
+    ("official", "image_encoder.patch_embed.proj.weight"),
+    ("hugging_face", "vision_encoder.patch_embed.projection.weight"),
+    ("mae", "patch_embed.proj.weight"),
+)
+
+
+def detect_scheme(
+    tensors: Mapping[str, np.ndarray], where: Any
+) -> tuple[Scheme, dict[str, np.ndarray]]:
+    """Whose names the tensors have, and the tensors without a prefix that all of them share.
+
+    Raises:
+      WeightsError: if they are those of no checkpoint that is known here.
+    """
+    found, tensors = tensors, {without_wrapping(name): array for name, array in tensors.items()}
+    if len(tensors) < len(found):
+        raise WeightsError(
+            f"{where} holds {len(found)} tensors of {len(tensors)} names, as soon as wrapping "
+            "layers (module, _orig_mod) are left out: several models in one file"
+        )
+    if what := which_model(tensors):
+        raise WeightsError(f"{where} holds {what}")
+    for scheme, landmark in _LANDMARKS:
+        for name in tensors:
+            # A published name may follow a prefix, as long as a whole word ends before it.
+            if name == landmark or name.endswith(f".{landmark}"):
+                prefix = name.removesuffix(landmark)
+                stripped = {key.removeprefix(prefix): value for key, value in tensors.items()}
+                if scheme == "mae" and "cls_token" not in stripped:
+                    continue
+                return scheme, stripped
+    if what := which_part(tensors):
+        raise WeightsError(f"{where} holds {what}")
+    some = ", ".join(list(tensors)[:6])
+    raise WeightsError(
+        f"{where} holds no checkpoint of Segment Anything or of MAE: none of its {len(tensors)} "
+        f"tensors is called {', '.join(landmark for _, landmark in _LANDMARKS)}; the first are "
+        f"{some}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What tensors do not tell of a model's shape; None for what is not known.
+
+    Attributes:
+      decoder_heads: heads of the decoder's attention.
+      window_size: side of the encoder's windows, which their tables tell unless the whole grid is
+        as large.
+      global_attention_blocks: blocks without windows, likewise.
+    """
+
+    decoder_heads: int | None = None
+    window_size: int | None = None
+    global_attention_blocks: tuple[int, ...] | None = None
+
+
+def infer_config(
+    tensors: Mapping[str, np.ndarray],
+    scheme: Scheme,
+    where: Any,
+    hints: Hints | None = None,
+) -> SamConfig:
+    """The shape of the model that tensors belong to.
+
+    Almost all of it follows from the tensors' shapes; see ``Hints`` for what does not.
+
+    Args:
+      tensors: by their names in ``scheme``, "official" or "hugging_face".
+      scheme: whose names they are.
+      where: what to call the place they come from in messages.
+      hints: what is known besides; nothing will do at the published width.
+
+    Raises:
+      WeightsError: if tensors that tell the shape are missing, or make no sense together.
+    """
+    hints = hints or Hints()
+
+    def shape(path: str, rank: int) -> tuple[int, ...]:
+        name = foreign_names(path, scheme)[0]
+        if name not in tensors:
+            raise WeightsError(f"{where} lacks the tensor {name} (native {path})")
+        found = tensors[name].shape
+        if len(found) != rank:
+            raise WeightsError(f"{where}: {name} has shape {found}, expected {rank} axes")
+        return found
+
+    encoder, decoder = "params/image_encoder", "params/mask_decoder"
+    embed_dim, channels, patch, patch_w = shape(f"{encoder}/patch_embed/proj/kernel", 4)
+    if channels != 3 or patch != patch_w:
+        raise WeightsError(
+            f"{where}: expected square RGB patches, found {channels, patch, patch_w}"
+        )
+    grid = shape(f"{encoder}/pos_embed", 4)[1:3]
+    depth = _count(tensors, f"{encoder}/block_00/attn/qkv/kernel", scheme)
+    if not depth:
+        raise WeightsError(f"{where} holds no blocks of an image encoder")
+    head_dims, tables = set(), []
+    for index in range(depth):
+        block = f"{encoder}/block_{index:02d}/attn"
+        rows, head_dim = shape(f"{block}/rel_pos_h", 2)
+        columns, _ = shape(f"{block}/rel_pos_w", 2)
+        tables.append(((rows + 1) // 2, (columns + 1) // 2))
+        head_dims.add(head_dim)
+    windows = {table for table in tables if table != grid}
+    if len(head_dims) > 1 or len(windows) > 1 or any(h != w for h, w in windows):
+        raise WeightsError(
+            f"{where}: the blocks' tables of relative positions fit neither the grid {grid} nor "
+            f"one square window: they are for {sorted(set(tables))}, heads of {sorted(head_dims)}"
+        )
+    if windows:
+        window_size = windows.pop()[0]
+        global_blocks = tuple(i for i, table in enumerate(tables) if table == grid)
+    else:
+        window_size, global_blocks = _windows_that_fill_the_grid(embed_dim, depth, hints)
+    image_encoder = ImageEncoderConfig(
+        image_size=(grid[0] * patch, grid[1] * patch),
+        patch_size=patch,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=embed_dim // head_dims.pop(),
+        global_attention_blocks=global_blocks,
+        window_size=window_size,
+        mlp_rate=shape(f"{encoder}/block_00/mlp/dense_0/kernel", 2)[0] / embed_dim,
+        output_dim=shape(f"{encoder}/neck_conv1/kernel", 4)[0],
+    )
+    candidates = _count(tensors, f"{decoder}/hyper_networks/mlp_0/dense_0/kernel", scheme)
+    if candidates != NUM_MULTIMASK + 1:
+        raise WeightsError(
+            f"{where} lacks a mask decoder: it holds an image encoder alone"
+            if not candidates
+            else f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
+        )
+    layer = f"{decoder}/transformer/layer_0"
+    mask_decoder = MaskDecoderConfig(
+        depth=_count(tensors, f"{layer}/self_attn/q_proj/kernel", scheme),
+        num_heads=_decoder_heads(hints.decoder_heads, image_encoder.output_dim, where),
+        mlp_dim=shape(f"{layer}/mlp/dense_0/kernel", 2)[0],
+        iou_head_dim=shape(f"{decoder}/iou_head/dense_0/kernel", 2)[0],
+    )
+    mask_channels = shape("params/prompt_encoder/mask_downscaling/conv2/kernel", 4)[0]
+    return SamConfig(image_encoder, mask_decoder, mask_channels)
+
+
+def _decoder_heads(heads: int | None, dim: int, where: Any) -> int:
+    """Heads of the decoder's attention at a width: as known, or as published."""
+    if heads is None:
+        # A guess at another width would load, run, and be wrong by some points of IoU.
+        if dim != ImageEncoderConfig.output_dim:
+            raise WeightsError(
+                f"{where} does not tell how many heads the decoder's attention has, and its width "
+                f"{dim} is not the published {ImageEncoderConfig.output_dim}: say it, as "
+                "decoder_heads (on the command line: --decoder-heads)"
+            )
+        return MaskDecoderConfig.num_heads
+    if not isinstance(heads, int) or heads < 1 or dim // 2 % heads:
+        raise WeightsError(
+            f"{where}: the decoder's attention cannot have {heads!r} heads; expected a number that "
+            f"divides its inner width {dim // 2}"
+        )
+    return heads
+
+
+def _windows_that_fill_the_grid(
+    embed_dim: int, depth: int, hints: Hints
+) -> tuple[int, tuple[int, ...]]:
+    """Window side and global blocks where all tables have the grid's size, and tell neither.
+
+    It makes no difference at this size of images, but at others it does.
+    """
+    for variant in VARIANTS.values():
+        known = variant.image_encoder
+        if (known.embed_dim, known.depth) == (embed_dim, depth):
+            window_size, blocks = known.window_size, tuple(known.global_attention_blocks)
+            break
+    else:
+        window_size, blocks = ImageEncoderConfig.window_size, tuple(range(depth))
+    if hints.window_size is not None:
+        window_size = hints.window_size
+    if hints.global_attention_blocks is not None:
+        blocks = hints.global_attention_blocks
+    return window_size, blocks
+
+
+def differences(found: SamConfig, expected: SamConfig) -> list[str]:
+    """In what two shapes differ, but for the size of images and what acts in training only."""
+
+    def fields(config: SamConfig) -> dict[str, Any]:
+        encoder, decoder = (
+            dataclasses.asdict(part) for part in (config.image_encoder, config.mask_decoder)
+        )
+        encoder["global_attention_blocks"] = tuple(encoder["global_attention_blocks"])
+        if len(encoder["global_attention_blocks"]) == encoder["depth"]:
+            del encoder["window_size"]  # there are no windows
+        both = {f"encoder.{k}": v for k, v in encoder.items()}
+        both |= {f"decoder.{k}": v for k, v in decoder.items()}
+        both["mask_channels"] = config.mask_channels
+        for name in ("encoder.image_size", "encoder.drop_path_rate", "decoder.dropout_rate"):
+            del both[name]
+        return both
+
+    ours, theirs = fields(found), fields(expected)
+    return [
+        f"{name} is {ours.get(name)}, expected {theirs.get(name)}"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def closest_variant(tensors: Mapping[str, np.ndarray], scheme: Scheme) -> SamConfig | None:
+    """The variant of the same width and depth, for tensors that do not make a whole model."""
+    name = foreign_names("params/image_encoder/block_00/norm1/scale", scheme)[0]
+    width = tensors[name].shape[-1] if name in tensors and tensors[name].ndim else None
+    depth = _count(tensors, "params/image_encoder/block_00/attn/qkv/kernel", scheme)
+    for config in VARIANTS.values():
+        if (config.image_encoder.embed_dim, config.image_encoder.depth) == (width, depth):
+            return config
+    return None
+
+
+def _count(tensors: Mapping[str, np.ndarray], first: str, scheme: Scheme) -> int:
+    """How many layers like the first there are: its name holds one 0, the layer's number."""
+    name = foreign_names(first, scheme)[0]
+    # The first lone 0 is the layer's; a later one is a layer's within it.
+    pattern = re.escape(name).replace(r"\.0\.", r"\.(\d+)\.", 1)
+    return len({match[1] for key in tensors if (match := re.fullmatch(pattern, key))})
+
+
+def variant_name(config: SamConfig) -> str:
+    """The variant that a shape is, perhaps at another image size, or "custom"."""
+
+    def essence(shape: SamConfig) -> SamConfig:
+        encoder = dataclasses.replace(
+            shape.image_encoder,
+            image_size=(16 * shape.image_encoder.patch_size,) * 2,
+            drop_path_rate=0.0,
+            global_attention_blocks=tuple(shape.image_encoder.global_attention_blocks),
+        )
+        decoder = dataclasses.replace(shape.mask_decoder, dropout_rate=0.0)
+        return dataclasses.replace(shape, image_encoder=encoder, mask_decoder=decoder)
+
+    for name, shape in VARIANTS.items():
+        if essence(shape) == essence(config):
+            return name
+    return "custom"
+
+
+def to_hugging_face(config: SamConfig) -> dict[str, Any]:
+    """What ``config.json`` of a Hugging Face folder says of a model.
+
+    Raises:
+      WeightsError: if that library cannot express the shape.
+    """
+    encoder, decoder = config.image_encoder, config.mask_decoder
+    if encoder.grid[0] != encoder.grid[1]:
+        raise WeightsError(
+            f"Hugging Face's model takes square images only, this one is for {encoder.image_size}"
+        )
+    side = encoder.image_size[0]
+    return {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "vision_config": {
+            "hidden_size": encoder.embed_dim,
+            "output_channels": encoder.output_dim,
+            "num_hidden_layers": encoder.depth,
+            "num_attention_heads": encoder.num_heads,
+            "num_channels": 3,
+            "image_size": side,
+            "patch_size": encoder.patch_size,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "qkv_bias": True,
+            "mlp_ratio": encoder.mlp_rate,
+            "mlp_dim": round(encoder.mlp_rate * encoder.embed_dim),
+            "use_abs_pos": True,
+            "use_rel_pos": True,
+            "window_size": encoder.window_size,
+            "global_attn_indexes": list(encoder.global_attention_blocks),
+            "num_pos_feats": encoder.output_dim // 2,
+        },
+        "prompt_encoder_config": {
+            "hidden_size": encoder.output_dim,
+            "image_size": side,
+            "patch_size": encoder.patch_size,
+            "image_embedding_size": encoder.grid[0],
+            "mask_input_channels": config.mask_channels,
+            "num_point_embeddings": 4,
+        },
+        "mask_decoder_config": {
+            "hidden_size": encoder.output_dim,
+            "mlp_dim": decoder.mlp_dim,
+            "num_hidden_layers": decoder.depth,
+            "num_attention_heads": decoder.num_heads,
+            "attention_downsample_rate": 2,
+            "num_multimask_outputs": NUM_MULTIMASK,
+            "iou_head_depth": 3,
+            "iou_head_hidden_dim": decoder.iou_head_dim,
+            # The published decoder's; that library's own default, 1e-6, is the encoder's.
+            "layer_norm_eps": 1e-5,
+        },
+    }
+
+
+def hugging_face_hints(config: Mapping[str, Any]) -> Hints:
+    """What Hugging Face's ``config.json`` says that no tensor's shape does."""
+    decoder = config.get("mask_decoder_config") or {}
+    encoder = config.get("vision_config") or {}
+    blocks = encoder.get("global_attn_indexes")
+    return Hints(
+        decoder_heads=decoder.get("num_attention_heads"),
+        window_size=encoder.get("window_size"),
+        global_attention_blocks=None if blocks is None else tuple(blocks),
+    )

@@ -1,0 +1,544 @@
+"""Checkpoints of every form: told apart, loaded, saved, described."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sam_jax import places
+from sam_jax.arrays import Array
+from sam_jax.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    checkpoint_path,
+    restore_variables,
+    save_config,
+    save_variables,
+)
+from sam_jax.configuration import from_mapping
+from sam_jax.errors import ConfigError
+from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.variants import ModelConfig, build_model, model_config_of
+from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
+from sam_jax.ops.resize import resize_positions
+from sam_jax.weights.files import (
+    SAFETENSORS,
+    TORCH_SUFFIXES,
+    WeightsError,
+    failing_as_os_error,
+    put_safetensors,
+    read_tensors,
+    write_torch,
+    written_whole,
+)
+from sam_jax.weights.geometry import (
+    Hints,
+    closest_variant,
+    detect_scheme,
+    differences,
+    hugging_face_hints,
+    infer_config,
+    to_hugging_face,
+    variant_name,
+)
+from sam_jax.weights.mae import mae_config, start_from_mae
+from sam_jax.weights.names import NamesError, from_native, to_native
+
+Target = Literal["orbax", "official", "hugging-face"]
+Form = Literal["orbax", "official", "hugging_face", "mae"]
+
+_POSITIONS = re.compile(r"/(pos_embed|rel_pos_[hw])$")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Loaded(NamedTuple):
+    """A model and its variables ``{"params": ..., "constants": ...}``, float32."""
+
+    model: Sam
+    variables: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights as they were found, before they become a model's.
+
+    Attributes:
+      path: where they are.
+      form: whose names the tensors have; "orbax" for our own.
+      config: the shape of the model.
+      tensors: arrays by name; by native path if they are our own.
+    """
+
+    path: Path
+    form: Form
+    config: SamConfig
+    tensors: Mapping[str, Any]
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    decoder_heads: int | None = None,
+    key: Array | None = None,
+) -> Loaded:
+    """The model and the variables of any checkpoint.
+
+    Args:
+      path_or_name: a training run's folder; a ``.pth`` or ``.safetensors`` file with the published
+        or Hugging Face's names; a Hugging Face folder; a masked autoencoder; or, where nothing is
+        called that, a name on the Hugging Face Hub such as ``facebook/sam-vit-base``.
+      step: which checkpoint of a training run; None for the newest.
+      ema: whether a training run's averaged parameters are taken, where it keeps them.
+      decoder_heads: see ``open_weights``.
+      key: for what a masked autoencoder lacks, which is all but the encoder.
+
+    Raises:
+      WeightsError: if it cannot be read, or is of no model known here.
+      NamesError: if tensors are missing, unexpected or misshapen; it lists all of them.
+      CheckpointError: if a training run holds no such checkpoint.
+    """
+    weights = open_weights(path_or_name, step=step, ema=ema, decoder_heads=decoder_heads)
+    return Loaded(Sam(weights.config), jax.tree.map(jax.numpy.asarray, _variables(weights, key)))
+
+
+def variables_for(
+    model: Sam,
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    key: Array | None = None,
+) -> dict[str, Any]:
+    """The variables of any checkpoint for a model that is given, on the host.
+
+    The model may be for images of another size: positions are interpolated then.
+
+    Args:
+      model: the model.
+      path_or_name: see ``load``.
+      step: see ``load``.
+      ema: see ``load``.
+      key: see ``load``.
+
+    Raises:
+      NamesError: if the checkpoint is of a model of another shape; it lists all differences.
+      WeightsError, CheckpointError: see ``load``.
+    """
+    encoder = model.config.image_encoder
+    weights = _open(
+        path_or_name,
+        step,
+        ema,
+        # What a bare file does not tell is taken to be the model's.
+        Hints(
+            model.config.mask_decoder.num_heads,
+            encoder.window_size,
+            tuple(encoder.global_attention_blocks),
+        ),
+    )
+    if weights.form == "mae" and key is not None:
+        return start_from_mae(model, weights.tensors, key)
+    variables = native_variables(weights)
+    if found := differences(weights.config, model.config):
+        lines = "\n  ".join(found)
+        raise NamesError(
+            f"{weights.path} is not of the model that the config describes; {len(found)} "
+            f"differences:\n  {lines}"
+        )
+    return _with_positions_of(_shapes(model.config), variables)
+
+
+def _with_positions_of(template: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables, tables of positions at the sizes of a template."""
+    expected = flatten_dict(template, sep="/")
+
+    def fitted(path: str, array: Any) -> Any:
+        shape = expected[path].shape if path in expected else array.shape
+        same_kind = array.ndim == len(shape) and array.shape[-1] == shape[-1]
+        if array.shape == shape or not same_kind or not _POSITIONS.search(path):
+            return array
+        if array.ndim == 3:
+            return np.asarray(resize_positions(jax.numpy.asarray(array), shape[:2]))
+        return np.asarray(jax.image.resize(array, shape, "linear", antialias=False))
+
+    flat = flatten_dict(variables, sep="/")
+    return unflatten_dict({path: fitted(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Target,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    decoder_heads: int | None = None,
+    seed: int | None = None,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> str:
+    """Writes a checkpoint in another form, in float32, and says what it was.
+
+    Args:
+      source: see ``load``.
+      target: see ``save``.
+      to: see ``save``.
+      step: which checkpoint of a training run; None for the newest.
+      ema: see ``load``.
+      decoder_heads: see ``open_weights``.
+      seed: for what a masked autoencoder lacks, which is all but the encoder.
+      on_progress: told what is being done.
+
+    Raises:
+      WeightsError, NamesError, CheckpointError: see ``load`` and ``save``.
+    """
+    check_target(Path(target), to)
+    on_progress(f"reading {source}")
+    weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
+    variables = _variables(weights, None if seed is None else jax.random.key(seed))
+    config, form = weights.config, weights.form
+    if to == "orbax":
+        # Copies, so that the mapped file is let go of before writing takes memory of its own.
+        variables = jax.tree.map(jax.numpy.array, variables)
+        del weights
+    on_progress(f"writing {target}")
+    save(target, config, variables, to)
+    height, width = config.image_encoder.image_size
+    return f"{variant_name(config)} for {height} x {width} pixels, from {form}"
+
+
+def native_variables(weights: Weights) -> dict[str, Any]:
+    """Variables by native paths, float32, on the host; views of the file where possible.
+
+    Raises:
+      NamesError: if tensors are missing, unexpected or misshapen.
+      WeightsError: if they are only an encoder's.
+    """
+    template = _shapes(weights.config)
+    if weights.form == "orbax":
+        return _checked(weights.tensors, template, weights.path)
+    if weights.form == "mae":
+        raise WeightsError(
+            f"{weights.path} is a masked autoencoder, of which only the encoder serves; training "
+            "can start from it (train.init_from; sam-jax convert with --seed; load with a key)"
+        )
+    try:
+        variables = to_native(weights.tensors, template, weights.form)
+    except NamesError as error:
+        raise NamesError(f"{weights.path} ({variant_name(weights.config)}): {error}") from None
+    for name, array in weights.tensors.items():
+        if array.dtype.kind != "f":
+            raise WeightsError(f"{weights.path}: {name} is {array.dtype}, expected floating point")
+    return jax.tree.map(lambda array: np.asarray(array, np.float32), variables)
+
+
+def _variables(weights: Weights, key: Array | None) -> dict[str, Any]:
+    if weights.form == "mae" and key is not None:
+        return start_from_mae(Sam(weights.config), weights.tensors, key)
+    return native_variables(weights)
+
+
+def open_weights(
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    decoder_heads: int | None = None,
+) -> Weights:
+    """Finds out what a checkpoint is, and maps its tensors.
+
+    Args:
+      path_or_name: see ``load``.
+      step: which checkpoint of a training run; None for the newest.
+      ema: see ``load``.
+      decoder_heads: heads of the decoder's attention, which a file of tensors does not tell; None
+        for what a config in its folder says, or the published number at the published width.
+
+    Raises:
+      WeightsError: if it cannot be read, or is of no model known here.
+      CheckpointError: if a training run holds no such checkpoint.
+    """
+    return _open(path_or_name, step, ema, Hints(decoder_heads=decoder_heads))
+
+
+def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -> Weights:
+    path = Path(path_or_name)
+    if not path.exists():
+        path = _download(str(path_or_name))
+    if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
+        run = path if (path / CHECKPOINTS).is_dir() else path.parent
+        variables = restore_variables(run, step, ema=ema)
+        return Weights(run, "orbax", run_config(run), variables)
+    if step is not None:
+        raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
+    found = read_tensors(path)
+    scheme, tensors = detect_scheme(found, path)
+    if scheme == "mae":
+        return Weights(path, scheme, mae_config(tensors, path), tensors)
+    if scheme == "hugging_face":
+        # One tensor under two names, of which files have one or both.
+        twin = tensors.pop("prompt_encoder.shared_embedding.positional_embedding", None)
+        if twin is not None:
+            tensors.setdefault("shared_image_embedding.positional_embedding", twin)
+        hints = _hints_beside(path) or hints
+    try:
+        config = infer_config(tensors, scheme, path, hints)
+    except WeightsError as error:
+        # An incomplete file: all that it lacks, beside the first thing that was noticed.
+        closest = closest_variant(tensors, scheme)
+        if closest is None:
+            raise
+        try:
+            to_native(tensors, _shapes(closest), scheme)
+        except NamesError as problems:
+            raise NamesError(
+                f"{error}. Compared with {variant_name(closest)}, {problems}"
+            ) from None
+        raise
+    return Weights(path, scheme, config, tensors)
+
+
+def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], target: Target) -> None:
+    """Writes a checkpoint for another program, or for this one; whole or not at all.
+
+    Args:
+      path: file (official) or folder to write; a folder must be new or empty.
+      config: the shape of the model.
+      variables: ``{"params": ..., "constants": ...}``. Adapters must have been merged.
+      target: "official" (``.pth``), "hugging-face" (a folder for
+        ``transformers.SamModel.from_pretrained``), or "orbax" (a folder as ``train.py`` leaves it).
+
+    Raises:
+      WeightsError: if the target cannot express the model, or writing fails.
+      NamesError: if there are variables that have no name there.
+    """
+    path = Path(path)
+    check_target(path, target)
+    if target == "official":
+        write_torch(path, from_native(variables, "official"))
+    elif target == "hugging-face":
+        settings = to_hugging_face(config)
+        with written_whole(path) as folder:
+            folder.mkdir()
+            _write_json(folder / "config.json", settings)
+            _write_json(folder / "preprocessor_config.json", _preprocessor(config))
+            put_safetensors(folder / SAFETENSORS, from_native(variables, "hugging_face"))
+    else:
+        with written_whole(path) as folder:
+            save_config(folder, {"model": dataclasses.asdict(model_config_of(config))})
+            # Full disks reach Orbax's caller as errors of its storage layer.
+            with failing_as_os_error(ValueError, RuntimeError):
+                save_variables(folder, variables)
+
+
+def check_target(path: Path, target: Target | None = None) -> None:
+    """Finds what is wrong with a place before the work begins, not after it.
+
+    Args:
+      path: what shall be written.
+      target: in which form, see ``save``; None for a new folder of another.
+
+    Raises:
+      WeightsError: if something is there that must stay.
+      PlaceError: if it cannot be written.
+      CheckpointError: if a checkpoint there could not be read.
+    """
+    if target == "official":
+        if path.is_dir():
+            raise WeightsError(f"{path} is a folder; name the .pth file to write")
+        places.check_file(path)
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise WeightsError(f"{path} is there already; give a new or an empty folder")
+    places.check_folder(path)
+    if target == "orbax":
+        # It is written beside where it will be, and read under the name that was given.
+        checkpoint_path(path)
+        checkpoint_path(path.resolve())
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint is.
+
+    Attributes:
+      path: where it is.
+      form: whose names the tensors have.
+      variant: the published or small variant, or "custom".
+      config: the shape of the model.
+      tensors: shape and type of each tensor.
+      num_parameters: elements of all tensors that are trained.
+      num_bytes: size of all tensors.
+      problems: what is missing, unexpected or misshapen; empty if it loads.
+    """
+
+    path: Path
+    form: Form
+    variant: str
+    config: SamConfig
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    num_parameters: int
+    num_bytes: int
+    problems: str
+
+    @property
+    def dtypes(self) -> Mapping[str, int]:
+        """How many tensors there are of each type."""
+        return Counter(dtype for _, dtype in self.tensors.values())
+
+
+def describe(
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    decoder_heads: int | None = None,
+) -> Description:
+    """Says what a checkpoint is, and whether it would load.
+
+    Raises:
+      WeightsError: if it cannot be read, or is of no model known here.
+      CheckpointError: if a training run holds no such checkpoint.
+    """
+    weights = open_weights(path_or_name, step=step, ema=ema, decoder_heads=decoder_heads)
+    arrays = flatten_dict(weights.tensors, sep="/") if weights.form == "orbax" else weights.tensors
+    problems = ""
+    try:
+        if weights.form == "mae":
+            key = jax.random.key(0)
+            jax.eval_shape(lambda: start_from_mae(Sam(weights.config), weights.tensors, key))
+        else:
+            native_variables(weights)
+    except NamesError as error:
+        problems = str(error)
+    return Description(
+        path=weights.path,
+        form=weights.form,
+        variant=variant_name(weights.config),
+        config=weights.config,
+        tensors={name: (array.shape, str(array.dtype)) for name, array in arrays.items()},
+        num_parameters=sum(array.size for name, array in arrays.items() if not _is_constant(name)),
+        num_bytes=sum(array.nbytes for array in arrays.values()),
+        problems=problems,
+    )
+
+
+def _is_constant(name: str) -> bool:
+    return name.startswith("constants/") or "positional_e" in name
+
+
+def _shapes(config: SamConfig) -> dict[str, Any]:
+    return jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+
+
+def _checked(variables: Mapping[str, Any], template: Mapping[str, Any], where: Any) -> dict:
+    """The variables, if they are those of the model."""
+    found, expected = (flatten_dict(tree, sep="/") for tree in (variables, template))
+    problems = [f"missing: {path}" for path in expected if path not in found]
+    problems += [f"unexpected: {path}" for path in found if path not in expected]
+    problems += [
+        f"misshapen: {path} is {leaf.shape}, expected {expected[path].shape}"
+        for path, leaf in found.items()
+        if path in expected and leaf.shape != expected[path].shape
+    ]
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise NamesError(
+            f"{where} does not hold the model that the config describes; {len(problems)} "
+            f"problems:\n  {lines}"
+        )
+    return dict(variables)
+
+
+def run_config(run: Path) -> SamConfig:
+    """The shape of the model that a run trains.
+
+    Raises:
+      WeightsError: if its config is missing or damaged.
+    """
+    try:
+        section = json.loads((run / CONFIG).read_text())["model"]
+        return build_model(from_mapping(ModelConfig, dict(section), "model")).config
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{run / CONFIG} is missing: it says what model the run trains"
+        ) from None
+    except ConfigError as error:
+        raise WeightsError(f"{run / CONFIG}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
+
+
+def _hints_beside(path: Path) -> Hints | None:
+    """What the ``config.json`` in the folder of Hugging Face's weights says, if there is one."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return hugging_face_hints(json.loads(config.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{config}: expected Hugging Face's config: {error}") from None
+
+
+def _preprocessor(config: SamConfig) -> dict[str, Any]:
+    encoder = config.image_encoder
+    side = max(encoder.image_size)
+    # Hugging Face's name for the size of low-resolution masks; four per image token and side.
+    low_res = 4 * encoder.grid[0]
+    return {
+        "image_processor_type": "SamImageProcessor",
+        "processor_class": "SamProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [round(float(mean) / 255, 6) for mean in PIXEL_MEAN],
+        "image_std": [round(float(std) / 255, 6) for std in PIXEL_STD],
+        "mask_pad_size": {"height": low_res, "width": low_res},
+        "mask_size": {"longest_edge": low_res},
+        "pad_size": {"height": side, "width": side},
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": side},
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _download(name: str) -> Path:
+    """A folder with the files of a model on the Hugging Face Hub."""
+    is_path = name.startswith(".") or Path(name).suffix in (*TORCH_SUFFIXES, ".safetensors")
+    if is_path or not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+        raise WeightsError(f"{name} does not exist")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise WeightsError(
+            f"{name} does not exist here; to fetch it from the Hugging Face Hub, "
+            "pip install huggingface_hub, or download its config.json and model.safetensors into a "
+            "folder and name that"
+        ) from None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]
+            )
+        )
+    # Whatever goes wrong between here and there, the user needs to know what was tried.
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise WeightsError(
+            f"{name} does not exist here, and could not be fetched from the Hugging Face Hub: "
+            f"{reason}"
+        ) from error

@@ -1,0 +1,88 @@
+"""TPU kernels without a TPU: each compiled by its compiler, and run in the strict simulator."""
+
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+
+import sam_jax.ops.tpu
+from sam_jax import losses  # noqa: F401 - registers what the model does not use
+from sam_jax.cost_report import devices_of
+from sam_jax.models import sam  # noqa: F401 - registers the model's operations
+from sam_jax.ops import dispatch
+
+KERNELS = {
+    f"{operation.name}-{form.name}": (operation, form)
+    for operation in dispatch.OPERATIONS.values()
+    for form in operation.forms.values()
+    if form.is_kernel
+}
+kernels = pytest.mark.parametrize(("operation", "form"), KERNELS.values(), ids=KERNELS)
+
+STRICT = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
+
+
+def test_every_kernel_is_in_a_table() -> None:
+    """Whoever writes a kernel gives it a form, or it is never checked."""
+    folder = Path(sam_jax.ops.tpu.__path__[0])
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "kernel", "per_token"}
+    assert len(KERNELS) >= len(modules) > 0
+
+
+@kernels
+def test_the_strict_simulator_finds_nothing(
+    operation: dispatch.Operation, form: dispatch.Form
+) -> None:
+    """No race, nothing read before it was written or out of bounds, forward and backward."""
+    errors = dispatch.form_errors(operation, form, jnp.dtype("float32"), interpret=STRICT)
+    assert not interpret_pallas_call.races.races_found
+    assert max(errors.values()) <= dispatch.CHECK_TOLERANCES["float32"]
+
+
+@pytest.fixture(scope="module")
+def v5e() -> Any:
+    # Where `make setup-tpu-compiler` puts it.
+    folder = Path(sys.prefix) / "tpu-compiler"
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    if importlib.util.find_spec("libtpu") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must compile the kernels, and there is no TPU compiler")
+        pytest.skip("needs the TPU compiler: make setup-tpu-compiler")
+    devices, _ = devices_of("v5e:1x1")
+    return devices[0]
+
+
+@kernels
+def test_every_kernel_compiles_for_a_tpu(
+    operation: dispatch.Operation, form: dispatch.Form, v5e: jax.Device
+) -> None:
+    """Forward and backward in half precision, by the compiler of a v5e's programs."""
+    assert operation.examples is not None
+    for args, kwargs in operation.examples(jnp.dtype("bfloat16")):
+        if not form.supports(*args, **kwargs):
+            continue
+        function = functools.partial(form.function, **kwargs, interpret=False)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(v5e)),
+            args,
+        )
+        text = (
+            jax.jit(lambda args, f=function: dispatch.values_and_gradients(f, args))
+            .lower(shapes)
+            .compile()
+            .as_text()
+        )
+        assert text is not None
+        assert text.count("tpu_custom_call") >= 2
