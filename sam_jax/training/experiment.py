@@ -1,4 +1,4 @@
-"""A config file and what it describes, for programs that take it without flags of their own."""
+"""A training run from a config: its task, data, optimizer and sharding, built from sections."""
 
 import ast
 import dataclasses

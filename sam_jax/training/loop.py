@@ -1,4 +1,4 @@
-"""The training loop: from a model and a data iterator to checkpoints."""
+"""The training loop: from a compiled step and a data iterator to checkpoints."""
 
 import itertools
 import math

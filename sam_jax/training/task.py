@@ -76,5 +76,5 @@ class Task(Protocol):
         ...
 
     def flops(self, batch_size: int) -> float:
-        """Useful operations of a training step, counted by hand."""
+        """Useful operations of a training step, counted by formula (see ``flop_counts``)."""
         ...
