@@ -56,5 +56,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # What is wrong with a flag or a --config.key is a message, too.
-    app.run(main, flags_parser=readable_errors(AttributeError)(app.parse_flags_with_usage))
+    parse_flags_or_say_why = readable_errors(AttributeError, KeyError)(app.parse_flags_with_usage)
+    app.run(main, flags_parser=parse_flags_or_say_why)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -29,7 +30,7 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except mendable as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_said(error)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
     except (RuntimeError, AssertionError):
         reason = _missing_devices()
@@ -37,6 +38,16 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
             raise
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
+
+
+def _said(error: Exception) -> str:
+    """The message of an error; ml_collections' own is a key in quotes, at times in two pairs."""
+    if not isinstance(error, (AttributeError, KeyError)):
+        return str(error)
+    key, meant = (re.search(p, str(error)) for p in (r"\w+", r'Did you mean "(\w+)"'))
+    hint = f"; did you mean {meant[1]}?" if meant else ""
+    name = key[0] if key else error
+    return f"a --config flag, or the config file, names a key that there is not: {name}{hint}"
 
 
 def _missing_devices() -> str | None:

@@ -34,3 +34,18 @@ def test_other_errors_keep_their_traceback(
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(type(error)), readable_errors():
         raise error
+
+
+@pytest.mark.parametrize("kind", [AttributeError, KeyError])
+def test_a_key_that_is_not_there_is_named(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ml_collections raises them for ``--config.train.num_step=3``."""
+    hint = 'Did you mean "num_steps" instead of "num_step"?'
+    for message, end in ((f"'num_step'\n{hint}", "; did you mean num_steps?"), ("'num_step'", "")):
+        with pytest.raises(SystemExit), readable_errors(AttributeError, KeyError):
+            raise kind(message)
+        assert capsys.readouterr().err == (
+            "error: a --config flag, or the config file, names a key that there is not: "
+            f"num_step{end}\n"
+        )
