@@ -244,6 +244,9 @@ class Checkpointer:
         if keeps_ema and self.latest_has_ema:
             parts[_EMA] = state.evaluated_variables
         try:
+            # All before the first is read: a read that fails leaves others running behind it.
+            for name, target in parts.items():
+                _check_arrays(_part(self._folder, step, name), target)
             restored = {
                 name: _restored(_part(self._folder, step, name), target)
                 for name, target in parts.items()
@@ -314,6 +317,22 @@ def _shapes(part: epath.Path) -> Any:
         )
     finally:
         handler.close()
+
+
+def _check_arrays(part: epath.Path, shapes: Any) -> None:
+    """Raises ValueError unless a part holds arrays of these names and shapes, and no others."""
+    found, expected = (
+        {name: leaf.shape for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
+        for tree in (_shapes(part), shapes)
+    )
+    differences = [
+        f"{name}: {found.get(name, 'nothing')} there, {expected.get(name, 'nothing')} here"
+        for name in sorted(found | expected)
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(f"Other arrays: {'; '.join(differences[:3])}{more}")
 
 
 def _restored(part: epath.Path, shapes: Any) -> Any:
