@@ -1,7 +1,8 @@
-"""The published PyTorch package, also where torchvision has no build that fits PyTorch's.
+"""The published PyTorch packages, also where torchvision has no build that fits PyTorch's.
 
-It imports four functions of torchvision. Where that is missing, stand-ins with the same results
-take their place, and only while the package is imported: other packages see the truth.
+They import four functions of torchvision, and MobileSAM's a few of timm. Where these are missing,
+stand-ins with the same results take their place, and only while a package is imported: other
+packages see the truth.
 """
 
 import dataclasses
@@ -17,41 +18,85 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.inference.automatic import AutomaticOptions
+from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
+from sam_jax.models.tiny_vit import TinyViTConfig
 
 
 @functools.cache
 def segment_anything() -> ModuleType:
-    """The package; it needs ``requirements-torch.lock``."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("segment_anything")
+    """Segment Anything's package; it needs ``requirements-torch.lock``."""
+    return _imported("segment_anything")
+
+
+@functools.cache
+def mobile_sam() -> ModuleType:
+    """MobileSAM's package, which is Segment Anything's with TinyViT; needs the same."""
+    return _imported("mobile_sam")
+
+
+def _imported(name: str) -> ModuleType:
+    stand_ins = {} if importlib.util.find_spec("torchvision") else _torchvision()
+    if importlib.util.find_spec("timm") is None:
+        stand_ins |= _timm()
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module(name)
+    finally:
+        for stand_in in stand_ins:
+            del sys.modules[stand_in]
+
+
+def _torchvision() -> dict[str, ModuleType]:
     functional = ModuleType("torchvision.transforms.functional")
     functional.__dict__.update(resize=_resize, to_pil_image=Image.fromarray)
     boxes = ModuleType("torchvision.ops.boxes")
     boxes.__dict__.update(batched_nms=_batched_nms, box_area=_box_area)
-    stand_ins = {functional.__name__: functional, boxes.__name__: boxes}
-    for name in ("torchvision", "torchvision.ops", "torchvision.transforms"):
-        stand_ins[name] = ModuleType(name)
-    sys.modules.update(stand_ins)
-    try:
-        return importlib.import_module("segment_anything")
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
+    packages = ("torchvision", "torchvision.ops", "torchvision.transforms")
+    return {module.__name__: module for module in (functional, boxes, *map(ModuleType, packages))}
+
+
+def _timm() -> dict[str, ModuleType]:
+    import torch
+
+    layers = ModuleType("timm.models.layers")
+    # Paths are dropped in training alone.
+    layers.__dict__.update(
+        DropPath=torch.nn.Identity,
+        to_2tuple=lambda size: (size, size),
+        trunc_normal_=torch.nn.init.trunc_normal_,
+    )
+    registry = ModuleType("timm.models.registry")
+    registry.__dict__.update(register_model=lambda function: function)
+    packages = ("timm", "timm.models")
+    return {module.__name__: module for module in (layers, registry, *map(ModuleType, packages))}
 
 
 def build(config: SamConfig) -> Any:
     """The published model in the shape of a config, with the weights that its constructors make.
 
-    Its encoder is built for square images of the config's height.
+    Its encoder is built for square images of the config's height; a TinyViT runs at 1024 alone, and
+    steps to its last stage without a stride only where that is 320 wide.
     """
     import torch
 
-    modeling = segment_anything().modeling
     encoder, decoder = config.image_encoder, config.mask_decoder
     dim = encoder.output_dim
-    return modeling.Sam(
-        modeling.ImageEncoderViT(
+    if isinstance(encoder, TinyViTConfig):
+        modeling = mobile_sam().modeling
+        image_encoder = modeling.TinyViT(
+            img_size=encoder.image_size[0],
+            embed_dims=list(encoder.embed_dims),
+            depths=list(encoder.depths),
+            num_heads=list(encoder.num_heads),
+            window_sizes=list(encoder.window_sizes),
+            mlp_ratio=encoder.mlp_rate,
+            mbconv_expand_ratio=encoder.expand_rate,
+            drop_path_rate=0.0,
+        )
+    else:
+        modeling = segment_anything().modeling
+        image_encoder = modeling.ImageEncoderViT(
             img_size=encoder.image_size[0],
             patch_size=encoder.patch_size,
             embed_dim=encoder.embed_dim,
@@ -63,7 +108,9 @@ def build(config: SamConfig) -> Any:
             use_rel_pos=True,
             global_attn_indexes=tuple(encoder.global_attention_blocks),
             window_size=encoder.window_size,
-        ),
+        )
+    return modeling.Sam(
+        image_encoder,
         modeling.PromptEncoder(
             embed_dim=dim,
             image_embedding_size=encoder.grid,
@@ -72,6 +119,7 @@ def build(config: SamConfig) -> Any:
         ),
         modeling.MaskDecoder(
             transformer_dim=dim,
+            num_multimask_outputs=NUM_MULTIMASK,
             transformer=modeling.TwoWayTransformer(
                 depth=decoder.depth,
                 embedding_dim=dim,

@@ -19,7 +19,6 @@ from benchmarks.timing import compile_for, time_compiled
 from sam_jax import flop_counts
 from sam_jax.data import train_iterator
 from sam_jax.hosts import HostsConfig, start_devices
-from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
 from sam_jax.ops.images import normalize_images
 from sam_jax.training.compiled_step import CompiledStep
@@ -108,7 +107,7 @@ def _time_parts(
     key = jax.random.key(1)
 
     def encode(params):
-        scales = drop_path_scales(key, model.config.image_encoder, len(images))
+        scales = model.draw_path_scales(key, len(images))
         return model.apply({"params": params}, images, scales, method=Sam.encode)
 
     def encoder_gradients(params, cotangents):

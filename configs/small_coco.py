@@ -14,24 +14,26 @@ from configs.small_recipe import small_config
 
 def get_config(folder: str = "") -> ConfigDict:
     """The recipe for the data sets in a folder."""
+    train, val = (sources(folder, split, "configs/small_coco.py") for split in ("train", "val"))
+    return small_config(train, val)
+
+
+def sources(folder: str, split: str, config: str) -> tuple[dict, ...]:
+    """Sources of a split of all data sets in a folder, for a config of this name."""
     if not (folder and Path(folder).is_dir()):
         raise FileNotFoundError(
-            f"configs/small_coco.py takes the folder of the data sets: --config "
-            f"configs/small_coco.py:FOLDER; found {folder!r}, which is no folder"
+            f"{config} takes the folder of the data sets: --config {config}:FOLDER; found "
+            f"{folder!r}, which is no folder"
         )
-
-    def sources(split: str) -> tuple[dict, ...]:
-        found = sorted(path.parent for path in Path(folder).glob(f"*/{split}.json"))
-        if not found:
-            raise FileNotFoundError(f"no */{split}.json in {folder}")
-        return tuple(
-            {
-                "kind": "coco",
-                "name": dataset.name,
-                "path": str(dataset / f"{split}.json"),
-                "images": str(dataset / "images"),
-            }
-            for dataset in found
-        )
-
-    return small_config(sources("train"), sources("val"))
+    found = sorted(path.parent for path in Path(folder).glob(f"*/{split}.json"))
+    if not found:
+        raise FileNotFoundError(f"no */{split}.json in {folder}")
+    return tuple(
+        {
+            "kind": "coco",
+            "name": dataset.name,
+            "path": str(dataset / f"{split}.json"),
+            "images": str(dataset / "images"),
+        }
+        for dataset in found
+    )

@@ -202,9 +202,7 @@ def inspect(
         "form": found.form.replace("_", " "),
         "variant": found.variant,
         "image size": f"{height} x {width}, patches of {encoder.patch_size}",
-        "encoder": f"{encoder.depth} blocks of width {encoder.embed_dim}, {encoder.num_heads} "
-        f"heads, windows of {encoder.window_size}, "
-        f"global {list(encoder.global_attention_blocks)}",
+        "encoder": str(encoder),
         "decoder": f"{decoder.depth} layers of width {encoder.output_dim}, "
         f"{decoder.num_heads} heads",
         "parameters": f"{found.num_parameters:,}",
@@ -212,6 +210,10 @@ def inspect(
         + f"; {found.num_bytes / 2**20:,.1f} MiB",
         "loads": "no" if found.problems else "yes",
     }
+    if found.left_out:
+        rows["left out"] = f"{len(found.left_out)} tensors that segment nothing: " + ", ".join(
+            sorted({name.rpartition(".")[0] for name in found.left_out})
+        )
     for name, value in rows.items():
         # Text, since names of files may hold what looks like markup.
         table.add_row(name, Text(str(value), overflow="fold"))

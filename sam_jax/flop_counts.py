@@ -16,6 +16,7 @@ from sam_jax.arrays import GridShape
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
+from sam_jax.models.tiny_vit import MERGE_STRIDES, TinyViTConfig
 from sam_jax.ops.token_attention import folding_pays
 from sam_jax.simulated_user import PromptConfig
 
@@ -29,7 +30,10 @@ _SUBPIXELS = 16
 
 
 def encoder_flops(
-    config: ImageEncoderConfig, image_size: tuple[int, int] | None = None, *, useful: bool = False
+    config: ImageEncoderConfig | TinyViTConfig,
+    image_size: tuple[int, int] | None = None,
+    *,
+    useful: bool = False,
 ) -> int:
     """Operations of encoding one image.
 
@@ -42,6 +46,8 @@ def encoder_flops(
     """
     height, width = image_size or config.image_size
     gh, gw = height // config.patch_size, width // config.patch_size
+    if isinstance(config, TinyViTConfig):
+        return _tiny_vit_flops(config, (height, width), useful=useful)
     image_tokens, dim, side = gh * gw, config.embed_dim, config.window_size
     padded = (gh + -gh % side) * (gw + -gw % side) if side else image_tokens
 
@@ -52,8 +58,39 @@ def encoder_flops(
             total += _grid_attention(image_tokens, (gh, gw), dim) + mlp
         else:
             total += _grid_attention(image_tokens if useful else padded, (side, side), dim) + mlp
-    total += image_tokens * config.output_dim * (dim + 9 * config.output_dim)
-    return 2 * total
+    return 2 * (total + _neck(image_tokens, dim, config.output_dim))
+
+
+def _neck(image_tokens: int, dim: int, output_dim: int) -> int:
+    """Multiply-adds of the convolutions after the last block."""
+    return image_tokens * output_dim * (dim + 9 * output_dim)
+
+
+def _tiny_vit_flops(config: TinyViTConfig, image_size: tuple[int, int], *, useful: bool) -> int:
+    """Operations of encoding one image, see ``encoder_flops``."""
+    height, width = (size // 2 for size in image_size)
+    dims = config.embed_dims
+    total = height * width * 9 * 3 * (dims[0] // 2)
+    height, width = height // 2, width // 2
+    total += height * width * 9 * (dims[0] // 2) * dims[0]
+    for stage, dim in enumerate(dims):
+        tokens = height * width
+        if stage == 0:
+            hidden = int(dim * config.expand_rate)
+            block = tokens * hidden * (2 * dim + 9)
+        else:
+            side = config.window_sizes[stage]
+            padded = (height + -height % side) * (width + -width % side)
+            attended = tokens if useful else padded
+            block = attended * (4 * dim * dim + 2 * side * side * dim)
+            block += tokens * (2 * dim * int(dim * config.mlp_rate) + 9 * dim)
+        total += config.depths[stage] * block
+        if stage < len(MERGE_STRIDES):
+            stride, features = MERGE_STRIDES[stage], dims[stage + 1]
+            total += tokens * dim * features
+            height, width = height // stride, width // stride
+            total += height * width * features * (9 + features)
+    return 2 * (total + _neck(height * width, dims[-1], config.output_dim))
 
 
 def attention_flops(grid: GridShape, dim: int) -> int:

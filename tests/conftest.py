@@ -28,7 +28,7 @@ import pytest  # noqa: E402
 IN_CI = os.environ.get("CI") == "true"
 MISSING_FOR_PARITY = [
     name
-    for name in ("torch", "segment_anything", "transformers")
+    for name in ("torch", "segment_anything", "mobile_sam", "transformers")
     if importlib.util.find_spec(name) is None
 ]
 
@@ -113,3 +113,11 @@ def segment_anything() -> ModuleType:
     from benchmarks import published
 
     return published.segment_anything()
+
+
+@pytest.fixture(scope="session")
+def mobile_sam() -> ModuleType:
+    """MobileSAM's published PyTorch code, whole."""
+    from benchmarks import published
+
+    return published.mobile_sam()

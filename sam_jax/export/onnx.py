@@ -11,8 +11,10 @@ import numpy as np
 
 from sam_jax.export.onnx_decoder import DecoderOptions, decoder_graph
 from sam_jax.export.onnx_encoder import encoder_graph
-from sam_jax.export.onnx_graph import LARGEST_MESSAGE, import_onnx
+from sam_jax.export.onnx_graph import LARGEST_MESSAGE, Graph, import_onnx
+from sam_jax.export.onnx_tiny_vit import tiny_vit_graph
 from sam_jax.models.sam import SamConfig
+from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.weights.files import WeightsError, written_whole
 from sam_jax.weights.names import from_native
 
@@ -50,7 +52,7 @@ def export_onnx(
     as_float32 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(variables))
     weights = from_native(as_float32, "official")
     graphs = {
-        ENCODER: lambda: encoder_graph(weights, config.image_encoder),
+        ENCODER: lambda: _encoder_graph(weights, config),
         DECODER: lambda: decoder_graph(weights, config, options or DecoderOptions()),
     }
     with written_whole(folder) as unfinished:
@@ -62,6 +64,13 @@ def export_onnx(
                 small = name.replace(".onnx", ".int8.onnx")
                 on_progress(f"writing {small}")
                 quantize(unfinished / name, unfinished / small)
+
+
+def _encoder_graph(weights: Mapping[str, np.ndarray], config: SamConfig) -> Graph:
+    encoder = config.image_encoder
+    if isinstance(encoder, TinyViTConfig):
+        return tiny_vit_graph(weights, encoder)
+    return encoder_graph(weights, encoder)
 
 
 def _import_quantizer() -> Callable[[Path, Path], None]:

@@ -1,11 +1,13 @@
-"""The image encoder as an ONNX graph."""
+"""The image encoder as an ONNX graph, and what a TinyViT's shares with it."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
+from sam_jax.arrays import GridShape
 from sam_jax.export.onnx_graph import Graph
 from sam_jax.models.image_encoder import ImageEncoderConfig
+from sam_jax.models.tiny_vit import TinyViTConfig
 
 _ENCODER = "image_encoder"
 
@@ -22,23 +24,32 @@ def encoder_graph(weights: Mapping[str, np.ndarray], config: ImageEncoderConfig)
       config: the encoder's shape.
     """
     graph = Graph(weights)
-    (height, width), (rows, columns) = config.image_size, config.grid
     x = graph.convolution("images", f"{_ENCODER}.patch_embed.proj", strides=[config.patch_size] * 2)
     x = graph.op("Transpose", x, perm=[0, 2, 3, 1])
     x = graph.op("Add", x, graph.weight(f"{_ENCODER}.pos_embed"))
     for index in range(config.depth):
         x = _block(graph, x, index, config)
-    x = graph.op("Transpose", x, perm=[0, 3, 1, 2])
+    neck(graph, graph.op("Transpose", x, perm=[0, 3, 1, 2]))
+    declare_encoder(graph, config)
+    return graph
+
+
+def neck(graph: Graph, x: str) -> None:
+    """The graph's output of the last block's [b, c, h, w]."""
     x = graph.convolution(x, f"{_ENCODER}.neck.0", bias=False)
     x = graph.channel_norm(x, f"{_ENCODER}.neck.1")
     x = graph.convolution(x, f"{_ENCODER}.neck.2", bias=False, pads=[1] * 4)
     graph.name_output(graph.channel_norm(x, f"{_ENCODER}.neck.3"), "image_embeddings")
+
+
+def declare_encoder(graph: Graph, config: ImageEncoderConfig | TinyViTConfig) -> None:
+    """Says what an encoder's graph takes and gives."""
+    (height, width), (rows, columns) = config.image_size, config.grid
     graph.declare(
         "sam_image_encoder",
         inputs={"images": ("batch", 3, height, width)},
         outputs={"image_embeddings": ("batch", config.output_dim, rows, columns)},
     )
-    return graph
 
 
 def _block(graph: Graph, x: str, index: int, config: ImageEncoderConfig) -> str:
@@ -48,43 +59,41 @@ def _block(graph: Graph, x: str, index: int, config: ImageEncoderConfig) -> str:
     if index in config.global_attention_blocks:
         branch = _attention(graph, normed, f"{name}.attn", config.grid, config)
     else:
-        windows = _to_windows(graph, normed, config)
-        window = (config.window_size, config.window_size)
-        attended = _attention(graph, windows, f"{name}.attn", window, config)
-        branch = _from_windows(graph, attended, config)
+        side = config.window_size
+        windows = to_windows(graph, normed, config.grid, side, config.embed_dim)
+        attended = _attention(graph, windows, f"{name}.attn", (side, side), config)
+        branch = from_windows(graph, attended, config.grid, side, config.embed_dim)
     x = graph.op("Add", x, branch)
     hidden = graph.dense(graph.layer_norm(x, f"{name}.norm2", 1e-6), f"{name}.mlp.lin1")
     return graph.op("Add", x, graph.dense(graph.gelu(hidden), f"{name}.mlp.lin2"))
 
 
-def _window_counts(config: ImageEncoderConfig) -> tuple[int, int]:
+def _window_counts(grid: GridShape, side: int) -> tuple[int, int]:
     """Windows per column and row of the padded grid."""
-    rows, columns = (-(-size // config.window_size) for size in config.grid)
+    rows, columns = (-(-size // side) for size in grid)
     return rows, columns
 
 
-def _to_windows(graph: Graph, x: str, config: ImageEncoderConfig) -> str:
+def to_windows(graph: Graph, x: str, grid: GridShape, side: int, dim: int) -> str:
     """[b, h, w, d] to [(b windows), s, s, d]; the grid is padded with zeros."""
-    side, (nh, nw) = config.window_size, _window_counts(config)
-    pads = [0, 0, 0, 0, 0, nh * side - config.grid[0], nw * side - config.grid[1], 0]
+    nh, nw = _window_counts(grid, side)
+    pads = [0, 0, 0, 0, 0, nh * side - grid[0], nw * side - grid[1], 0]
     if any(pads):
         x = graph.op("Pad", x, graph.integers(*pads))
-    x = graph.reshape(x, -1, nh, side, nw, side, config.embed_dim)
+    x = graph.reshape(x, -1, nh, side, nw, side, dim)
     x = graph.op("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
-    return graph.reshape(x, -1, side, side, config.embed_dim)
+    return graph.reshape(x, -1, side, side, dim)
 
 
-def _from_windows(graph: Graph, x: str, config: ImageEncoderConfig) -> str:
+def from_windows(graph: Graph, x: str, grid: GridShape, side: int, dim: int) -> str:
     """The way back, without the padding."""
-    side, (nh, nw) = config.window_size, _window_counts(config)
-    x = graph.reshape(x, -1, nh, nw, side, side, config.embed_dim)
+    nh, nw = _window_counts(grid, side)
+    x = graph.reshape(x, -1, nh, nw, side, side, dim)
     x = graph.op("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
-    x = graph.reshape(x, -1, nh * side, nw * side, config.embed_dim)
-    if (nh * side, nw * side) == config.grid:
+    x = graph.reshape(x, -1, nh * side, nw * side, dim)
+    if (nh * side, nw * side) == grid:
         return x
-    return graph.op(
-        "Slice", x, graph.integers(0, 0), graph.integers(*config.grid), graph.integers(1, 2)
-    )
+    return graph.op("Slice", x, graph.integers(0, 0), graph.integers(*grid), graph.integers(1, 2))
 
 
 def _attention(

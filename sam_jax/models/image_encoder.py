@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,15 +12,23 @@ from einops import rearrange
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
-from sam_jax.models.layers import Dense, Mlp, NormParams, gelu, layer_norm, scan_modules
+from sam_jax.models.layers import (
+    Dense,
+    Mlp,
+    NormParams,
+    Remat,
+    gelu,
+    layer_norm,
+    remat_block,
+    scan_modules,
+)
 from sam_jax.ops.attention import Implementation, grid_attention
 from sam_jax.ops.full_precision import add_shared, multiply
-from sam_jax.ops.remat import PRODUCT, keeping, product_of
+from sam_jax.ops.remat import product_of
 from sam_jax.ops.resize import resize_positions
 from sam_jax.ops.windows import norm_partition, unpartition_add_norm
 
 _NORM_EPSILON = 1e-6
-Remat: TypeAlias = Literal["none", "products", "blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,18 @@ class ImageEncoderConfig:
     mlp_rate: float = 4.0
     output_dim: int = 256
     drop_path_rate: float = 0.0
+
+    def __post_init__(self):
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.depth} blocks of width {self.embed_dim}, {self.num_heads} heads, windows of "
+            f"{self.window_size}, global {list(self.global_attention_blocks)}"
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -191,14 +210,32 @@ def drop_path_scales(
     return jnp.where(kept, 1.0 / np.maximum(kept_rates, np.finfo(np.float32).tiny), 0.0)
 
 
+def check_multiple(images: Float[Array, "b h w 3"], patch_size: int) -> None:
+    """Raises ValueError unless height and width of images are multiples of the patch size."""
+    _, height, width, _ = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"images of {height} x {width} pixels: height and width must be multiples of the patch "
+            f"size {patch_size}"
+        )
+
+
+def neck(
+    tokens: Float[Array, "b gh gw d"], output_dim: int, dtype: DTypeLike
+) -> Float[Array, "b gh gw o"]:
+    """Image embeddings of the last block's tokens; its layers are the calling module's."""
+    x = nn.Conv(output_dim, (1, 1), use_bias=False, dtype=dtype, name="neck_conv1")(tokens)
+    x = layer_norm(_NORM_EPSILON, dtype, "neck_norm1")(x)
+    x = nn.Conv(output_dim, (3, 3), use_bias=False, dtype=dtype, name="neck_conv2")(x)
+    return layer_norm(_NORM_EPSILON, dtype, "neck_norm2")(x)
+
+
 class ImageEncoderViT(nn.Module):
     """Image embeddings, one vector per patch, of normalised images.
 
     Attributes:
       config: the shape.
-      remat: what the backward pass computes again instead of keeping it, per block: "none" keeps
-        everything; "products" keeps what the large products made and computes norms and
-        activations again; "blocks" keeps only the tokens between blocks.
+      remat: see ``layers.remat_block``.
       scan: whether consecutive blocks of the same kind run as one loop over their stacked
         parameters. It compiles several times faster; each step copies its weights once more. The
         parameters' tree is the same.
@@ -230,11 +267,7 @@ class ImageEncoderViT(nn.Module):
           ValueError: if height or width is not a multiple of the patch size.
         """
         cfg = self.config
-        if images.shape[1] % cfg.patch_size or images.shape[2] % cfg.patch_size:
-            raise ValueError(
-                f"images of {images.shape[1]} x {images.shape[2]} pixels: height and width must be "
-                f"multiples of the patch size {cfg.patch_size}"
-            )
+        check_multiple(images, cfg.patch_size)
         tokens = PatchEmbed(cfg.patch_size, cfg.embed_dim, self.dtype, name="patch_embed")(images)
         positions = self.param(
             "pos_embed", nn.initializers.truncated_normal(0.02), (*cfg.grid, cfg.embed_dim)
@@ -249,22 +282,13 @@ class ImageEncoderViT(nn.Module):
             else:
                 tokens = blocks[0](tokens, None if path_scales is None else path_scales[run[0]])
 
-        x = nn.Conv(cfg.output_dim, (1, 1), use_bias=False, dtype=self.dtype, name="neck_conv1")(
-            tokens
-        )
-        x = layer_norm(_NORM_EPSILON, self.dtype, "neck_norm1")(x)
-        x = nn.Conv(cfg.output_dim, (3, 3), use_bias=False, dtype=self.dtype, name="neck_conv2")(x)
-        return layer_norm(_NORM_EPSILON, self.dtype, "neck_norm2")(x)
+        return neck(tokens, cfg.output_dim, self.dtype)
 
     def _block(self, index: int) -> EncoderBlock:
         cfg = self.config
         is_global = index in cfg.global_attention_blocks
         window_size = 0 if is_global else cfg.window_size
-        block_class = EncoderBlock
-        if self.remat != "none":
-            names = {"products": (PRODUCT,), "blocks": ()}[self.remat]
-            block_class = nn.remat(EncoderBlock, policy=keeping(*names))
-        return block_class(
+        return remat_block(EncoderBlock, self.remat)(
             num_heads=cfg.num_heads,
             head_dim=cfg.embed_dim // cfg.num_heads,
             mlp_dim=int(cfg.embed_dim * cfg.mlp_rate),

@@ -1,7 +1,7 @@
 """Layers that several parts of the model share, and parameters for operations that fuse layers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,8 +13,10 @@ from sam_jax.arrays import Array, Float
 from sam_jax.ops.full_precision import EXACT
 from sam_jax.ops.linear import dense
 from sam_jax.ops.norm import NormWeights
-from sam_jax.ops.remat import product_of
+from sam_jax.ops.remat import PRODUCT, keeping, product_of
 
+Block = TypeVar("Block", bound=nn.Module)
+Remat: TypeAlias = Literal["none", "products", "blocks"]
 LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
@@ -97,6 +99,20 @@ class Mlp(nn.Module):
                 dtype, precision = jnp.float32, EXACT
             x = product_of(Dense(width, dtype, precision, name=f"dense_{index}")(x))
         return x
+
+
+def remat_block(block_class: type[Block], remat: Remat) -> type[Block]:
+    """A class of blocks whose backward pass computes a part of the forward pass again.
+
+    Args:
+      block_class: of the blocks.
+      remat: "none" keeps everything; "products" keeps what the large products made and computes
+        norms and activations again; "blocks" keeps only what goes from block to block.
+    """
+    if remat == "none":
+        return block_class
+    names = {"products": (PRODUCT,), "blocks": ()}[remat]
+    return nn.remat(block_class, policy=keeping(*names))
 
 
 def scan_modules(modules: Sequence[nn.Module], x: Array, *inputs: Any) -> Array:

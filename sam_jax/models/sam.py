@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, UInt32
-from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
+from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, drop_path_scales
+from sam_jax.models.layers import Remat
 from sam_jax.models.mask_decoder import (
     MaskDecoder,
     MaskDecoderConfig,
@@ -17,6 +18,7 @@ from sam_jax.models.mask_decoder import (
     TransformerOutput,
 )
 from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
+from sam_jax.models.tiny_vit import TinyViT, TinyViTConfig
 from sam_jax.ops.attention import Implementation
 
 # The parts of ``Sam`` that answer prompts; the other is the image encoder.
@@ -34,7 +36,7 @@ class SamConfig:
       mask_channels: channels in the middle of the branch that embeds masks.
     """
 
-    image_encoder: ImageEncoderConfig = ImageEncoderConfig()
+    image_encoder: ImageEncoderConfig | TinyViTConfig = ImageEncoderConfig()
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
     mask_channels: int = 16
 
@@ -46,10 +48,6 @@ class SamConfig:
                     f"image_size {encoder.image_size} is not a multiple of the patch size "
                     f"{encoder.patch_size}"
                 )
-        if encoder.embed_dim % encoder.num_heads:
-            raise ValueError(
-                f"embed_dim {encoder.embed_dim} is not divisible by num_heads {encoder.num_heads}"
-            )
 
 
 class Sam(nn.Module):
@@ -67,7 +65,8 @@ class Sam(nn.Module):
 
     Attributes:
       config: the shape.
-      remat, scan: see ``ImageEncoderViT``.
+      remat: see ``layers.remat_block``.
+      scan: see ``ImageEncoderViT``.
       attention: which form of the encoder's attention to use.
       dtype: type of the computation; parameters, logits and predicted IoU are float32.
 
@@ -82,9 +81,13 @@ class Sam(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        self.image_encoder = ImageEncoderViT(
-            cfg.image_encoder, self.remat, self.scan, self.attention, self.dtype
-        )
+        self.image_encoder: ImageEncoderViT | TinyViT
+        if isinstance(cfg.image_encoder, TinyViTConfig):
+            self.image_encoder = TinyViT(cfg.image_encoder, self.remat, self.dtype)
+        else:
+            self.image_encoder = ImageEncoderViT(
+                cfg.image_encoder, self.remat, self.scan, self.attention, self.dtype
+            )
         dim = cfg.image_encoder.output_dim
         self.prompt_encoder = PromptEncoder(dim, cfg.mask_channels, self.dtype)
         self.mask_decoder = MaskDecoder(cfg.mask_decoder, dim, self.dtype)
@@ -109,9 +112,16 @@ class Sam(nn.Module):
 
         Args:
           images: of any size that is a multiple of the patch size.
-          path_scales: see ``image_encoder.drop_path_scales``; None outside of training.
+          path_scales: from ``draw_path_scales``; None outside of training.
         """
         return self.image_encoder(images, path_scales)
+
+    def draw_path_scales(self, key: Array, num_images: int) -> Float[Array, "depth 2 b"] | None:
+        """Factors of the encoder's residual branches for a training step, see ``encode``."""
+        encoder = self.config.image_encoder
+        if isinstance(encoder, TinyViTConfig):
+            return None
+        return drop_path_scales(key, encoder, num_images)
 
     def decode(
         self,

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
-from sam_jax.models.image_encoder import ImageEncoderConfig, Remat
+from sam_jax.models.image_encoder import ImageEncoderConfig
+from sam_jax.models.layers import Remat
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig
+from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.dispatch import Kernels
 
@@ -44,6 +46,8 @@ VARIANTS: dict[str, SamConfig] = {
             embed_dim=1280, depth=32, num_heads=16, global_attention_blocks=(7, 15, 23, 31)
         ),
     ),
+    # "vit_t" in MobileSAM's own registry.
+    "mobile_sam": SamConfig(TinyViTConfig()),
 }
 
 
@@ -54,12 +58,14 @@ class ModelConfig:
     Attributes:
       variant: a key of ``VARIANTS``.
       image_size: height and width of the model input in pixels; None for the variant's own.
-      drop_path_rate: see ``ImageEncoderConfig``.
-      encoder: other fields of ``ImageEncoderConfig`` that differ from the variant's.
+      drop_path_rate: see ``ImageEncoderConfig``; a TinyViT drops no paths.
+      encoder: other fields of ``ImageEncoderConfig`` or ``TinyViTConfig`` that differ from the
+        variant's.
       decoder: fields of ``MaskDecoderConfig`` that differ from the variant's.
       mask_channels: see ``SamConfig``.
-      remat, scan: see ``ImageEncoderViT``.
-      attention: see ``ops.attention.grid_attention``.
+      remat: see ``layers.remat_block``.
+      scan: see ``ImageEncoderViT``; not for a TinyViT.
+      attention: see ``ops.attention.grid_attention``; not for a TinyViT.
       kernels: whether operations may use TPU kernels, see ``ops.dispatch``: "auto" (on a TPU, those
         that agree with the plain form there), "none", or "interpret" for tests.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
@@ -89,7 +95,9 @@ class ModelConfig:
                 f"model.variant = {self.variant!r} does not exist; there are {', '.join(VARIANTS)}"
             )
         base = VARIANTS[self.variant]
-        encoder = {"drop_path_rate": self.drop_path_rate, **self.encoder}
+        encoder = dict(self.encoder)
+        if self.drop_path_rate:
+            encoder = {"drop_path_rate": self.drop_path_rate, **encoder}
         if self.image_size is not None:
             encoder["image_size"] = tuple(self.image_size)
         return dataclasses.replace(
@@ -102,11 +110,12 @@ class ModelConfig:
 
 def model_config_of(shape: SamConfig) -> ModelConfig:
     """A config that builds a model of the given shape, every field of it written out."""
+    encoder = shape.image_encoder
     return ModelConfig(
-        variant="vit_b",
-        image_size=shape.image_encoder.image_size,
-        drop_path_rate=shape.image_encoder.drop_path_rate,
-        encoder=dataclasses.asdict(shape.image_encoder),
+        variant="mobile_sam" if isinstance(encoder, TinyViTConfig) else "vit_b",
+        image_size=encoder.image_size,
+        drop_path_rate=getattr(encoder, "drop_path_rate", 0.0),
+        encoder=dataclasses.asdict(encoder),
         decoder=dataclasses.asdict(shape.mask_decoder),
         mask_channels=shape.mask_channels,
     )
@@ -129,8 +138,16 @@ def build_model(config: ModelConfig) -> Sam:
             raise ConfigError(
                 f"model.{name} = {value!r} must be one of {', '.join(get_args(kinds))}"
             )
+    shape = config.sam
+    if isinstance(shape.image_encoder, TinyViTConfig):
+        for name, value in (("scan", False), ("attention", "auto")):
+            if (found := getattr(config, name)) != value:
+                raise ConfigError(
+                    f"model.{name} = {found!r} is for a vision transformer's blocks, which "
+                    f"{config.variant} has not; leave it at {value!r}"
+                )
     return Sam(
-        config.sam,
+        shape,
         config.remat,
         config.scan,
         config.attention,

@@ -166,7 +166,7 @@ def _extended(q, k, v, tables):
         for parts in (queries, keys)
     )
     logits = jnp.einsum("xqe,xke->xqk", queries, keys, precision=EXACT)
-    out = _mean_by_softmax(logits, rearrange(v, "b h w a c -> (b a) (h w) c"))
+    out = mean_by_softmax(logits, rearrange(v, "b h w a c -> (b a) (h w) c"))
     return rearrange(out, "(b a) (h w) c -> b h w a c", a=a, h=gh)
 
 
@@ -271,7 +271,7 @@ def _chunked(q, k, v, tables):
                 :, :, None
             ]
             logits = rearrange(logits, "h w i j -> h w (i j)")
-        return _mean_by_softmax(logits, v)
+        return mean_by_softmax(logits, v)
 
     def one_head(head):
         q, k, v = head
@@ -289,7 +289,9 @@ def _chunked(q, k, v, tables):
     return rearrange(out, "(b a) h w c -> b h w a c", a=a)
 
 
-def _mean_by_softmax(logits, values):
+def mean_by_softmax(
+    logits: Float[Array, "*batch q k"], values: Float[Array, "... k c"]
+) -> Float[Array, "*batch q c"]:
     """``softmax(logits) @ values``, divided by the sum last: c numbers a query, not one per key."""
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)

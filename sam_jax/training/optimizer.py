@@ -79,26 +79,46 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     )
 
 
-def layer_of(path: str, depth: int) -> int:
+# Blocks of a ViT, blocks of a TinyViT's stages, and what comes after the last block of a stage.
+_BLOCK = re.compile(r"image_encoder/(?:stage_(\d+)_)?block_(\d+)/")
+_MERGE = re.compile(r"image_encoder/stage_(\d+)_merge/")
+
+
+def block_of(path: str) -> tuple[int, int] | None:
+    """Stage and number of the encoder's block that a parameter belongs to; None if to none."""
+    match = _BLOCK.match(path)
+    return (int(match[1] or 0), int(match[2])) if match else None
+
+
+def layer_of(path: str, blocks: Sequence[tuple[int, int]]) -> int:
     """The layer that a parameter counts as: 0 for patches and positions, i + 1 for block i.
 
-    Everything outside the encoder's blocks is layer ``depth + 1``, which runs at the full rate.
+    The step to the next stage belongs to the block before it. Everything outside the encoder's
+    blocks is the layer after the last, which runs at the full rate.
 
-    Source: ViTDet's published code.
+    Args:
+      path: of the parameter.
+      blocks: all of the encoder's, see ``block_of``, in their order.
+
+    Source: ViTDet's published code; TinyViT's for stages.
     """
-    if block := re.match(r"image_encoder/block_(\d+)/", path):
-        return int(block[1]) + 1
-    return 0 if re.match(r"image_encoder/(patch_embed|pos_embed)", path) else depth + 1
+    if block := block_of(path):
+        return blocks.index(block) + 1
+    if merge := _MERGE.match(path):
+        return sum(stage <= int(merge[1]) for stage, _ in blocks)
+    if re.match(r"image_encoder/(patch_embed|pos_embed)", path):
+        return 0
+    return len(blocks) + 1
 
 
 def is_decayed(path: str, ndim: int) -> bool:
-    """Whether a parameter's weights decay: not biases, norms and the table of positions.
+    """Whether a parameter's weights decay: not biases, norms and tables of positions.
 
     Learned tokens decay all alike, those that are a single vector as well: published code keeps
     each as a table with one row, and excludes biases and norms.
     """
     is_token = path.rpartition("/")[2] in ("not_a_point", "no_mask")
-    return is_token or (ndim > 1 and not path.endswith("pos_embed"))
+    return is_token or (ndim > 1 and not path.endswith(("pos_embed", "attention_biases")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +139,11 @@ class ParameterGroup:
 def parameter_groups(params: Any, config: OptimizerConfig) -> dict[str, ParameterGroup]:
     """The group of every parameter by its path."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    blocks = {int(i) for path in flat for i in re.findall(r"image_encoder/block_(\d+)/", path)}
-    depth = len(blocks)
+    blocks = sorted({block for path in flat if (block := block_of(path))})
 
     def group(path, ndim):
-        layer = layer_of(path, depth)
-        scale = config.layer_decay ** (depth + 1 - layer)
+        layer = layer_of(path, blocks)
+        scale = config.layer_decay ** (len(blocks) + 1 - layer)
         return ParameterGroup(layer, scale, is_decayed(path, ndim))
 
     return {path: group(path, leaf.ndim) for path, leaf in flat.items()}

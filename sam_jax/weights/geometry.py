@@ -1,8 +1,9 @@
 """The shape of a model, from the shapes of its tensors and from Hugging Face's config."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
 from sam_jax.models.sam import SamConfig
+from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import VARIANTS
 from sam_jax.weights.files import WeightsError
 from sam_jax.weights.names import Scheme, foreign_names
@@ -19,6 +21,7 @@ from sam_jax.weights.strangers import which_model, which_part, without_wrapping
 # scheme, and what stands before that name is a wrapper's prefix ("module.", "sam_model.").
 _LANDMARKS: tuple[tuple[Scheme, str], ...] = (
     ("official", "image_encoder.patch_embed.proj.weight"),
+    ("official", "image_encoder.patch_embed.seq.0.c.weight"),
     ("hugging_face", "vision_encoder.patch_embed.projection.weight"),
     ("mae", "patch_embed.proj.weight"),
 )
@@ -75,6 +78,14 @@ class Hints:
     global_attention_blocks: tuple[int, ...] | None = None
 
 
+def hints_of(config: SamConfig) -> Hints:
+    """What tensors do not tell of a shape that is known."""
+    encoder, heads = config.image_encoder, config.mask_decoder.num_heads
+    if isinstance(encoder, TinyViTConfig):
+        return Hints(heads)
+    return Hints(heads, encoder.window_size, tuple(encoder.global_attention_blocks))
+
+
 def infer_config(
     tensors: Mapping[str, np.ndarray],
     scheme: Scheme,
@@ -105,7 +116,72 @@ def infer_config(
             raise WeightsError(f"{where}: {name} has shape {found}, expected {rank} axes")
         return found
 
-    encoder, decoder = "params/image_encoder", "params/mask_decoder"
+    decoder = "params/mask_decoder"
+    image_encoder: ImageEncoderConfig | TinyViTConfig
+    if is_tiny_vit(tensors):
+        image_encoder = _tiny_vit_config(tensors, shape)
+    else:
+        image_encoder = _vit_config(tensors, scheme, where, hints, shape)
+    candidates = _count(tensors, f"{decoder}/hyper_networks/mlp_0/dense_0/kernel", scheme)
+    if candidates != NUM_MULTIMASK + 1:
+        raise WeightsError(
+            f"{where} lacks a mask decoder: it holds an image encoder alone"
+            if not candidates
+            else f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
+        )
+    layer = f"{decoder}/transformer/layer_0"
+    mask_decoder = MaskDecoderConfig(
+        depth=_count(tensors, f"{layer}/self_attn/q_proj/kernel", scheme),
+        num_heads=_decoder_heads(hints.decoder_heads, image_encoder.output_dim, where),
+        mlp_dim=shape(f"{layer}/mlp/dense_0/kernel", 2)[0],
+        iou_head_dim=shape(f"{decoder}/iou_head/dense_0/kernel", 2)[0],
+    )
+    mask_channels = shape("params/prompt_encoder/mask_downscaling/conv2/kernel", 4)[0]
+    return SamConfig(image_encoder, mask_decoder, mask_channels)
+
+
+def is_tiny_vit(tensors: Mapping[str, np.ndarray]) -> bool:
+    """True if tensors by published names are those of a TinyViT, the encoder of MobileSAM."""
+    return any(name.startswith("image_encoder.layers.") for name in tensors)
+
+
+def _tiny_vit_config(
+    tensors: Mapping[str, np.ndarray], shape: Callable[[str, int], tuple[int, ...]]
+) -> TinyViTConfig:
+    """The shape of a TinyViT; the size of images, of which no tensor tells, is the published."""
+    encoder, published = "params/image_encoder", TinyViTConfig()
+    dims = [shape(f"{encoder}/patch_embed/conv2/kernel", 4)[0]]
+    heads, windows = list(published.num_heads[:1]), list(published.window_sizes[:1])
+    for stage in (1, 2, 3):
+        block = f"{encoder}/stage_{stage}_block_0/attn"
+        dims.append(shape(f"{block}/proj/kernel", 2)[0])
+        num_heads, pairs = shape(f"{block}/attention_biases", 2)
+        heads.append(num_heads)
+        windows.append(math.isqrt(pairs))
+    depths = [
+        len({name.split(".")[4] for name in tensors if name.startswith(f"{prefix}.")})
+        for prefix in (f"image_encoder.layers.{stage}.blocks" for stage in range(4))
+    ]
+    return TinyViTConfig(
+        embed_dims=tuple(dims),
+        depths=tuple(depths),
+        num_heads=tuple(heads),
+        window_sizes=tuple(windows),
+        mlp_rate=shape(f"{encoder}/stage_1_block_0/mlp/dense_0/kernel", 2)[0] / dims[1],
+        expand_rate=shape(f"{encoder}/stage_0_block_0/conv1/kernel", 4)[0] / dims[0],
+        output_dim=shape(f"{encoder}/neck_conv1/kernel", 4)[0],
+    )
+
+
+def _vit_config(
+    tensors: Mapping[str, np.ndarray],
+    scheme: Scheme,
+    where: Any,
+    hints: Hints,
+    shape: Callable[[str, int], tuple[int, ...]],
+) -> ImageEncoderConfig:
+    """The shape of a vision transformer."""
+    encoder = "params/image_encoder"
     embed_dim, channels, patch, patch_w = shape(f"{encoder}/patch_embed/proj/kernel", 4)
     if channels != 3 or patch != patch_w:
         raise WeightsError(
@@ -133,7 +209,7 @@ def infer_config(
         global_blocks = tuple(i for i, table in enumerate(tables) if table == grid)
     else:
         window_size, global_blocks = _windows_that_fill_the_grid(embed_dim, depth, hints)
-    image_encoder = ImageEncoderConfig(
+    return ImageEncoderConfig(
         image_size=(grid[0] * patch, grid[1] * patch),
         patch_size=patch,
         embed_dim=embed_dim,
@@ -144,22 +220,6 @@ def infer_config(
         mlp_rate=shape(f"{encoder}/block_00/mlp/dense_0/kernel", 2)[0] / embed_dim,
         output_dim=shape(f"{encoder}/neck_conv1/kernel", 4)[0],
     )
-    candidates = _count(tensors, f"{decoder}/hyper_networks/mlp_0/dense_0/kernel", scheme)
-    if candidates != NUM_MULTIMASK + 1:
-        raise WeightsError(
-            f"{where} lacks a mask decoder: it holds an image encoder alone"
-            if not candidates
-            else f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
-        )
-    layer = f"{decoder}/transformer/layer_0"
-    mask_decoder = MaskDecoderConfig(
-        depth=_count(tensors, f"{layer}/self_attn/q_proj/kernel", scheme),
-        num_heads=_decoder_heads(hints.decoder_heads, image_encoder.output_dim, where),
-        mlp_dim=shape(f"{layer}/mlp/dense_0/kernel", 2)[0],
-        iou_head_dim=shape(f"{decoder}/iou_head/dense_0/kernel", 2)[0],
-    )
-    mask_channels = shape("params/prompt_encoder/mask_downscaling/conv2/kernel", 4)[0]
-    return SamConfig(image_encoder, mask_decoder, mask_channels)
 
 
 def _decoder_heads(heads: int | None, dim: int, where: Any) -> int:
@@ -188,13 +248,11 @@ def _windows_that_fill_the_grid(
 
     It makes no difference at this size of images, but at others it does.
     """
-    for variant in VARIANTS.values():
-        known = variant.image_encoder
-        if (known.embed_dim, known.depth) == (embed_dim, depth):
-            window_size, blocks = known.window_size, tuple(known.global_attention_blocks)
-            break
-    else:
-        window_size, blocks = ImageEncoderConfig.window_size, tuple(range(depth))
+    window_size, blocks = ImageEncoderConfig.window_size, tuple(range(depth))
+    if known := vit_variant(embed_dim, depth):
+        encoder = known.image_encoder
+        assert isinstance(encoder, ImageEncoderConfig)
+        window_size, blocks = encoder.window_size, tuple(encoder.global_attention_blocks)
     if hints.window_size is not None:
         window_size = hints.window_size
     if hints.global_attention_blocks is not None:
@@ -202,21 +260,37 @@ def _windows_that_fill_the_grid(
     return window_size, blocks
 
 
+def vit_variant(embed_dim: int, depth: int) -> SamConfig | None:
+    """The variant whose encoder is a vision transformer of this width and depth."""
+    for config in VARIANTS.values():
+        encoder = config.image_encoder
+        if not isinstance(encoder, ImageEncoderConfig):
+            continue
+        if (encoder.embed_dim, encoder.depth) == (embed_dim, depth):
+            return config
+    return None
+
+
 def differences(found: SamConfig, expected: SamConfig) -> list[str]:
     """In what two shapes differ, but for the size of images and what acts in training only."""
+    kinds = [
+        "a TinyViT" if isinstance(config.image_encoder, TinyViTConfig) else "a ViT"
+        for config in (found, expected)
+    ]
+    if kinds[0] != kinds[1]:
+        return [f"encoder is {kinds[0]}, expected {kinds[1]}"]
 
     def fields(config: SamConfig) -> dict[str, Any]:
         encoder, decoder = (
             dataclasses.asdict(part) for part in (config.image_encoder, config.mask_decoder)
         )
-        encoder["global_attention_blocks"] = tuple(encoder["global_attention_blocks"])
-        if len(encoder["global_attention_blocks"]) == encoder["depth"]:
+        if len(encoder.get("global_attention_blocks", ())) == encoder.get("depth"):
             del encoder["window_size"]  # there are no windows
-        both = {f"encoder.{k}": v for k, v in encoder.items()}
+        both = {f"encoder.{k}": _hashable(v) for k, v in encoder.items()}
         both |= {f"decoder.{k}": v for k, v in decoder.items()}
         both["mask_channels"] = config.mask_channels
         for name in ("encoder.image_size", "encoder.drop_path_rate", "decoder.dropout_rate"):
-            del both[name]
+            both.pop(name, None)
         return both
 
     ours, theirs = fields(found), fields(expected)
@@ -229,13 +303,12 @@ def differences(found: SamConfig, expected: SamConfig) -> list[str]:
 
 def closest_variant(tensors: Mapping[str, np.ndarray], scheme: Scheme) -> SamConfig | None:
     """The variant of the same width and depth, for tensors that do not make a whole model."""
+    if is_tiny_vit(tensors):
+        return VARIANTS["mobile_sam"]
     name = foreign_names("params/image_encoder/block_00/norm1/scale", scheme)[0]
-    width = tensors[name].shape[-1] if name in tensors and tensors[name].ndim else None
+    width = tensors[name].shape[-1] if name in tensors and tensors[name].ndim else 0
     depth = _count(tensors, "params/image_encoder/block_00/attn/qkv/kernel", scheme)
-    for config in VARIANTS.values():
-        if (config.image_encoder.embed_dim, config.image_encoder.depth) == (width, depth):
-            return config
-    return None
+    return vit_variant(width, depth)
 
 
 def _count(tensors: Mapping[str, np.ndarray], first: str, scheme: Scheme) -> int:
@@ -250,19 +323,25 @@ def variant_name(config: SamConfig) -> str:
     """The variant that a shape is, perhaps at another image size, or "custom"."""
 
     def essence(shape: SamConfig) -> SamConfig:
-        encoder = dataclasses.replace(
-            shape.image_encoder,
-            image_size=(16 * shape.image_encoder.patch_size,) * 2,
-            drop_path_rate=0.0,
-            global_attention_blocks=tuple(shape.image_encoder.global_attention_blocks),
-        )
+        encoder = shape.image_encoder
+        changes = {f.name: _hashable(getattr(encoder, f.name)) for f in dataclasses.fields(encoder)}
+        changes["image_size"] = (16 * encoder.patch_size,) * 2
+        if "drop_path_rate" in changes:
+            changes["drop_path_rate"] = 0.0
         decoder = dataclasses.replace(shape.mask_decoder, dropout_rate=0.0)
-        return dataclasses.replace(shape, image_encoder=encoder, mask_decoder=decoder)
+        return dataclasses.replace(
+            shape, image_encoder=dataclasses.replace(encoder, **changes), mask_decoder=decoder
+        )
 
     for name, shape in VARIANTS.items():
         if essence(shape) == essence(config):
             return name
     return "custom"
+
+
+def _hashable(value: Any) -> Any:
+    """A field's value; sequences, which may be lists, as tuples."""
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def to_hugging_face(config: SamConfig) -> dict[str, Any]:
@@ -272,6 +351,11 @@ def to_hugging_face(config: SamConfig) -> dict[str, Any]:
       WeightsError: if that library cannot express the shape.
     """
     encoder, decoder = config.image_encoder, config.mask_decoder
+    if isinstance(encoder, TinyViTConfig):
+        raise WeightsError(
+            "Hugging Face's library has no MobileSAM; write --to official, which MobileSAM's code "
+            "loads"
+        )
     if encoder.grid[0] != encoder.grid[1]:
         raise WeightsError(
             f"Hugging Face's model takes square images only, this one is for {encoder.image_size}"

@@ -25,6 +25,7 @@ from sam_jax.checkpoint import (
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
 from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import ModelConfig, build_model, model_config_of
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.ops.resize import resize_positions
@@ -43,12 +44,15 @@ from sam_jax.weights.geometry import (
     closest_variant,
     detect_scheme,
     differences,
+    hints_of,
     hugging_face_hints,
     infer_config,
+    is_tiny_vit,
     to_hugging_face,
     variant_name,
 )
 from sam_jax.weights.mae import mae_config, start_from_mae
+from sam_jax.weights.mobile_sam import is_left_out, unused_classifier
 from sam_jax.weights.names import NamesError, from_native, to_native
 
 Target = Literal["orbax", "official", "hugging-face"]
@@ -74,12 +78,14 @@ class Weights:
       form: whose names the tensors have; "orbax" for our own.
       config: the shape of the model.
       tensors: arrays by name; by native path if they are our own.
+      left_out: names of further tensors there, on which no mask depends.
     """
 
     path: Path
     form: Form
     config: SamConfig
     tensors: Mapping[str, Any]
+    left_out: tuple[str, ...] = ()
 
 
 def load(
@@ -133,17 +139,12 @@ def variables_for(
       NamesError: if the checkpoint is of a model of another shape; it lists all differences.
       WeightsError, CheckpointError: see ``load``.
     """
-    encoder = model.config.image_encoder
     weights = _open(
         path_or_name,
         step,
         ema,
         # What a bare file does not tell is taken to be the model's.
-        Hints(
-            model.config.mask_decoder.num_heads,
-            encoder.window_size,
-            tuple(encoder.global_attention_blocks),
-        ),
+        hints_of(model.config),
     )
     if weights.form == "mae" and key is not None:
         return start_from_mae(model, weights.tensors, key)
@@ -204,7 +205,7 @@ def convert(
     on_progress(f"reading {source}")
     weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
-    config, form = weights.config, weights.form
+    config, form, left_out = weights.config, weights.form, weights.left_out
     if to == "orbax":
         # Copies, so that the mapped file is let go of before writing takes memory of its own.
         variables = jax.tree.map(jax.numpy.array, variables)
@@ -212,7 +213,8 @@ def convert(
     on_progress(f"writing {target}")
     save(target, config, variables, to)
     height, width = config.image_encoder.image_size
-    return f"{variant_name(config)} for {height} x {width} pixels, from {form}"
+    without = f"; left out: {len(left_out)} tensors that segment nothing" if left_out else ""
+    return f"{variant_name(config)} for {height} x {width} pixels, from {form}{without}"
 
 
 def native_variables(weights: Weights) -> dict[str, Any]:
@@ -289,6 +291,10 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
         if twin is not None:
             tensors.setdefault("shared_image_embedding.positional_embedding", twin)
         hints = _hints_beside(path) or hints
+    left_out: tuple[str, ...] = ()
+    if scheme == "official" and is_tiny_vit(tensors):
+        left_out = tuple(filter(is_left_out, tensors))
+        tensors = {name: array for name, array in tensors.items() if name not in left_out}
     try:
         config = infer_config(tensors, scheme, path, hints)
     except WeightsError as error:
@@ -303,7 +309,7 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
                 f"{error}. Compared with {variant_name(closest)}, {problems}"
             ) from None
         raise
-    return Weights(path, scheme, config, tensors)
+    return Weights(path, scheme, config, tensors, left_out)
 
 
 def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], target: Target) -> None:
@@ -313,7 +319,8 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
       path: file (official) or folder to write; a folder must be new or empty.
       config: the shape of the model.
       variables: ``{"params": ..., "constants": ...}``. Adapters must have been merged.
-      target: "official" (``.pth``), "hugging-face" (a folder for
+      target: "official" (``.pth``, which the published code of Segment Anything, or of MobileSAM,
+        loads strictly), "hugging-face" (a folder for
         ``transformers.SamModel.from_pretrained``), or "orbax" (a folder as ``train.py`` leaves it).
 
     Raises:
@@ -323,7 +330,10 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
     path = Path(path)
     check_target(path, target)
     if target == "official":
-        write_torch(path, from_native(variables, "official"))
+        tensors = from_native(variables, "official")
+        if isinstance(config.image_encoder, TinyViTConfig):
+            tensors |= unused_classifier(config.image_encoder)
+        write_torch(path, tensors)
     elif target == "hugging-face":
         settings = to_hugging_face(config)
         with written_whole(path) as folder:
@@ -377,6 +387,7 @@ class Description:
       tensors: shape and type of each tensor.
       num_parameters: elements of all tensors that are trained.
       num_bytes: size of all tensors.
+      left_out: names of further tensors there, on which no mask depends.
       problems: what is missing, unexpected or misshapen; empty if it loads.
     """
 
@@ -387,6 +398,7 @@ class Description:
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     num_parameters: int
     num_bytes: int
+    left_out: tuple[str, ...]
     problems: str
 
     @property
@@ -427,6 +439,7 @@ def describe(
         tensors={name: (array.shape, str(array.dtype)) for name, array in arrays.items()},
         num_parameters=sum(array.size for name, array in arrays.items() if not _is_constant(name)),
         num_bytes=sum(array.nbytes for array in arrays.values()),
+        left_out=weights.left_out,
         problems=problems,
     )
 

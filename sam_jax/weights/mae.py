@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam_jax.arrays import Array
 from sam_jax.models.sam import Sam, SamConfig, init_variables
-from sam_jax.models.variants import VARIANTS
 from sam_jax.weights.files import WeightsError
+from sam_jax.weights.geometry import vit_variant
 from sam_jax.weights.names import foreign_names, to_native
 
 # What pre-training has and the encoder has not: the class token, the norm after the last block,
@@ -69,9 +69,8 @@ def mae_config(tensors: Mapping[str, np.ndarray], where: Any) -> SamConfig:
             if name.endswith(".attn.qkv.weight") and name.startswith("blocks.")
         }
     )
-    for config in VARIANTS.values():
-        if (config.image_encoder.embed_dim, config.image_encoder.depth) == (width, depth):
-            return config
+    if config := vit_variant(width, depth):
+        return config
     raise WeightsError(
         f"{where} is a masked autoencoder of {depth} blocks of width {width}: no variant has such "
         "an encoder"

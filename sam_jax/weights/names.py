@@ -7,8 +7,8 @@ needed: reading and writing files is the business of others.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from einops import EinopsError, rearrange
@@ -24,9 +24,22 @@ class NamesError(UserError, ValueError):
     """Tensors that are not those of the model; the message lists all of them."""
 
 
+@runtime_checkable
+class Relation(Protocol):
+    """The way between torch tensors and the one native array that stands for them."""
+
+    def to_native(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """The native array of torch tensors; a view if it can be."""
+        ...
+
+    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        """The torch tensors, so many, of a native array; views if they can be."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the axes of a torch tensor become those of a native one, and back.
+    """Other axes of a torch tensor, or of several that are stacked, each but the last of one row.
 
     Attributes:
       pattern: for einops, ``"torch -> native"``.
@@ -39,25 +52,107 @@ class Layout:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     square: bool = False
 
-    def to_native(self, tensor: np.ndarray) -> np.ndarray:
-        """A torch tensor in native layout; a view if it can be."""
-        return rearrange(tensor, self.pattern, **self.sizes)
+    def to_native(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """See ``Relation``."""
+        stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+        return rearrange(stacked, self.pattern, **self.sizes)
 
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """A native array in torch's layout; a view if it can be."""
+    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        """See ``Relation``."""
         theirs, ours = self.pattern.split(" -> ")
         sizes = dict(self.sizes)
         if self.square:
             side = math.isqrt(array.shape[0] // sizes["c"])
             sizes |= {"h": side, "w": side}
-        return rearrange(array, f"{ours} -> {theirs}", **sizes)
+        stacked = rearrange(array, f"{ours} -> {theirs}", **sizes)
+        return np.split(stacked, range(1, count))
+
+
+class SquareTable:
+    """A table ``[heads, side * side]`` whose second axis becomes two."""
+
+    def to_native(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """See ``Relation``."""
+        (table,) = tensors
+        return rearrange(table, "a (h w) -> a h w", h=math.isqrt(table.shape[1]))
+
+    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        """See ``Relation``."""
+        assert count == 1
+        return [rearrange(array, "a h w -> a (h w)")]
+
+
+_BATCH_NORM_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedKernel:
+    """A convolution's weight times the factors of the batch normalisation after it.
+
+    The torch tensors are the weight, and the normalisation's weight and running variance. What is
+    written normalises nothing: its factor is one.
+    """
+
+    layout: Layout
+
+    def to_native(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """See ``Relation``; float32."""
+        weight, scale, variance = tensors
+        factors = _batch_norm_factors(scale, variance)
+        kernel = weight * factors.reshape(-1, *[1] * (weight.ndim - 1))
+        return self.layout.to_native([kernel.astype(np.float32)])
+
+    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        """See ``Relation``."""
+        assert count == 3
+        (weight,) = self.layout.to_torch(array, 1)
+        return [weight, *_no_batch_norm(len(weight))]
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedBias:
+    """The shift of a batch normalisation, which is the bias of the convolution before it.
+
+    The torch tensors are the normalisation's bias, weight, running mean and variance.
+    """
+
+    def to_native(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """See ``Relation``; float32."""
+        bias, scale, mean, variance = tensors
+        return (bias - mean * _batch_norm_factors(scale, variance)).astype(np.float32)
+
+    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        """See ``Relation``."""
+        assert count == 4
+        scale, variance = _no_batch_norm(len(array))
+        return [array, scale, np.zeros_like(scale), variance]
+
+
+def _batch_norm_factors(scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    return scale / np.sqrt(np.asarray(variance, np.float64) + _BATCH_NORM_EPSILON)
+
+
+def _no_batch_norm(channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and running variance of a batch normalisation whose factors are one."""
+    ones = np.ones(channels, np.float32)
+    return ones, ones - np.float32(_BATCH_NORM_EPSILON)
 
 
 _SAME = Layout("... -> ...")
 
-# What a layer's tensors are called on both sides: native name -> (torch name, layout). A kind with
-# an empty name is a tensor by itself. Which of them a layer has (a bias or none) the model says.
-KINDS: dict[str, dict[str, tuple[str, Layout]]] = {
+
+def _before_batch_norm(pattern: str) -> dict[str, tuple[str | tuple[str, ...], Relation]]:
+    """A layer without bias that a batch normalisation follows, as one with a bias."""
+    return {
+        "kernel": (("c.weight", "bn.weight", "bn.running_var"), FoldedKernel(Layout(pattern))),
+        "bias": (("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var"), FoldedBias()),
+    }
+
+
+# What a layer's tensors are called on both sides: native name -> (torch name, relation), or several
+# torch names. A kind with an empty name is a tensor by itself. Which of them a layer has (a bias or
+# none) the model says.
+KINDS: dict[str, dict[str, tuple[str | tuple[str, ...], Relation]]] = {
     "dense": {"kernel": ("weight", Layout("o i -> i o")), "bias": ("bias", _SAME)},
     "conv": {"kernel": ("weight", Layout("o i h w -> h w i o"))},
     "norm": {"scale": ("weight", _SAME), "bias": ("bias", _SAME)},
@@ -84,6 +179,9 @@ KINDS: dict[str, dict[str, tuple[str, Layout]]] = {
     "vector": {"": ("", Layout("1 d -> d"))},
     # Several torch tensors stacked, of which each but the last has one row.
     "rows": {"": ("", _SAME)},
+    "conv_norm": _before_batch_norm("o i h w -> h w i o"),
+    "dense_norm": _before_batch_norm("o i 1 1 -> i o"),
+    "biases": {"": ("", SquareTable())},
 }
 
 
@@ -91,13 +189,13 @@ class Row(NamedTuple):
     """One kind of layer under its native path and its name in every scheme.
 
     ``{i}`` is a number, written as the native side says; every other field in braces is a word that
-    all sides share. Several names mean that the native tensor stacks those. ``mae`` is None where
-    pre-training has no such layer.
+    all sides share. Several names mean that the native tensor stacks those. None stands where a
+    scheme has no such layer.
     """
 
     native: str
     official: str | tuple[str, ...]
-    hugging_face: str | tuple[str, ...]
+    hugging_face: str | tuple[str, ...] | None
     kind: str
     mae: str | None = None
 
@@ -176,6 +274,79 @@ TABLE: tuple[Row, ...] = (
         "image_encoder.neck.3",
         "vision_encoder.neck.layer_norm2",
         "norm",
+    ),
+    # TinyViT, MobileSAM's image encoder; its neck is the one above
+    Row(
+        "params/image_encoder/patch_embed/conv1",
+        "image_encoder.patch_embed.seq.0",
+        None,
+        "conv_norm",
+    ),
+    Row(
+        "params/image_encoder/patch_embed/conv2",
+        "image_encoder.patch_embed.seq.2",
+        None,
+        "conv_norm",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/{pointwise}",
+        "image_encoder.layers.{stage}.blocks.{i}.{pointwise}",
+        None,
+        "dense_norm",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/{depthwise}",
+        "image_encoder.layers.{stage}.blocks.{i}.{depthwise}",
+        None,
+        "conv_norm",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/norm1",
+        "image_encoder.layers.{stage}.blocks.{i}.attn.norm",
+        None,
+        "norm",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/attn/attention_biases",
+        "image_encoder.layers.{stage}.blocks.{i}.attn.attention_biases",
+        None,
+        "biases",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/attn/{dense}",
+        "image_encoder.layers.{stage}.blocks.{i}.attn.{dense}",
+        None,
+        "dense",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/norm2",
+        "image_encoder.layers.{stage}.blocks.{i}.mlp.norm",
+        None,
+        "norm",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/mlp/dense_0",
+        "image_encoder.layers.{stage}.blocks.{i}.mlp.fc1",
+        None,
+        "dense",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_block_{i}/mlp/dense_1",
+        "image_encoder.layers.{stage}.blocks.{i}.mlp.fc2",
+        None,
+        "dense",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_merge/{pointwise}",
+        "image_encoder.layers.{stage}.downsample.{pointwise}",
+        None,
+        "dense_norm",
+    ),
+    Row(
+        "params/image_encoder/stage_{stage}_merge/{depthwise}",
+        "image_encoder.layers.{stage}.downsample.{depthwise}",
+        None,
+        "conv_norm",
     ),
     # Prompt encoder
     Row(
@@ -333,6 +504,9 @@ TABLE: tuple[Row, ...] = (
 # Which words a field stands for; they keep the patterns apart.
 _FIELDS = {
     "i": r"\d+",
+    "stage": r"\d",
+    "pointwise": r"conv[13]",
+    "depthwise": r"conv2|local_conv",
     "norm": r"norm\d",
     "rel_pos": r"rel_pos_[hw]",
     "dense": r"qkv|proj|[qkv]_proj|out_proj",
@@ -346,23 +520,21 @@ class Rule:
 
     Attributes:
       native: pattern of the path.
-      foreign: patterns of the names; several if the native tensor stacks them.
-      layout: how the axes of the stacked tensor change.
+      foreign: patterns of the names; several if the native tensor stands for those.
+      relation: how they become each other.
     """
 
     native: str
     foreign: tuple[str, ...]
-    layout: Layout
+    relation: Relation
 
     def to_native(self, tensors: list[np.ndarray]) -> np.ndarray:
         """The native array of the tensors that ``foreign`` names, in its order."""
-        stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        return self.layout.to_native(stacked)
+        return self.relation.to_native(tensors)
 
     def to_foreign(self, array: np.ndarray) -> list[np.ndarray]:
         """The tensors that ``foreign`` names, in its order, of a native array."""
-        stacked = self.layout.to_torch(array)
-        return np.split(stacked, range(1, len(self.foreign)))
+        return self.relation.to_torch(array, len(self.foreign))
 
 
 def _rules(scheme: Scheme) -> Iterator[Rule]:
@@ -371,11 +543,12 @@ def _rules(scheme: Scheme) -> Iterator[Rule]:
         if foreign is None:
             continue
         names = (foreign,) if isinstance(foreign, str) else foreign
-        for ours, (theirs, layout) in KINDS[row.kind].items():
+        for ours, (theirs, relation) in KINDS[row.kind].items():
+            endings = (theirs,) if isinstance(theirs, str) else theirs
             yield Rule(
                 native=f"{row.native}/{ours}".rstrip("/"),
-                foreign=tuple(f"{name}.{theirs}".rstrip(".") for name in names),
-                layout=layout,
+                foreign=tuple(f"{name}.{end}".rstrip(".") for name in names for end in endings),
+                relation=relation,
             )
 
 
@@ -394,7 +567,7 @@ def native_path(name: str, scheme: Scheme = "official") -> str | None:
 
 
 def foreign_names(path: str, scheme: Scheme = "official") -> tuple[str, ...]:
-    """The foreign tensors that a native path stacks, mostly one; none if it has no counterpart."""
+    """The foreign tensors that a native path stands for, mostly one; none if it has no name."""
     return _find(path, scheme)[1]
 
 

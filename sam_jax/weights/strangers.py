@@ -232,13 +232,6 @@ _OTHERS = (
         ),
     ),
     (
-        r"(^|\.)image_encoder\.(patch_embed\.seq|layers\.\d+\.blocks)\.",
-        (
-            "MobileSAM or TinySAM, whose encoder is a TinyViT, no ViT as here: take sam_vit_b, or "
-            "train a small model of this project's"
-        ),
-    ),
-    (
         r"(^|\.)mask_decoder\.final_output_upscaling_layers\.",
         "EfficientSAM, whose encoder and decoder are others: take sam_vit_b",
     ),
@@ -260,7 +253,7 @@ _PARTS = (
         r"(.*\.)?(pe_layer|point_embeddings|not_a_point_embed|mask_downscaling|no_mask_embed)(\..*)?",
         "a prompt encoder alone",
     ),
-    (r"(.*\.)?(patch_embed|pos_embed|blocks|neck)(\..*)?", "an image encoder alone"),
+    (r"(.*\.)?(patch_embed|pos_embed|blocks|layers|neck)(\..*)?", "an image encoder alone"),
 )
 
 

@@ -46,7 +46,7 @@ PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h")
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> ConfigDict:
     name = request.param
     get_config = importlib.import_module(f"configs.{name}").get_config
-    if name not in ("small_coco", "small_folder"):
+    if name not in ("small_coco", "small_folder", "mobile_sam"):
         return get_config()
     (tmp_path / "birds").mkdir()
     for split in ("train", "val"):

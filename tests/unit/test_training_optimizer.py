@@ -64,7 +64,7 @@ def test_an_unknown_schedule_is_refused():
     ],
 )
 def test_layers_are_those_of_vitdet(path, layer):
-    assert layer_of(path, depth=12) == layer
+    assert layer_of(path, [(0, block) for block in range(12)]) == layer
 
 
 def test_what_decays():

@@ -269,7 +269,6 @@ MODELS = [
     (_add("memory_attention.norm.weight", "memory_encoder.out_proj.bias"), "SAM 2"),
     (_rename("mask_decoder.", "sam_mask_decoder."), "SAM 2"),
     (_add("mask_decoder.hf_token.weight", "mask_decoder.hf_mlp.layers.0.bias"), "HQ-SAM"),
-    (_rename("image_encoder.blocks.", "image_encoder.layers.1.blocks."), "MobileSAM or TinySAM"),
     (
         _add(*(f"mask_decoder.final_output_upscaling_layers.{x}.0.bias" for x in (0, 1))),
         "EfficientSAM",

@@ -19,7 +19,6 @@ from sam_jax import flop_counts
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
-from sam_jax.models.image_encoder import drop_path_scales
 from sam_jax.models.sam import PROMPTED_PARTS, Sam, init_variables
 from sam_jax.ops.images import normalize_images
 from sam_jax.ops.packed_masks import MaskLayout
@@ -120,7 +119,7 @@ class SegmentTask:
             embeddings = encode(
                 {_ENCODER: params[_ENCODER]},
                 normalize_images(batch.image, batch.image_hw),
-                drop_path_scales(encode_key, self.model.config.image_encoder, len(batch.image)),
+                self.model.draw_path_scales(encode_key, len(batch.image)),
             )
             results = rounds(
                 {part: params[part] for part in PROMPTED_PARTS},

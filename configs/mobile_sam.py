@@ -1,0 +1,52 @@
+"""Fine-tuning MobileSAM on COCO-layout data sets, from its published weights.
+
+python train.py --config configs/mobile_sam.py:FOLDER --config.train.init_from=mobile_sam.pt \
+  --workdir runs/mobile_sam
+
+FOLDER holds one folder per data set, each with `train.json`, `val.json` and `images/`. On a CPU,
+--config.model.image_size='(512, 512)' takes a quarter of the time.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, small_coco
+
+# Ten million parameters: whole on every device.
+SHARDING_RULES = ((r"image_encoder/", ()), (r"mask_decoder/.*/kernel$", ()))
+
+
+def get_config(folder: str = "") -> ConfigDict:
+    """The recipe for the data sets in a folder."""
+    config = common.base_config()
+    config.model.variant = "mobile_sam"
+    config.model.decoder = {"dropout_rate": 0.0}
+    config.data = {
+        "sources": small_coco.sources(folder, "train", "configs/mobile_sam.py"),
+        "batch_size": 4,
+        "max_masks": 8,
+        "hflip_rate": 0.5,
+        "scale_jitter": (0.75, 1.5),
+        "min_mask_area_px": 16,
+    }
+    config.prompts = {"num_corrections": 2, "random_mask_round": False, "final_mask_round": False}
+    config.optimizer = {
+        "peak_learning_rate": 1e-4,
+        "warmup_steps": 50,
+        "schedule": "cosine",
+        "layer_decay": 0.8,
+        "weight_decay": 0.05,
+        "clip_norm": 1.0,
+    }
+    config.sharding.rules = SHARDING_RULES
+    config.sharding.cpu_devices = 2
+    config.train = {"num_steps": 1000, "remat_rounds": False, "log_every": 10}
+    config.checkpoint = {"every_steps": 100}
+    config.evals = {
+        "val": {
+            "sources": small_coco.sources(folder, "val", "configs/mobile_sam.py"),
+            "num_clicks": (1, 3, 5),
+            "max_images": 40,
+            "max_masks_per_image": 16,
+        }
+    }
+    return common.complete(config)
