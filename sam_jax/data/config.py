@@ -1,4 +1,4 @@
-"""What to load and how: the data section of a config, checked."""
+"""The data section of a config, checked: what to load and how."""
 
 import dataclasses
 import inspect

@@ -29,7 +29,7 @@ class NoObjectsError(UserError):
 
 @dataclass
 class CorruptionLog:
-    """What has been skipped so far, by reason.
+    """Counts of what has been skipped so far, by reason.
 
     Samples without an object are counted apart: they are not damage.
 

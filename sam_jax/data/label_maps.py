@@ -340,7 +340,7 @@ def _between(
     solid: Bool[np.ndarray, "h w"],
     background: Bool[np.ndarray, "h w"],
 ) -> Bool[np.ndarray, "h w"]:
-    """Where a pixel lies between solid values near it, or one and the background, by channel.
+    """True for pixels between solid values near them, or one and the background, in each channel.
 
     Background may be near without being solid, as a gap between objects.
     """

@@ -60,7 +60,7 @@ __all__ = [
 
 
 class _Loaded(NamedTuple):
-    """What loading an index gave: an example, or the error instead.
+    """Result of loading an index: an example, or the error instead.
 
     It travels from worker processes to the parent, where all counting is
     done. Errors are passed on, not raised, because an exception would stop
@@ -183,7 +183,7 @@ class TrainIterator(grain.DatasetIterator):
         return next(self._parent)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the batches handed out so far end; JSON-serialisable."""
+        """Position after the batches handed out so far; JSON-serialisable."""
         return self._parent.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -231,7 +231,7 @@ class TrainIterator(grain.DatasetIterator):
 
     @property
     def remark_counts(self) -> dict[str, int]:
-        """What was decided or changed about samples used so far, by reason."""
+        """Counts of what was decided or changed about samples used so far, by reason."""
         return dict(self.get_state()["skipped"]["remark_counts"])
 
     def close(self) -> None:
@@ -428,7 +428,7 @@ class EvalSamples:
 
     @property
     def remark_counts(self) -> dict[str, int]:
-        """What was decided or changed about samples used so far, by reason."""
+        """Counts of what was decided or changed about samples used so far, by reason."""
         return dict(self._log.remarks.counts)
 
     @property

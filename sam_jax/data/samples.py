@@ -81,7 +81,7 @@ class Sample:
 
     @functools.cached_property
     def header(self) -> images.Header:
-        """What the picture file says of itself; only for those that come as a file.
+        """Metadata of the picture file; only for samples that come as a file.
 
         Raises:
             CorruptSampleError: the bytes are no readable image.
@@ -149,7 +149,7 @@ def image_hw(sample: Sample) -> tuple[int, int]:
 
 
 def is_turned(sample: Sample) -> bool:
-    """Whether the image is turned as its EXIF says, rather than taken as it is stored.
+    """True if the image is turned as its EXIF says, rather than taken as it is stored.
 
     Where the sizes of the masks fit one of the two, they decide; else
     `Sample.orientation` does.
@@ -176,7 +176,7 @@ def _fitting_orientation(sample: Sample) -> Orientation | None:
 
 
 def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
-    """What was decided about masks and picture and should be known: (reason, detail).
+    """Decisions about masks and picture that should be known, as (reason, detail).
 
     Reasons are short fixed phrases, by which occurrences are counted.
 
@@ -188,7 +188,7 @@ def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
 
 
 def picture_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
-    """What was decided about the picture, as `all_remarks` has it.
+    """Decisions about the picture alone, in the form of `all_remarks`.
 
     Raises:
         CorruptSampleError: the bytes are no readable image.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """How often something happened, by reason, and one case of each to look at.
+    """Counts of cases by reason, and one case of each to look at.
 
     Attributes:
         counts: the number of cases by reason.

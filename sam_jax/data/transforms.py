@@ -82,7 +82,7 @@ def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> SkippedSamp
 
 
 class _Placement(NamedTuple):
-    """Where the image lands: resized to `scaled_hw`, `crop_hw` of it kept."""
+    """Position of the image in the input: resized to `scaled_hw`, `crop_hw` of it kept."""
 
     scaled_hw: tuple[int, int]
     crop_yx: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Where samples come from; one module a format."""
+"""Sources of samples; one module a format."""
 
 from typing import Protocol, runtime_checkable
 

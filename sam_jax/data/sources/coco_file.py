@@ -51,7 +51,7 @@ def read_coco(path: Path, keep_crowds: bool) -> tuple[list[CocoImage], Tally]:
 
 
 class _FormError(Exception):
-    """What about a file is not in COCO form, and what to do."""
+    """A file is not in COCO form; the message says where, and what to do."""
 
 
 def _parse(path: Path) -> Any:

@@ -151,7 +151,7 @@ def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a path or a pattern names.
+    """Files and folders that a path or a pattern names.
 
     Folders that are there are taken literally, as their names may hold what patterns are made of;
     where that leads nowhere, the whole is a pattern.
@@ -339,7 +339,7 @@ def _write_atomically(path: Path, array: np.ndarray) -> None:
 
 
 def scan_tar(path: Path) -> np.ndarray:
-    """Where the pairs of a tar are, one record a pair, in order of names.
+    """Positions of the pairs in a tar, one record a pair, in order of names.
 
     Args:
         path: an uncompressed tar, complete or cut short.
