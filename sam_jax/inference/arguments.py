@@ -1,4 +1,4 @@
-"""What users hand to the predictor, told apart: one image, several, or something else."""
+"""Arguments of the predictor, told apart: one image, several, or something else."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -80,7 +80,7 @@ def one_image(image: Any, name: str) -> Any:
 
 
 def _what_is(thing: Any) -> str:
-    """What an object is that is no image, and what to write instead."""
+    """Description of an object that is no image, and of what to write instead."""
     if isinstance(thing, str | bytes | Path):
         shown = repr(str(thing) if isinstance(thing, Path) else thing[:200])
         return f"is {shown}, no image: if that is a file, give sam_jax.images.read_image(path)"

@@ -36,7 +36,7 @@ from sam_jax.inference.restore import restore_logits
 
 @dataclasses.dataclass(frozen=True)
 class AutomaticOptions:
-    """How masks are searched for and chosen; the defaults are the released generator's.
+    """Options of the mask generator; the defaults are the released one's.
 
     Attributes:
       points_per_side: points along each side of the grid on the whole image.
@@ -373,7 +373,7 @@ def _search(
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
-    """How the masks of one region are measured and written."""
+    """Geometry and options for turning the masks of one region into candidates."""
 
     region: Box
     size: tuple[int, int]

@@ -49,7 +49,7 @@ def mask_box(mask: Bool[np.ndarray, "h w"]) -> tuple[float, float, float, float]
 
 
 def cut_sides(box_xyxy: Sequence[float], region: Box, size: tuple[int, int]) -> list[int]:
-    """At which of its four edges a mask ends where its region does, and the image does not."""
+    """Sides of the box (0 to 3) at which a mask ends with its region, but inside the image."""
     image_box = (0, 0, size[1], size[0])
     return [
         side
@@ -63,9 +63,10 @@ def cut_sides(box_xyxy: Sequence[float], region: Box, size: tuple[int, int]) -> 
 def box_nms(
     boxes_xyxy: Float[np.ndarray, "k 4"], scores: Float[np.ndarray, "k"], threshold: float
 ) -> list[int]:
-    """Which boxes stay, best first: none has a higher IoU than the threshold with a better one.
+    """Non-maximum suppression: indices of the boxes that stay, best first.
 
-    Exact and greedy; of equal scores the earlier box is the better one.
+    None has a higher IoU than the threshold with a better one. Exact and greedy; of equal scores
+    the earlier box is the better one.
     """
     order = np.argsort(-scores, kind="stable")
     x0, y0, x1, y1 = boxes_xyxy.T
@@ -89,7 +90,7 @@ def nms(candidates: Sequence[Candidate], scores: Sequence[float], threshold: flo
 
 
 def nms_by_region(candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
-    """Of candidates whose boxes overlap, the one found in the smallest region."""
+    """Non-maximum suppression that keeps the candidate found in the smallest region."""
     kept = nms(candidates, [1 / _area(c.region) for c in candidates], threshold)
     return [candidates[index] for index in kept]
 
@@ -253,7 +254,7 @@ def _mutual_matches(
 
 
 def _goes_on(part: Candidate, parts: Sequence[Candidate], size: tuple[int, int]) -> bool:
-    """Whether a part is cut where no tile of the other parts sees how it goes on."""
+    """True if a part is cut where no tile of the other parts sees its continuation."""
     for side in cut_sides(part.box_xyxy, part.region, size):
         border, outward = part.region[side], -1 if side < 2 else 1
         strip = list(part.region)

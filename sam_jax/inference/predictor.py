@@ -80,8 +80,8 @@ class Prediction:
     """The answers for the prompts of one image, kept at low resolution until they are asked for.
 
     Attributes:
-      low_res_logits: of each candidate; above 0 is the object. A mask prompt for a later call.
-      iou_predictions: what the model believes each candidate's IoU to be.
+      low_res_logits: of each candidate; above 0 is the object. Usable as a later mask prompt.
+      iou_predictions: the model's estimate of each candidate's IoU.
       original_hw: size of the image.
       resized_hw: its size within the model's input.
       model_hw: size of the model's input.
@@ -119,12 +119,12 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PointBatch:
-    """Those candidates of a batch of points that are good enough.
+    """Candidates of a batch of points that passed the threshold of predicted IoU.
 
     Attributes:
-      images: the image's number of each.
-      points: the point's number among those of its image.
-      iou_predictions: what the model believes.
+      images: number of each candidate's image.
+      points: number of its point among those of its image.
+      iou_predictions: the model's estimates of the masks' IoU.
       low_res_logits: as ``Prediction``'s.
     """
 
@@ -370,7 +370,7 @@ class Predictor:
     def _passing(
         self, start: int, answer: MaskPrediction, valid: np.ndarray, iou_threshold: float
     ) -> Callable[[], PointBatch]:
-        """What is worth fetching of a batch; the device is asked now, waited for when called."""
+        """Starts fetching masks above ``iou_threshold``; calling the result waits for them."""
         ious = np.asarray(answer.iou_predictions)
         part = valid[:, start : start + ious.shape[1], None]
         images, places, candidates = np.nonzero(part & (ious > iou_threshold))

@@ -1,4 +1,4 @@
-"""What users say about objects: checked, in pixels of their own image, any number of anything."""
+"""Prompts of users: checked, in pixels of their own image, any number of each kind."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class PromptError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """What is said about one object; at least one of points, box and mask.
+    """Prompt for one object; at least one of points, box and mask.
 
     Attributes:
       points: ``(x, y)`` in pixels of the original image, a pixel's index meaning its centre.

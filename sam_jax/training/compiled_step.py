@@ -56,18 +56,18 @@ class CompiledStep:
 
     @property
     def mesh(self) -> Mesh:
-        """Of all devices."""
+        """Mesh of all devices."""
         assert self.parallel.mesh is not None
         return self.parallel.mesh
 
     @property
     def keeps_ema(self) -> bool:
-        """Whether the state has averaged parameters."""
+        """True if the state has averaged parameters."""
         return self.state_shapes.ema_params is not None
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Of every field of a batch."""
+        """Sharding of every field of a batch."""
         return batch_sharding(self.mesh)
 
     @property

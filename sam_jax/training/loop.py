@@ -35,7 +35,7 @@ _STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class EvalReport(Protocol):
-    """What an evaluator answers."""
+    """Report that an evaluator returns."""
 
     @property
     def pictures(self) -> Mapping[str, np.ndarray]:
@@ -272,7 +272,7 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
 
 
 def _all_are_stopping(stop_requested: list[int], step: int) -> bool:
-    """Whether a signal came, to this process or to another: all must stop after the same step."""
+    """True if this or another process got a signal: all must stop after the same step."""
     if jax.process_count() == 1:
         return bool(stop_requested)
     if step % _STEPS_BETWEEN_AGREEMENTS:

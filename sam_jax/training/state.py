@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""State that a training run carries from step to step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,12 +31,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What ``Sam.apply`` takes, as it is trained."""
+        """Variables for ``Sam.apply``, with the parameters as they are trained."""
         return {"params": self.params, "constants": self.constants}
 
     @property
     def evaluated_variables(self) -> dict:
-        """What ``Sam.apply`` takes, of the averaged parameters where they are kept."""
+        """Variables for ``Sam.apply``, with the averaged parameters where they are kept."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, "constants": self.constants}
 
