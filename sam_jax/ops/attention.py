@@ -123,7 +123,7 @@ def _holds_all_logits(qkv, *_, **__) -> bool:
 
 
 def _cudnn_supports(qkv, rel_pos_h, rel_pos_w, num_heads) -> bool:
-    """Whether the GPU takes so many channels; elsewhere it is computed without cuDNN."""
+    """True if cuDNN takes so many channels, and on all but GPUs, which do without it."""
     target = dispatch.current_target()
     grid, head_dim = _shape_of(qkv, num_heads)
     needed = _round_up(head_dim + sum(grid), _CUDNN_MULTIPLE)

@@ -17,7 +17,7 @@ from sam_jax.ops.tpu import mask_embedding as kernel
 
 
 class MaskEmbeddingWeights(NamedTuple):
-    """Of two convolutions with kernel and stride 2 and their LayerNorms, and a pointwise one."""
+    """Weights of two convolutions (kernel and stride 2), their LayerNorms, and a pointwise one."""
 
     kernel1: Float[Array, "4 c1"]
     bias1: Float[Array, " c1"]

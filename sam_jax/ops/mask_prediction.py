@@ -17,7 +17,7 @@ from sam_jax.ops.tpu import mask_prediction as kernel
 
 
 class UpscalingWeights(NamedTuple):
-    """Of two transposed convolutions with kernel and stride 2, and the LayerNorm between them."""
+    """Weights of two transposed convolutions (kernel and stride 2), and the LayerNorm between."""
 
     kernel1: Float[Array, "d 2 2 c1"]
     bias1: Float[Array, " c1"]

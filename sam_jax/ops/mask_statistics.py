@@ -21,7 +21,7 @@ from sam_jax.ops.tpu import mask_statistics as kernel
 
 
 class MaskStatistics(NamedTuple):
-    """Of each candidate, over the pixels of the image.
+    """Sums over the pixels of the image, for each candidate mask.
 
     Attributes:
       focal_sum: focal losses of the pixels (Lin et al. 2017).

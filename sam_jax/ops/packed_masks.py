@@ -40,7 +40,7 @@ def to_image(
 
 @dataclasses.dataclass(frozen=True)
 class MaskLayout:
-    """Which bit of which integer each pixel of an image is.
+    """Layout of bit-packed masks: the integer, and its bit, that hold each pixel of an image.
 
     Attributes:
       grid: rows and columns of image tokens.
@@ -52,7 +52,7 @@ class MaskLayout:
 
     @classmethod
     def of(cls, grid: GridShape, image_size: tuple[int, int]) -> "MaskLayout":
-        """For an image of a height and width.
+        """Layout for an image of a height and width.
 
         Raises:
           ConfigError: if a sub-pixel would not have 1, 2 or 4 pixels along both sides.
@@ -178,7 +178,7 @@ def num_pixels(packed_masks: Int[Array, "*batch 16 tokens"]) -> Float[Array, "*b
 
 
 def _of_rank(counts: Int[Array, " k"], rank: Int[Array, ""]) -> tuple[Array, Array]:
-    """Which of consecutive groups holds the element of a rank, and its rank inside the group."""
+    """Index of the group that holds the element of a rank, and its rank inside the group."""
     up_to = jnp.cumsum(counts)
     group = jnp.minimum(jnp.sum(up_to <= rank), counts.size - 1)
     return group, rank - (up_to - counts)[group]

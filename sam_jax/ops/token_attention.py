@@ -34,7 +34,7 @@ _OPEN_OBJECTS = 64
 
 
 class AttentionWeights(NamedTuple):
-    """Of multi-head attention, heads side by side: ``e = heads * channels``."""
+    """Weights of multi-head attention, heads side by side: ``e = heads * channels``."""
 
     q_kernel: Float[Array, "d e"]
     q_bias: Float[Array, " e"]
@@ -259,7 +259,7 @@ def folding_pays(
     num_heads: int,
     num_sharing: float = 1,
 ) -> bool:
-    """Whether it takes less to bring few tokens through a projection of many than to project these.
+    """True if folding a projection into few tokens is cheaper than projecting the many tokens.
 
     Args:
       num_few, num_many: tokens on either side, of an object.
@@ -309,7 +309,7 @@ def expand_heads(x: Float[Array, "b p t e"], num_heads: int) -> Float[Array, "b 
 
 
 def own_heads(x: Float[Array, "b p t a e"]) -> Float[Array, "b p t e"]:
-    """Of each head's row its own channels, side by side; the transpose of ``expand_heads``."""
+    """Own channels of each head, taken from its row; the transpose of ``expand_heads``."""
     return jnp.sum(x * _blocks(x.shape[3], x), axis=3)
 
 
@@ -326,7 +326,7 @@ def fold_into(rows: Float[Array, "b p t a e"], kernel: Array) -> Float[Array, "b
 def fold_out(
     w: AttentionWeights, values: Float[Array, "b p t d"], num_heads: int
 ) -> Float[Array, "b p t a d"]:
-    """What each head of each token adds to whoever attends to it alone."""
+    """Values of each head of each token after the output projection, without its bias."""
     v = expand_heads(dense(values, w.v_kernel, w.v_bias), num_heads)
     return jnp.einsum("bptae,ed->bptad", v, w.out_kernel.astype(v.dtype))
 
@@ -334,7 +334,7 @@ def fold_out(
 def query_bias_logits(
     w: AttentionWeights, keys: Float[Array, "b p t a e"]
 ) -> Float[Array, "b p t a 1"]:
-    """What the bias of folded queries adds to the logits of each key, in float32."""
+    """Logits that the bias of folded queries adds to each key, in float32."""
     logits = jnp.matmul(keys.astype(jnp.float32), w.q_bias, precision=EXACT)
     return logits[..., None]
 

@@ -29,7 +29,7 @@ _LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """How queries and keys are cut.
+    """Blocks into which queries and keys are cut.
 
     Attributes:
       grid: rows and columns of the tokens.
@@ -81,7 +81,7 @@ def _cut(grid: GridShape, interpret: Any) -> _Blocks | None:
 
 
 def supports(grid: GridShape, num_heads: int, head_dim: int) -> bool:
-    """Whether the kernel can cut the grid; 64 x 64 and most that a patch of 16 pixels makes."""
+    """True if the kernel can cut the grid: 64 x 64, and most grids of 16-pixel patches."""
     del num_heads, head_dim  # any will do
     return _cut(grid, interpret=False) is not None
 
@@ -201,7 +201,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Specs:
-    """Which part of an array a step of the kernel's grid sees.
+    """Block specs of the arrays: the part of each that a step of the kernel's grid sees.
 
     The first axis of every array is images and heads. ``aside``: tokens are the last axis.
     """

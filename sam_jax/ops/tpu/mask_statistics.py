@@ -30,7 +30,7 @@ _TOKEN_ABOVE, _TOKEN_BELOW, _TOKEN_LEFT, _TOKEN_RIGHT = 16, 32, 64, 128
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernels know when they are compiled."""
+    """Constants that the kernels are compiled with."""
 
     mask_layout: MaskLayout
     alpha: float
@@ -49,7 +49,7 @@ class _Shape:
 
 
 def supports(mask_layout: MaskLayout) -> bool:
-    """Whether the image tokens fill whole registers."""
+    """True if the image tokens fill whole registers."""
     gh, gw = mask_layout.grid
     return gh * gw % LANES == 0
 
@@ -150,7 +150,7 @@ def _call_options(shape: _Shape, logits: Array, operations: int) -> dict[str, An
 
 
 def _neighbours_inside(shape: _Shape) -> np.ndarray:
-    """Of each number of a map, bits for which neighbours its token and the image have."""
+    """Bits, for each number of a map, that say which neighbours its token and the image have."""
     gh, gw = shape.mask_layout.grid
     row, column, token_row, token_column = np.ogrid[:SIDE, :SIDE, :gh, :gw]
     conditions = {
@@ -210,19 +210,19 @@ def _line(shape: _Shape, maps: Array, inside: Array, y: int) -> tuple[Array, Arr
 
 
 def _values(shape: _Shape, beside: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-    """Of a line's pixels, from left to right."""
+    """Values of a line's pixels, from left to right."""
     scale = shape.mask_layout.scale
     return tuple(_between(*beside, x, scale) for x in range(scale))
 
 
 def _bits(shape: _Shape, y: int) -> list[np.int32]:
-    """Of a line's pixels: the bits of words that tell of them."""
+    """Bits of the packed integers that stand for a line's pixels, from left to right."""
     line = sorted((x, bit) for bit, (row, x) in shape.mask_layout.bits() if row == y)
     return [np.int32(1 << bit) for _, bit in line]
 
 
 class _Missed(NamedTuple):
-    """Of pixels: the probability of what they are not, its complement, and what that costs."""
+    """Probability of the wrong class at pixels, its complement, and the cross-entropy."""
 
     probability: Array
     complement: Array

@@ -23,7 +23,7 @@ ROW_MULTIPLE = 2 * SUBLANES
 
 
 def supports(num_tokens: int, dim: int, num_heads: int) -> bool:
-    """Whether image tokens, channels and heads fill whole registers."""
+    """True if image tokens, channels and heads fill whole registers."""
     return num_heads == SUBLANES and num_tokens % LANES == 0 and dim % LANES == 0
 
 
