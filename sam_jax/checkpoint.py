@@ -34,7 +34,7 @@ _OS_ERROR = re.compile(r"[^:]+(?= \[os_error_code)")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep.
+    """Schedule of checkpoints: when to save and what to keep.
 
     Attributes:
       every_steps: steps between checkpoints; the last step is saved in any case.
@@ -145,11 +145,11 @@ class Checkpointer:
 
     @property
     def latest_has_ema(self) -> bool:
-        """Whether the newest whole checkpoint has averaged parameters."""
+        """True if the newest complete checkpoint has averaged parameters."""
         return _part(self._folder, self.latest_step, _EMA).is_dir()
 
     def is_due(self, step: int) -> bool:
-        """Whether the config wants a checkpoint after this many steps."""
+        """True if the config asks for a checkpoint after this many steps."""
         return step % self._config.every_steps == 0
 
     def save(self, state: Any, data_iterator: Any) -> None:
@@ -271,7 +271,7 @@ class Checkpointer:
         )
 
     def _data_states(self, step: int) -> list[dict]:
-        """Where the data of all processes were, however many there are now."""
+        """Saved data positions of all processes of the run, however many there are now."""
         folder = _part(self._folder, step, _DATA)
         files = {}
         for path in folder.glob("process_*-of-*.json"):
@@ -436,7 +436,7 @@ def save_config(workdir: str | Path, config: dict, *, done_steps: int = 0) -> st
 
 
 def config_changes(workdir: str | Path, config: dict) -> list[str] | None:
-    """What differs from the config that a run keeps, key by key; None if it keeps no readable one.
+    """Differences from the config kept in a run, key by key; None if it keeps no readable one.
 
     Args:
       workdir: of the run.

@@ -61,7 +61,7 @@ class ConvertTarget(enum.StrEnum):
 
 
 class Platform(enum.StrEnum):
-    """What StableHLO may be exported for."""
+    """Platforms that StableHLO can be exported for."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -69,7 +69,7 @@ class Platform(enum.StrEnum):
 
 
 class Preset(enum.StrEnum):
-    """Where options of ``masks`` start from."""
+    """Sets of options that ``masks`` starts from."""
 
     released = "released"
     sa1b = "sa1b"

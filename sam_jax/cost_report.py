@@ -1,4 +1,4 @@
-"""What a training run will cost on devices that need not be there, by compiling its real step."""
+"""Cost of a training run on devices that need not be there, by compiling its real step."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ _RESERVED_RATE = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of a slice has, by its maker's public specification.
+    """Hardware of one device of a slice, from its vendor's public specification.
 
     Attributes:
       name: as in a topology.
@@ -117,24 +117,24 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it, at its peak."""
+        """Bytes in all, at the peak."""
         state = self.divided + self.constants
         return state + self.batch + self.working + self.program
 
     @property
     def divided(self) -> int:
-        """What shrinks with the devices that share a copy of the state."""
+        """Bytes that shrink with the number of devices that share a copy of the state."""
         return self.params + self.ema + self.optimizer
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has so much; None if that is not known."""
+        """True if a device has enough memory; None if that is not known."""
         return None if self.available is None else self.total <= self.available
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one compilation of a training step says.
+    """Cost report of one compiled training step.
 
     Attributes:
       topology: the devices, as asked for.
@@ -142,13 +142,13 @@ class Plan:
       batch_size: images of a step on all devices.
       remat: of the encoder's blocks.
       memory: per device.
-      work_flops: of the step as counted by hand, per device, without anything computed twice.
-      moved_bytes: of device memory in a step, per device, as the compiled program reads and writes.
+      work_flops: FLOPs of the step, per device, counted by hand and without recomputation.
+      moved_bytes: bytes of device memory that the compiled step reads and writes, per device.
       collectives: transfers of a step.
-      part_seconds: of computation in each part, by the compiler's estimate and our own of our
-        kernels; None if it has none.
-      roofline_seconds: what work and peak alone would take, None without a known device.
-      transfer_seconds: of all collectives one after the other, None without a known device.
+      part_seconds: seconds of computation in each part, by the compiler's estimate, and our own for
+        our kernels; None without an estimate.
+      roofline_seconds: ``work_flops`` at the device's peak, None without a known device.
+      transfer_seconds: all collectives one after the other, None without a known device.
       num_steps: of the whole run.
       compile_seconds: how long compiling took.
     """
@@ -170,12 +170,12 @@ class Plan:
 
     @property
     def compute_seconds(self) -> float | None:
-        """Of all parts; None if nobody estimates it."""
+        """Seconds of computation in all parts of a step; None without an estimate."""
         return None if self.part_seconds is None else sum(self.part_seconds.values())
 
     @property
     def step_seconds(self) -> tuple[float, float] | None:
-        """With all transfers hidden behind the computation, and with none."""
+        """Seconds of a step with all transfers hidden behind the computation, and with none."""
         if self.compute_seconds is None or self.transfer_seconds is None:
             return None
         hidden = max(self.compute_seconds, self.transfer_seconds)
@@ -183,7 +183,7 @@ class Plan:
 
     @property
     def run_hours(self) -> tuple[float, float] | None:
-        """Of all steps, without evaluation, checkpoints and waiting for data."""
+        """Least and most hours of all steps, without evaluation, checkpoints and waits for data."""
         if self.step_seconds is None:
             return None
         low, high = (seconds * self.num_steps / 3600 for seconds in self.step_seconds)
@@ -191,7 +191,7 @@ class Plan:
 
     @property
     def device_hours(self) -> tuple[float, float] | None:
-        """Of all devices."""
+        """Least and most hours of the run, times its devices."""
         if self.run_hours is None:
             return None
         low, high = (hours * self.num_devices for hours in self.run_hours)
@@ -336,7 +336,7 @@ def _read(
 
 
 def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[str, float] | None:
-    """Of the parts of the step, by where their instructions come from."""
+    """Seconds of each part of the step, by its instructions' source; None without a clock rate."""
     if chip.clock_rate is None:
         return None
     seconds = dict.fromkeys(_PARTS.values(), 0.0)

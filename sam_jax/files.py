@@ -20,7 +20,7 @@ _SPELLINGS: tuple[Callable[[str], str], ...] = (
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a file, by its path below the folder of a data set, is hidden and so no data.
+    """True if a file, by its path below the folder of a data set, is hidden and so no data.
 
     Hidden are names that start with a dot (`._cat.png`, which macOS puts beside `cat.png`,
     `.ipynb_checkpoints`, `.DS_Store`), what else systems put into folders (`__MACOSX`,

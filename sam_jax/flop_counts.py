@@ -1,4 +1,4 @@
-"""How much arithmetic the model is, counted by hand.
+"""FLOPs of the model, counted by hand.
 
 XLA's own count takes the body of a loop once, however often it runs, and a custom kernel for
 nothing, so it cannot be trusted on a whole training step; on code without loops it agrees with

@@ -125,7 +125,7 @@ class UnreadableImageError(ImageError):
 
 
 class Header(NamedTuple):
-    """What a picture file says of itself before its pixels are decoded.
+    """Metadata of a picture file, known before its pixels are decoded.
 
     Attributes:
       stored_hw: height and width of the pixels in the file.
@@ -216,7 +216,7 @@ def as_rgb(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_header(content: bytes, name: str) -> Header:
-    """What a picture file says of itself; no pixels are decoded.
+    """Reads the metadata of a picture file; no pixels are decoded.
 
     Args:
       content: the file.

@@ -102,7 +102,7 @@ def mask_losses(
 
 @flax.struct.dataclass
 class RoundLoss:
-    """What one round of prompting costs, per object, and what there is to report of it.
+    """Losses of one round of prompting, per object, and their parts for reports.
 
     Attributes:
       total: the weighted sum that is minimised.

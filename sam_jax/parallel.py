@@ -58,17 +58,17 @@ class Parallel:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one device, and nothing to spread."""
+        """True if there is one device only, and so nothing to shard."""
         return self.mesh is None or self.mesh.size == 1
 
     @property
     def platform(self) -> str:
-        """What programs are compiled for: "cpu", "gpu" or "tpu"."""
+        """Platform that programs are compiled for: "cpu", "gpu" or "tpu"."""
         return self._target.platform or jax.default_backend()
 
     @property
     def _target(self) -> Target:
-        """What a device's own program is traced for."""
+        """Dispatch target for tracing the program of a single device."""
         if self.mesh is None:
             return Target(kernels=self.kernels)
         return Target.of(self.mesh.devices.flat[0], kernels=self.kernels)
@@ -178,7 +178,7 @@ class Parallel:
 
 
 class WeightShards:
-    """What a device stores of each weight, inside ``shard_map``, and how it becomes whole.
+    """Shards of all weights on one device, inside ``shard_map``, and their all-gather.
 
     Args:
       parallel: the mesh.
@@ -230,7 +230,7 @@ class WeightShards:
             self._is_in_part = False
 
     def _dense(self, layer: Dense, x: Array) -> Array:
-        """What the layer's call computes, from what this device stores of its weights."""
+        """Output of a dense layer, computed from this device's shards of its weights."""
         params = layer.variables["params"]
         spec = self._spec_of("/".join((*layer.path, "kernel")))
         # In the type of the computation, before it travels between devices.

@@ -45,7 +45,7 @@ def check_folder(path: str | Path) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """What is there, None for nothing."""
+    """File mode (``st_mode``) of a path, None if nothing is there."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:

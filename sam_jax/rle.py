@@ -292,11 +292,11 @@ class Grid:
 
 
 class _Rows(NamedTuple):
-    """Where the rows' edges 0..h lie among the target's rows, each of which has h parts.
+    """Positions of the source rows' edges 0..h among target rows, each of which has h parts.
 
     Attributes:
-        cell: the target row an edge lies in; their number for those at the end or beyond.
-        rest: the parts of that row that are beyond the edge.
+      cell: the target row an edge lies in; their number for those at the end or beyond.
+      rest: the parts of that row that are beyond the edge.
     """
 
     cell: Int64[np.ndarray, "h+1"]
@@ -315,12 +315,12 @@ class _Rows(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Which target columns a column is a part of, k at most; each has w parts.
+    """Target columns that each source column overlaps, k at most; a target column has w parts.
 
     Attributes:
-        first: the first of them; those that follow may lie beyond the last target column.
-        stop: the number after the last.
-        share: the parts of each that are this column's; 0 where it has none.
+      first: the first of them; those that follow may lie beyond the last target column.
+      stop: the number after the last.
+      share: the parts of each that are this column's; 0 where it has none.
     """
 
     first: Int64[np.ndarray, "w"]

@@ -27,7 +27,7 @@ MESH_AXES = (*BATCH_AXES, TENSOR_AXIS)
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """How arrays are spread over devices.
+    """Layout of arrays over devices.
 
     Attributes:
       data: devices that hold copies of the state and see different images; -1 takes all that

@@ -563,7 +563,7 @@ def _blend_mask(canvas, mask, color, fill_rate, contour_px):
 
 
 def _band(distance, low, high):
-    """How much of a pixel at the given distance from a line lies within ``[low, high]`` of it."""
+    """Fraction of a pixel at ``distance`` from a line that lies within ``[low, high]`` of it."""
     covered = np.minimum(distance + 0.5, high) - np.maximum(distance - 0.5, low)
     return np.clip(covered, 0, 1)
 
