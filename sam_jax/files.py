@@ -36,8 +36,8 @@ class DataFiles(NamedTuple):
     """The files of a folder with certain endings, sorted.
 
     Attributes:
-        found: those that are data.
-        hidden: those that would be, were they not hidden.
+      found: those that are data.
+      hidden: those that would be, were they not hidden.
     """
 
     found: list[Path]
@@ -48,11 +48,11 @@ def data_files(folder: Path, suffixes: Iterable[str]) -> DataFiles:
     """The files below a folder with these endings, in lower or upper case; links are followed.
 
     Args:
-        folder: where to look; its own path may hold anything.
-        suffixes: in lower case, with their dot.
+      folder: where to look; its own path may hold anything.
+      suffixes: in lower case, with their dot.
 
     Raises:
-        OSError: a folder cannot be read.
+      OSError: a folder cannot be read.
     """
     wanted = frozenset(suffixes)
     files = DataFiles([], [])
@@ -100,7 +100,7 @@ class NamedFiles:
         """The file that a name means; None if there is none.
 
         Raises:
-            ConfigError: several files differ from the name no more than each other.
+          ConfigError: several files differ from the name no more than each other.
         """
         paths = [self._parts(text) for text in _decoded(name)]
         for dropped in range(max(map(len, paths), default=0)):

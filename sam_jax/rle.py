@@ -34,10 +34,10 @@ def check_size(size: Any) -> tuple[int, int]:
     """The (h, w) of an annotation, checked.
 
     Args:
-        size: what stood in the file; should be two positive integers.
+      size: what stood in the file; should be two positive integers.
 
     Raises:
-        BadRleError: it is not two integers in [1, MAX_SIDE_PX].
+      BadRleError: it is not two integers in [1, MAX_SIDE_PX].
     """
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise BadRleError(f"size must be [h, w], got {size!r:.80}")
@@ -53,11 +53,11 @@ def run_lengths(rle: Any) -> Int64[np.ndarray, "r"]:
     """The runs of an RLE, non-negative and summing to h * w.
 
     Args:
-        rle: {"size": [h, w], "counts": ...}; counts is COCO's compressed
-            string (bytes or str) or the uncompressed list of integers.
+      rle: {"size": [h, w], "counts": ...}; counts is COCO's compressed string (bytes or str) or the
+        uncompressed list of integers.
 
     Raises:
-        BadRleError: anything about it is not as above.
+      BadRleError: anything about it is not as above.
     """
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
         raise BadRleError("not a mapping with size and counts")
@@ -129,8 +129,8 @@ def decode(runs: Int64[np.ndarray, "r"], hw: tuple[int, int]) -> Bool[np.ndarray
     """The mask.
 
     Args:
-        runs: from `run_lengths`, for an image of `hw`.
-        hw: height and width.
+      runs: from `run_lengths`, for an image of `hw`.
+      hw: height and width.
     """
     h, w = hw
     foreground = np.arange(runs.size) % 2 == 1
@@ -143,9 +143,9 @@ def decode_part(
     """The part of the mask inside a box, without the memory of the whole.
 
     Args:
-        runs: from `run_lengths`, for an image of `hw`.
-        hw: height and width of the image.
-        box: (x0, y0, x1, y1), edges in pixels, x1 and y1 exclusive, inside the image.
+      runs: from `run_lengths`, for an image of `hw`.
+      hw: height and width of the image.
+      box: (x0, y0, x1, y1), edges in pixels, x1 and y1 exclusive, inside the image.
     """
     h, _ = hw
     x0, y0, x1, y1 = box
@@ -161,12 +161,12 @@ def encode_part(
     """COCO's compressed RLE of a mask that is empty outside of a part of the image.
 
     Args:
-        part: the mask inside the part.
-        hw: height and width of the image.
-        corner: (x, y) of the part's upper left pixel.
+      part: the mask inside the part.
+      hw: height and width of the image.
+      corner: (x, y) of the part's upper left pixel.
 
     Returns:
-        {"size": [h, w], "counts": bytes}, as pycocotools has it.
+      {"size": [h, w], "counts": bytes}, as pycocotools has it.
     """
     h, w = hw
     part_h, part_w = part.shape
@@ -234,10 +234,10 @@ class Grid:
         """Finds the place of every row and column of the image.
 
         Args:
-            hw: height and width of the source grid.
-            scaled_hw: the size the whole image is scaled to.
-            crop_yx: upper left corner of the target in that, in its pixels.
-            crop_hw: the target's size; None is all of `scaled_hw`.
+          hw: height and width of the source grid.
+          scaled_hw: the size the whole image is scaled to.
+          crop_yx: upper left corner of the target in that, in its pixels.
+          crop_hw: the target's size; None is all of `scaled_hw`.
         """
         self._hw = hw
         self._shape = crop_hw or scaled_hw
@@ -248,7 +248,7 @@ class Grid:
         """The mask on this grid.
 
         Args:
-            runs: from `run_lengths`, for an image of the source grid's size.
+          runs: from `run_lengths`, for an image of the source grid's size.
         """
         out = np.zeros(self._shape, bool)
         part, (y, x) = self.resample_part(runs)
@@ -261,7 +261,7 @@ class Grid:
         """The mask on this grid inside of a box, and the box's corner (y, x); empty outside.
 
         Args:
-            runs: from `run_lengths`, for an image of the source grid's size.
+          runs: from `run_lengths`, for an image of the source grid's size.
         """
         h, w = self._hw
         column, ends = _segments(runs, h)

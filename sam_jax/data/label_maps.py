@@ -63,10 +63,8 @@ class LabelMap(NamedTuple):
     """The labels of a file.
 
     Attributes:
-        labels: 0 is background, 1, 2, ... are the objects, in the order of
-            their labels in the file.
-        remarks: what about the file had to be decided, each one of the
-            phrases of this module.
+      labels: 0 is background, 1, 2, ... are the objects, in the order of their labels in the file.
+      remarks: what about the file had to be decided, each one of the phrases of this module.
     """
 
     labels: UInt16[np.ndarray, "h w"]
@@ -77,12 +75,12 @@ class _Stored(NamedTuple):
     """Labels as a file has them.
 
     Attributes:
-        labels: grey values, palette indices, or 0xRRGGBB.
-        channels: what neighbouring pixels would be mixed in: grey or RGB.
-        background: the label that is no object.
-        void: labels that a convention says are neither.
-        whitest: the grey value of white, where labels are grey values.
-        remarks: what had to be decided.
+      labels: grey values, palette indices, or 0xRRGGBB.
+      channels: what neighbouring pixels would be mixed in: grey or RGB.
+      background: the label that is no object.
+      void: labels that a convention says are neither.
+      whitest: the grey value of white, where labels are grey values.
+      remarks: what had to be decided.
     """
 
     labels: Shaped[np.ndarray, "h w"]
@@ -102,15 +100,15 @@ def read_label_map(
     """The labels of each pixel of a file.
 
     Args:
-        path: a picture of one page.
-        background: the label that is no object: a grey value, palette index or
-            colour 0xRRGGBB. None is black, which in a palette is index 0.
-        ignore_labels: labels that are neither object nor background.
-        orientation: whether it is turned as its EXIF says.
+      path: a picture of one page.
+      background: the label that is no object: a grey value, palette index or colour 0xRRGGBB. None
+        is black, which in a palette is index 0.
+      ignore_labels: labels that are neither object nor background.
+      orientation: whether it is turned as its EXIF says.
 
     Raises:
-        LabelMapError: the file is damaged, or it is not clear which pixels belong together.
-        OSError: the file cannot be read.
+      LabelMapError: the file is damaged, or it is not clear which pixels belong together.
+      OSError: the file cannot be read.
     """
     content = path.read_bytes()
     try:
@@ -261,8 +259,8 @@ def _soft_edge(
     places too thin to be objects.
 
     Raises:
-        LabelMapError: outlines between several objects are smoothed, so that it is lost which
-            pixels belong to which; or nothing but a photograph is to be seen.
+      LabelMapError: outlines between several objects are smoothed, so that it is lost which pixels
+        belong to which; or nothing but a photograph is to be seen.
     """
     if len(values) <= 2:
         return None

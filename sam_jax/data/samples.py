@@ -19,9 +19,9 @@ class SkippedSampleError(Exception):
     """A sample of the dataset that is not used.
 
     Attributes:
-        name: the sample, as in `Sample.name`.
-        reason: a short fixed phrase, by which occurrences are counted.
-        detail: what exactly was found, for the log.
+      name: the sample, as in `Sample.name`.
+      reason: a short fixed phrase, by which occurrences are counted.
+      detail: what exactly was found, for the log.
     """
 
     def __init__(self, name: str, reason: str, detail: str = ""):
@@ -57,18 +57,17 @@ class Sample:
     """An image with its masks, still encoded.
 
     Attributes:
-        image: a picture file (see `sam_jax.images`) or uint8 [h, w, 3] RGB.
-        masks_rle: one {"size": [h, w], "counts": ...} per mask, counts
-            compressed (bytes or str) or a list. Not validated yet.
-        dataset: which source it comes from.
-        name: the file, or tar::member, for messages and results.
-        unusable_masks: what was wrong with each annotation that the source
-            could not express as an RLE at all.
-        orientation: how an image that is stored turned is taken where the
-            sizes of its masks do not tell; see `is_turned`.
-        remarks: (reason, detail) of what the source decided or changed about
-            masks that are used, such as a part of a polygon; see
-            `all_remarks`.
+      image: a picture file (see `sam_jax.images`) or uint8 [h, w, 3] RGB.
+      masks_rle: one {"size": [h, w], "counts": ...} per mask, counts compressed (bytes or str) or a
+        list. Not validated yet.
+      dataset: which source it comes from.
+      name: the file, or tar::member, for messages and results.
+      unusable_masks: what was wrong with each annotation that the source could not express as an
+        RLE at all.
+      orientation: how an image that is stored turned is taken where the sizes of its masks do not
+        tell; see `is_turned`.
+      remarks: (reason, detail) of what the source decided or changed about masks that are used,
+        such as a part of a polygon; see `all_remarks`.
     """
 
     image: bytes | np.ndarray
@@ -84,7 +83,7 @@ class Sample:
         """Metadata of the picture file; only for samples that come as a file.
 
         Raises:
-            CorruptSampleError: the bytes are no readable image.
+          CorruptSampleError: the bytes are no readable image.
         """
         assert isinstance(self.image, bytes)
         with _picture_errors(self.name):
@@ -97,7 +96,7 @@ def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:
     A picture that is stored turned is taken the way that its masks fit, see `is_turned`.
 
     Raises:
-        CorruptSampleError: the bytes are truncated or no readable image.
+      CorruptSampleError: the bytes are truncated or no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return sample.image
@@ -111,7 +110,7 @@ def open_image(sample: Sample) -> Image.Image:
     as decoding half of it.
 
     Raises:
-        CorruptSampleError: the bytes are truncated or no readable image.
+      CorruptSampleError: the bytes are truncated or no readable image.
     """
     return open_reduced(sample, None).image
 
@@ -120,12 +119,12 @@ def open_reduced(sample: Sample, at_least_hw: tuple[int, int] | None) -> Reduced
     """The image, decoded no larger than it must be.
 
     Args:
-        sample: where it stands.
-        at_least_hw: a size that the image keeps, unless it is smaller to begin
-            with; None for its own size.
+      sample: where it stands.
+      at_least_hw: a size that the image keeps, unless it is smaller to begin with; None for its own
+        size.
 
     Raises:
-        CorruptSampleError: the bytes are truncated or no readable image.
+      CorruptSampleError: the bytes are truncated or no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return ReducedImage(Image.fromarray(sample.image), 1)
@@ -140,7 +139,7 @@ def image_hw(sample: Sample) -> tuple[int, int]:
     """Height and width of the image, read from its header alone.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return sample.image.shape[0], sample.image.shape[1]
@@ -155,7 +154,7 @@ def is_turned(sample: Sample) -> bool:
     `Sample.orientation` does.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     if sample.header.orientation == 1:
         return False
@@ -181,7 +180,7 @@ def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
     Reasons are short fixed phrases, by which occurrences are counted.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     # What the source asked about the picture is not counted twice.
     return tuple(dict.fromkeys((*sample.remarks, *picture_remarks(sample))))
@@ -191,7 +190,7 @@ def picture_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
     """Decisions about the picture alone, in the form of `all_remarks`.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return ()
@@ -232,12 +231,12 @@ def decode_masks(sample: Sample, indices: Iterable[int]) -> Bool[np.ndarray, "k 
     """The chosen masks at full size.
 
     Args:
-        sample: where they stand.
-        indices: positions in `sample.masks_rle`; at least one.
+      sample: where they stand.
+      indices: positions in `sample.masks_rle`; at least one.
 
     Raises:
-        CorruptSampleError: a mask is no valid RLE ("bad rle"), its size is
-            not the image's ("size mismatch"), or the image is unreadable.
+      CorruptSampleError: a mask is no valid RLE ("bad rle"), its size is not the image's ("size
+        mismatch"), or the image is unreadable.
     """
     hw = image_hw(sample)
     return np.stack([rle_codec.decode(mask_runs(sample, index, hw), hw) for index in indices])
@@ -247,12 +246,12 @@ def mask_runs(sample: Sample, index: int, hw: tuple[int, int]) -> Int64[np.ndarr
     """The validated runs of one mask (see `rle.run_lengths`).
 
     Args:
-        sample: where it stands.
-        index: its position in `sample.masks_rle`.
-        hw: height and width of the image.
+      sample: where it stands.
+      index: its position in `sample.masks_rle`.
+      hw: height and width of the image.
 
     Raises:
-        CorruptSampleError: "bad rle", or "size mismatch" with `hw`.
+      CorruptSampleError: "bad rle", or "size mismatch" with `hw`.
     """
     rle = sample.masks_rle[index]
     try:

@@ -10,8 +10,8 @@ class Tally:
     """Counts of cases by reason, and one case of each to look at.
 
     Attributes:
-        counts: the number of cases by reason.
-        examples: the first case of each reason that said something.
+      counts: the number of cases by reason.
+      examples: the first case of each reason that said something.
     """
 
     counts: collections.Counter[str] = field(default_factory=collections.Counter)

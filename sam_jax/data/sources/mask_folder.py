@@ -47,19 +47,17 @@ class MaskFolderSource:
         """Matches the files; none is opened yet.
 
         Args:
-            path: the folder (tree) of images.
-            masks: the folder (tree) of masks, in PNG, BMP or TIFF.
-            name: what `Sample.dataset` says.
-            background: the label that is no object: a grey value, palette
-                index or colour 0xRRGGBB; None is black.
-            ignore_labels: labels that are neither object nor background.
-            orientation: see `Sample`; masks that are stored turned are taken
-                by it.
+          path: the folder (tree) of images.
+          masks: the folder (tree) of masks, in PNG, BMP or TIFF.
+          name: what `Sample.dataset` says.
+          background: the label that is no object: a grey value, palette index or colour 0xRRGGBB;
+            None is black.
+          ignore_labels: labels that are neither object nor background.
+          orientation: see `Sample`; masks that are stored turned are taken by it.
 
         Raises:
-            FileNotFoundError: a folder does not exist.
-            ConfigError: two images differ in their suffix only, or no mask
-                belongs to any image.
+          FileNotFoundError: a folder does not exist.
+          ConfigError: two images differ in their suffix only, or no mask belongs to any image.
         """
         self.name = name
         self.left_out = Tally()
@@ -128,8 +126,8 @@ class MaskFolderSource:
         """The image at 0 <= index < len, and its masks.
 
         Raises:
-            CorruptSampleError: the image is gone. Mask files that are damaged
-                or no label maps are left out.
+          CorruptSampleError: the image is gone. Mask files that are damaged or no label maps are
+            left out.
         """
         path, mask_files = self._pairs[index]
         try:

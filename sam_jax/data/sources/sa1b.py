@@ -55,17 +55,16 @@ class Sa1bSource:
         """Finds the pairs; scans tars that have no current index yet.
 
         Args:
-            path: a tar, a folder of tars, a folder (tree) of extracted pairs,
-                a glob pattern of any of these, or several such.
-            cache_dir: where the indices are kept; None is beside each tar.
-            name: what `Sample.dataset` says.
-            orientation: see `Sample`.
+          path: a tar, a folder of tars, a folder (tree) of extracted pairs, a glob pattern of any
+            of these, or several such.
+          cache_dir: where the indices are kept; None is beside each tar.
+          name: what `Sample.dataset` says.
+          orientation: see `Sample`.
 
         Raises:
-            FileNotFoundError: nothing is there.
-            ConfigError: a file is no uncompressed tar, there is no pair in
-                all of it, two images would share an annotation, or an index
-                cannot be kept where it should be.
+          FileNotFoundError: nothing is there.
+          ConfigError: a file is no uncompressed tar, there is no pair in all of it, two images
+            would share an annotation, or an index cannot be kept where it should be.
         """
         self.name = name
         self.left_out = Tally()
@@ -92,8 +91,8 @@ class Sa1bSource:
         """The pair at 0 <= index < len.
 
         Raises:
-            CorruptSampleError: half of the pair is missing, the tar ends
-                before it does, or the json is malformed.
+          CorruptSampleError: half of the pair is missing, the tar ends before it does, or the json
+            is malformed.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -111,11 +110,11 @@ def parse_annotation(
     """The masks in an SA-1B json, and what was wrong with those left out.
 
     Args:
-        name: for the error message.
-        content: the json.
+      name: for the error message.
+      content: the json.
 
     Raises:
-        CorruptSampleError: it is not JSON of that form.
+      CorruptSampleError: it is not JSON of that form.
     """
     try:
         annotations = json.loads(content)["annotations"]
@@ -177,7 +176,7 @@ class _Shard(Protocol):
         """Name, image file and json file of a pair.
 
         Raises:
-            CorruptSampleError: they are not all there.
+          CorruptSampleError: they are not all there.
         """
         ...
 
@@ -221,7 +220,7 @@ def _pair_up(
     """Files an image or json under its path without suffix; ignores others.
 
     Raises:
-        ConfigError: there is another one, with another name.
+      ConfigError: there is another one, with another name.
     """
     suffix = PurePosixPath(path).suffix
     if suffix.lower() not in (*PICTURE_SUFFIXES, ".json"):
@@ -342,15 +341,14 @@ def scan_tar(path: Path) -> np.ndarray:
     """Positions of the pairs in a tar, one record a pair, in order of names.
 
     Args:
-        path: an uncompressed tar, complete or cut short.
+      path: an uncompressed tar, complete or cut short.
 
     Returns:
-        A structured array [n]: `name` (the image's path, or the json's where
-        the image is missing), `image` and `json`, each (offset, size) in
-        bytes, offset -1 where missing.
+      A structured array [n]: `name` (the image's path, or the json's where the image is missing),
+      `image` and `json`, each (offset, size) in bytes, offset -1 where missing.
 
     Raises:
-        ConfigError: it is no uncompressed tar.
+      ConfigError: it is no uncompressed tar.
     """
     pairs: dict[str, list[tuple[str, int, int]]] = {}
     absent = ("", -1, 0)
