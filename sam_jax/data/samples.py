@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,32 @@ class Sample:
         assert isinstance(self.image, bytes)
         with _picture_errors(self.name):
             return images.read_header(self.image, self.name)
+
+
+def read_picture_file(path: Path) -> bytes:
+    """Contents of a picture file, not decoded.
+
+    Raises:
+      CorruptSampleError: it is missing.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptSampleError(str(path), "missing image") from error
+
+
+def sample_of_file(
+    path: Path,
+    image: bytes,
+    dataset: str,
+    orientation: Orientation,
+    masks_rle: Iterable[dict[str, Any]],
+    unusable_masks: Iterable[str],
+    remarks: Iterable[tuple[str, str]],
+) -> Sample:
+    """The sample of a picture file of its own; arguments as the fields of `Sample`."""
+    masks, unusable = tuple(masks_rle), tuple(unusable_masks)
+    return Sample(image, masks, dataset, str(path), unusable, orientation, tuple(remarks))
 
 
 def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:

@@ -6,7 +6,14 @@ from typing import Any, Literal, get_args
 
 from pycocotools import mask as coco_mask
 
-from sam_jax.data.samples import CorruptSampleError, Sample, image_hw, picture_remarks
+from sam_jax.data.samples import (
+    CorruptSampleError,
+    Sample,
+    image_hw,
+    picture_remarks,
+    read_picture_file,
+    sample_of_file,
+)
 from sam_jax.data.sources.coco_file import CROWD, CocoImage, read_coco
 from sam_jax.errors import ConfigError
 from sam_jax.files import NamedFiles
@@ -84,10 +91,7 @@ class CocoSource:
         path = self._paths[index]
         if path is None:
             raise CorruptSampleError(str(self._folder / record.file_name), "missing image")
-        try:
-            image = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptSampleError(str(path), "missing image") from error
+        image = read_picture_file(path)
         masks_rle, unusable, remarks = [], [], list[tuple[str, str]]()
         size: Any = record.hw
         if size is None and any(isinstance(mask, list) for _, mask in record.segmentations):
@@ -105,14 +109,8 @@ class CocoSource:
                 continue
             masks_rle.append(mask)
             remarks += [(PART_LEFT_OUT, f"{where}: {part}") for part in bad_parts]
-        return Sample(
-            image,
-            tuple(masks_rle),
-            self.name,
-            str(path),
-            tuple(unusable),
-            self._orientation,
-            tuple(remarks),
+        return sample_of_file(
+            path, image, self.name, self._orientation, masks_rle, unusable, remarks
         )
 
 

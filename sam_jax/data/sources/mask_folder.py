@@ -10,7 +10,7 @@ import numpy as np
 
 from sam_jax import rle
 from sam_jax.data.label_maps import LabelMapError, read_label_map
-from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -130,10 +130,7 @@ class MaskFolderSource:
             left out.
         """
         path, mask_files = self._pairs[index]
-        try:
-            image = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptSampleError(str(path), "missing image") from error
+        image = read_picture_file(path)
         masks_rle, unusable, remarks = [], [], []
         for is_label_map, file in mask_files:
             try:
@@ -147,14 +144,8 @@ class MaskFolderSource:
                 labels = (labels != 0).astype(np.uint8)
             masks_rle += rle.from_labels(labels)
             remarks += [(remark, str(file)) for remark in decided]
-        return Sample(
-            image,
-            tuple(masks_rle),
-            self.name,
-            str(path),
-            tuple(unusable),
-            self._orientation,
-            tuple(remarks),
+        return sample_of_file(
+            path, image, self.name, self._orientation, masks_rle, unusable, remarks
         )
 
 
