@@ -21,10 +21,10 @@ from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment
 
 LOCAL = "local"
-# Of the operations that our own kernels say they take, the part of the peak that their instructions
-# come to, as the compiler schedules them (benchmarks/kernels.py): what it tells of a whole program
-# counts nothing for kernels. First of a v5e, and of each of a v5p's two cores, then of a v6e, whose
-# products are three times as fast and all else hardly. Losses and norms are no products.
+# Fraction of the peak at which each of our kernels does the operations it declares, by the schedule
+# of its instructions (benchmarks/kernels.py); the compiler's estimates of whole programs leave
+# kernels out. First on a v5e and each of a v5p's two cores, then on a v6e, whose matrix products
+# are three times as fast and all else hardly. Losses and norms are no matrix products.
 KERNEL_PEAK_RATES = {
     "window_attention": (0.097, 0.026),
     "window_attention_backward": (0.106, 0.035),
@@ -32,14 +32,14 @@ KERNEL_PEAK_RATES = {
     "norm_partition_backward": (0.014, 0.005),
     "unpartition_add_norm": (0.027, 0.008),
     "unpartition_add_norm_backward": (0.015, 0.004),
-    # On a v6e, where counting took too long, a third, as others come to.
+    # On a v6e counting took too long: a third is assumed, as others have.
     "flash_attention": (0.36, 0.12),
     "flash_attention_keys_backward": (0.47, 0.16),
     "flash_attention_queries_backward": (0.48, 0.16),
     "mask_embedding": (0.068, 0.023),
     "mask_embedding_backward": (0.111, 0.036),
     "token_to_image_attention": (0.75, 0.31),
-    # By its instructions more than the peak on a v5e: what they wait for is not in them.
+    # Assumed on a v5e, where its instructions alone, without stalls, give more than the peak.
     "token_to_image_attention_backward": (0.90, 0.48),
     "image_to_token_attention": (0.42, 0.13),
     "image_to_token_attention_backward": (0.51, 0.19),
@@ -49,7 +49,7 @@ KERNEL_PEAK_RATES = {
     "mask_statistics_backward": (0.032, 0.008),
 }
 _OTHER_KERNELS_PEAK_RATES = (0.1, 0.03)
-# Parts of a step by a word in the source of their instructions, of which the first one counts.
+# Parts of a step by a word in the source of their instructions; the first word found counts.
 _PARTS = {
     "image_encoder": "image encoder",
     "prompt_encoder": "prompt encoder",
@@ -57,7 +57,7 @@ _PARTS = {
     "rounds": "losses, clicks",
     "": "optimizer, others",
 }
-# Of a device's memory that the runtime keeps for itself.
+# Fraction of a device's memory that the runtime keeps for itself.
 _RESERVED_RATE = 0.03
 
 
@@ -89,7 +89,7 @@ CHIPS = {
     for chip in (
         Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
         Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
-        # The clock follows from the peak.
+        # Its clock rate is derived from the peak.
         Chip("v6e", 32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9, core=1),
     )
 }
@@ -246,8 +246,8 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
             f"--topology {topology}: expected {LOCAL!r}, or a TPU and how its chips are arranged, "
             f"as in v5e:16x16 or v5p:4x4x4; the TPUs are {', '.join(CHIPS)}"
         )
-    # Nothing of a TPU is here: do not look for one, and share the compiler with other programs.
-    # What the host is said to be does not matter; that something is keeps the compiler quiet.
+    # No TPU is here: do not look for one, and share the compiler with other programs. Which host
+    # is named does not matter, but naming one keeps the compiler quiet.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -263,7 +263,7 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:
-        # Of any kind: what the compiler's library throws is its own.
+        # Any exception: the compiler's library raises types of its own.
         missing = "not installed" in str(error)
         hint = "the TPU compiler is missing: pip install 'sam-jax[tpu]'" if missing else str(error)
         raise TopologyError(f"--topology {topology}: {hint}") from error

@@ -77,7 +77,7 @@ def _files_below(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        # Of a folder and a link to it, the same one is read always: the folder.
+        # Folders before links, so that of a folder and a link to it the folder is always read.
         folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))
         yield from (Path(parent, name) for name in names)
 
@@ -93,7 +93,7 @@ class NamedFiles:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        # A listing of each folder that was looked into, by the three spellings.
+        # Caches the listing of each folder that was looked into, by the three spellings of names.
         self._listing = functools.cache(self._list)
 
     def find(self, name: str) -> Path | None:

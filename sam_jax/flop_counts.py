@@ -156,7 +156,7 @@ class _CrossAttention:
     def _meet(self, sharing: float) -> float:
         if self._folds(sharing):
             return self._folded()
-        # As in self-attention, zeros for the other heads.
+        # Tokens are expanded with zeros for the other heads, as in self-attention.
         return self.image_tokens * self.inner * (self.dim / sharing + self.tokens * self.num_heads)
 
     def _folded(self) -> int:

@@ -23,10 +23,10 @@ COLLECTIVES = (
     "ragged-all-to-all",
 )
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
-# Up to the bracket's end; types of operands may hold brackets of their own.
+# The text up to the closing bracket; types of operands may hold brackets of their own.
 _OPERANDS = re.compile(r"(?:[^()]+|\([^()]*\))*")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-# What moves no bytes by itself.
+# Instructions that move no bytes by themselves.
 _FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple", "after-all", "iota"}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -251,7 +251,7 @@ def _group_size(line: str) -> int | None:
     if match := _MESH_GROUPS.search(line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         total = 1
-        # A part of an axis says after a colon where in the axis it lies, and its size.
+        # A part of an axis is written ``:(offset)size`` after the axis.
         for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2]):
             total *= int(part or sizes.get(axis, 1))
         return total

@@ -9,7 +9,7 @@ import jax
 
 from sam_jax.errors import ConfigError, UserError
 
-# A peer that said nothing for so long is taken for dead, and everybody ends.
+# A process that is silent for so long is taken for dead, and all others end.
 HEARTBEAT_TIMEOUT_SECONDS = 30
 # Hosts of a large job come up minutes apart.
 JOIN_TIMEOUT_SECONDS = 300

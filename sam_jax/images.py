@@ -90,7 +90,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 100, "subsampling": "4:4:4"},
 }
 _EIGHT_BITS = "save it with 8 bits a channel, black at 0 and white at 255"
-# Files that are often found under a picture's name, by how they begin.
+# Beginnings of files that are often found under a picture's name, and what they are.
 _NO_PICTURES = {
     b"": "it is empty",
     b"version https://git-lfs": "it is a Git LFS pointer; fetch the file by `git lfs pull`",
@@ -444,7 +444,7 @@ def _draft(image: Image.Image, at_least_hw: tuple[int, int], *, whole_pixels: bo
             return 1
         at_least_hw = height // divides[0], width // divides[0]
     drafted = image.draft(None, at_least_hw[::-1])
-    # The second part is the box that the file's pixels fill, in those of the image.
+    # drafted[1] is the box of the file's pixels, in pixels of the reduced image.
     return round(width / drafted[1][2]) if drafted else 1
 
 
@@ -546,7 +546,7 @@ def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.n
     Those bits must agree: they tell whether both decoders mean the same by this file.
     """
     refusal = _RefusedError(f"has {bits} bits a channel in a form that is not read; {_EIGHT_BITS}")
-    # Of portable maps Pillow scales the values, and of other modes there is nothing to compare.
+    # Pillow scales the values of portable maps, and has no counterpart in other modes to compare.
     if image.format == "PPM" or image.mode not in ("LA", "RGB", "RGBA", "RGBX"):
         raise refusal
     try:
@@ -562,7 +562,7 @@ def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.n
         raise refusal
     rgb = deep[..., 2::-1].astype(np.uint16, copy=False)
     high = np.asarray(image.convert("RGB")).astype(np.int32)
-    # Of JPEG 2000 Pillow rounds to them, of the others it cuts them off.
+    # Pillow rounds JPEG 2000 to the high bits, and cuts the low ones off in other formats.
     tolerance = 1 if image.format == "JPEG2000" else 0
     if rgb.shape != high.shape or np.abs((rgb >> (bits - 8)) - high).max() > tolerance:
         raise refusal

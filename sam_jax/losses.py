@@ -88,7 +88,7 @@ def mask_losses(
     truth = packed_masks[:, :, None] & area[:, None, None]
     true_area = num_pixels(truth)
     iou = (true_area - num_pixels(truth & errors)) / jnp.maximum(num_pixels(truth | errors), 1.0)
-    # A few numbers of each mask, so that gradients need neither sums nor counts again.
+    # A few numbers per mask are kept, so that the backward pass recomputes no sums or counts.
     focal_sum, soft_area, soft_intersection, true_area, iou = worth_keeping(
         (focal_sum, soft_area, soft_intersection, true_area, iou)
     )

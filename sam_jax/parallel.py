@@ -28,8 +28,8 @@ from sam_jax.ops.dispatch import Check, Kernels, Target, check_kernels, tracing_
 from sam_jax.ops.full_precision import add_bias
 from sam_jax.sharding import path_name
 
-# What an axis of an array is spread over: images over the batch's mesh axes, objects or heads over
-# the tensor axis; or nothing.
+# How an axis of an array is sharded: images over the batch's mesh axes, objects or heads over the
+# tensor axis; None for not at all.
 BATCH = "batch"
 TENSOR = "tensor"
 Spread: TypeAlias = str | None
@@ -233,7 +233,7 @@ class WeightShards:
         """Output of a dense layer, computed from this device's shards of its weights."""
         params = layer.variables["params"]
         spec = self._spec_of("/".join((*layer.path, "kernel")))
-        # In the type of the computation, before it travels between devices.
+        # Cast to the computation's type before it is sent between devices.
         kernel, bias = self._gathered(params["kernel"].astype(layer.dtype), spec), params["bias"]
         if layer.name == "qkv":
             kernel, bias = (self._own_heads(w, layer.features // 3) for w in (kernel, bias))
@@ -241,7 +241,7 @@ class WeightShards:
         kernel = self._own_part(kernel, x.shape[-1], 0)
         y = jnp.matmul(x.astype(layer.dtype), kernel, precision=layer.precision)
         if self._is_in_part and layer.name in _SUMMED_OVER_PARTS:
-            # Each device has the products of its own channels.
+            # Partial sums over each device's own input channels.
             y = jax.lax.psum(y, self._parallel.tensor_axis)
         return add_bias(y, bias)
 

@@ -22,7 +22,7 @@ from sam_jax.images import MAX_SIDE_PX
 
 # Seven 5-bit groups hold any run of an image within MAX_SIDE_PX squared.
 _MAX_GROUPS = 7
-# What a segment covers is what lies below its top less what lies below its bottom.
+# Signs: a segment covers all below its top, minus all below its bottom.
 _TOP_AND_BOTTOM = np.array([[1.0], [-1.0]])
 
 
@@ -271,7 +271,7 @@ class Grid:
         x0, x1 = self._columns.reach(int(column[0]), int(column[-1]))
         if y1 <= y0 or x1 <= x0:
             return np.zeros((0, 0), bool), (0, 0)
-        # Differences beyond the box need two more rows, and shares of nothing some more columns.
+        # Two more rows take differences beyond the box, some more columns the shares that are 0.
         shares = self._columns.share[:, column]
         height, width = y1 - y0 + 2, x1 - x0 + len(shares)
         cells = np.empty((2, 2, *shares.shape), np.int64)  # [pixel or next, end, share, segment]

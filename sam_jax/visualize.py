@@ -39,7 +39,7 @@ RED: Color = (222, 45, 58)
 INK: Color = (36, 39, 46)
 MUTED: Color = (112, 118, 130)
 PAPER: Color = (255, 255, 255)
-# Around pictures that do not fill their panel.
+# Colour around pictures that do not fill their panel.
 _FRAME: Color = (240, 241, 244)
 
 # The first colours of every palette, chosen to stand apart also for the colour-blind.

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 # Every occurrence is logged up to here, then only the 32nd, 64th, 128th, ...
 _LOG_EVERY_UP_TO = 16
 _NUM_EXAMPLES = 5
-# So many samples of a source without one that can be used are enough, however large it is.
+# A source without a usable sample among so many stops the run, however large it is.
 _MOST_WITHOUT_USE = 10_000
 
 
@@ -57,7 +57,7 @@ class CorruptionLog:
     _num_in_a_row: int = 0
     # Samples of a source since its last good one. A run that is continued starts anew.
     _num_without_use: collections.Counter[int] = field(default_factory=collections.Counter)
-    # Of which source what was said already. A run that is continued says it again.
+    # (source, reason) of remarks already logged. A run that is continued logs them again.
     _remarked: set[tuple[int, str]] = field(default_factory=set)
     _examples: collections.deque[str] = field(
         default_factory=lambda: collections.deque(maxlen=_NUM_EXAMPLES)

@@ -209,7 +209,7 @@ def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
     Raises:
       CorruptSampleError: the bytes are no readable image.
     """
-    # What the source asked about the picture is not counted twice.
+    # The source may have asked for the picture's remarks already; they are counted once.
     return tuple(dict.fromkeys((*sample.remarks, *picture_remarks(sample))))
 
 

@@ -209,7 +209,7 @@ def _checked(options: Any, output_mode: Any) -> AutomaticOptions:
     return options
 
 
-# Masks that wait to be measured, for each that is: enough that nobody is idle.
+# Masks that wait in line for each worker that measures them, so that none is idle.
 _LINE_PER_WORKER = 4
 
 
@@ -263,7 +263,7 @@ def _generate(
                 if len(batch) == batch_size:
                     break
         except ImageError as found:
-            # What came before it is answered first.
+            # Raised after the answers for the images before it.
             error = found
         if not batch:
             break
@@ -287,7 +287,7 @@ def _regions_of(
         regions = [
             Region(box, layer)
             for box, layer in zip(boxes, layers, strict=True)
-            # An image of a few pixels has none for all of its crops.
+            # Crops of an image of a few pixels may be empty.
             if box[0] < box[2] and box[1] < box[3]
         ]
         if 0 < options.tile_px < max(size):

@@ -132,7 +132,7 @@ def clean(candidates: Sequence[Candidate], min_area: int, threshold: float) -> l
     cleaned, scores = [], []
     for candidate in candidates:
         height, width = candidate.mask_rle["size"]
-        # Background that goes on outside of this part has at least ``min_area`` pixels inside it.
+        # With this margin a background region that leaves the part has ``min_area`` pixels in it.
         margin = min_area + 1
         x0, y0, x1, y1 = (int(edge) for edge in candidate.box_xyxy)
         corner = max(x0 - margin, 0), max(y0 - margin, 0)

@@ -41,12 +41,12 @@ _OVERLAY_SIDE_PX = 1600
 _READ_AHEAD = 2
 # Masks that are drawn at once.
 _DRAWN_TOGETHER = 64
-# What a 16-bit map can tell apart.
+# Most masks that a 16-bit label map can tell apart.
 _MAX_LABEL = 65_535
 # Bytes at a file's start in which its image is named: a path has up to 4,096, and in JSON up to six
 # letters for each.
 _HEAD_BYTES = 32_768
-# What is wrong with the name of one file; all else would happen to the next picture, too.
+# Errors about the name of one file; all others would happen to the next picture, too.
 _OF_THE_NAME = (
     errno.ENAMETOOLONG,
     errno.EILSEQ,
@@ -401,7 +401,7 @@ def _put_beside(path: Path, beside: Path) -> None:
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:
     """Writes how masks are made; refuses if those that are there were made otherwise."""
     path = target / SETTINGS_NAME
-    # How much is done at once changes no mask.
+    # These say how much is done at once, which changes no mask.
     chosen = {
         name: value
         for name, value in settings.items()

@@ -41,7 +41,7 @@ def use_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Cells of a chunk of points that a CPU decodes at once: one point at the published size.
+# Numbers in the image tokens of the points that a CPU decodes at once: one point at published size.
 _CACHED_CELL_NUMBERS = 2**20
 # Candidates that are fetched from the device at once, at least.
 _LEAST_FETCH = 8
@@ -181,7 +181,7 @@ class Predictor:
         )
         self._decode = jax.jit(parallel.decode(model), static_argnames="multimask_output")
         self._decode_points = jax.jit(decode_points)
-        # Not a slice, which would be compiled anew for each place.
+        # Not a slice, which would be compiled anew for each position.
         self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)
 
     @classmethod
@@ -363,7 +363,7 @@ class Predictor:
         while waiting:
             start, answer = waiting.popleft()
             passing = self._passing(start, answer, valid, iou_threshold)
-            # Behind the fetching of this batch, and before anybody waits for that.
+            # The next batch is queued after this one's fetch has begun and before waiting for it.
             waiting.extend(itertools.islice(batches, 1))
             yield passing()
 

@@ -12,7 +12,7 @@ from sam_jax.arrays import Bool, Float
 from sam_jax.errors import UserError
 from sam_jax.models.prompt_encoder import BACKGROUND, FOREGROUND, Prompts
 
-# What the model's own logits reach well inside and well outside of objects.
+# Magnitude that the model's own logits reach well inside and well outside of objects.
 MASK_LOGIT = 10.0
 
 

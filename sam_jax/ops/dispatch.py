@@ -275,14 +275,14 @@ def check_form(operation: Operation, form: Form, *, interpret: Any) -> Check:
         for dtype, tolerance in CHECK_TOLERANCES.items():
             errors = form_errors(operation, form, jnp.dtype(dtype), interpret=interpret)
             worst = max(errors, key=lambda name: _nan_is_largest(errors[name]))
-            # Not "greater than": NaN is wrong, too.
+            # Not written with ">", which is False for NaN.
             if not errors[worst] <= tolerance:
                 fault = (
                     f"in {dtype}, {worst} is off by {errors[worst]:.2g} of its largest magnitude, "
                     f"allowed {tolerance}"
                 )
                 break
-    # Compilers end in errors of every kind.
+    # Compilers raise errors of every kind.
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
     return Check(operation.name, form.name, time.perf_counter() - start, fault)

@@ -87,7 +87,7 @@ def _on_tpu(weights, image_tokens, filters, *, norm_epsilon, interpret):
 
 def _kernel_supports(weights, image_tokens, filters, **_):
     *_, gh, gw, dim = image_tokens.shape
-    # Half of the channels are those of two sub-pixels, which must fill the lanes.
+    # Two sub-pixels together have half of the channels, which must fill the lanes.
     return kernel.supports(gh * gw, dim // 2)
 
 

@@ -22,7 +22,8 @@ from sam_jax.ops.images import valid_area
 
 SIDE = 4
 SUBPIXELS = SIDE * SIDE
-# Pixels of a sub-pixel's side that fit into a word, and divide the bytes of packed masks.
+# Image pixels along a side of a sub-pixel: their square fits into the bits of an integer, and they
+# divide the bytes of packed masks.
 _SCALES = (1, 2, 4)
 
 

@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 T = TypeVar("T")
 
-# What a large product made.
+# Name of results of large matrix products.
 PRODUCT = "product"
-# What takes long to make again and little memory to keep: clicks, a few sums of each mask, the
+# Name of results that are slow to recompute and small to keep: clicks, a few sums of each mask,
 # results of kernels.
 WORTH_KEEPING = "worth keeping"
 

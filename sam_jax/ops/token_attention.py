@@ -28,7 +28,7 @@ from sam_jax.ops.norm import NormWeights, layer_norm
 from sam_jax.ops.tpu import image_to_token_attention as image_to_token_kernel
 from sam_jax.ops.tpu import token_to_image_attention as token_to_image_kernel
 
-# Lengths that ``jax.export`` leaves open are taken for those of clicks on many objects.
+# Lengths to count with where ``jax.export`` leaves them open: clicks on many objects.
 _OPEN_TOKENS = 8
 _OPEN_OBJECTS = 64
 
@@ -230,7 +230,7 @@ def _many_to_few(w, queries, keys, values, keys_valid=None, *, num_heads):
     if keys_valid is not None:
         logits = jnp.where(keys_valid[:, :, :, None, None], logits, -jnp.inf)
     probs = _join_rows(jax.nn.softmax(logits, axis=2).astype(values.dtype))
-    # Unlike queries, what comes back is every object's own, and so always folded.
+    # Unlike the queries, the output is each object's own, so the projection is always folded.
     v = _split_heads(dense(values, w.v_kernel, w.v_bias), num_heads)
     out_kernel = rearrange(w.out_kernel.astype(v.dtype), "(a c) d -> a c d", a=num_heads)
     updates = jnp.einsum("bptac,acd->bptad", v, out_kernel)
@@ -270,7 +270,7 @@ def folding_pays(
     """
     projected = num_many * inner * (dim / num_sharing + num_few)
     folded = num_few * dim * (inner + num_many * num_heads)
-    # What is projected must be written and read again besides.
+    # The 10 % are for projected tokens, which are written to memory and read again.
     return folded < 1.1 * projected
 
 
@@ -294,10 +294,10 @@ def known_size(size: DimSize, otherwise: int) -> int:
 
 # --- Heads of few tokens --------------------------------------------------------------------------
 #
-# Few and many meet over one axis each: XLA's CPU compiler would copy the many otherwise. Heads come
-# last in it: they are eight, as are the rows of a TPU's tiles, so tokens can be summed over without
-# moving anything. Products of few tokens are of whole rows with zeros in them: a TPU multiplies the
-# zeros faster than it would put heads in an order in which there are none.
+# Tokens and heads are joined on one axis for products with image tokens, which XLA's CPU compiler
+# would copy otherwise. Heads come last on it: there are eight, like the rows of a TPU's tiles, so
+# that sums over tokens move no data. Products of the few tokens use rows with zeros for the other
+# heads: a TPU multiplies the zeros faster than it could reorder the heads.
 
 
 def expand_heads(x: Float[Array, "b p t e"], num_heads: int) -> Float[Array, "b p t a e"]:

@@ -30,7 +30,7 @@ from sam_jax.training.state import TrainState
 from sam_jax.training.task import Task
 from sam_jax.weights.files import WeightsError
 
-# Processes tell each other of signals so often: it makes them wait for the step before.
+# Steps between exchanges of signals among processes; an exchange waits for the step before it.
 _STEPS_BETWEEN_AGREEMENTS = 10
 
 

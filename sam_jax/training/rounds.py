@@ -17,7 +17,7 @@ from sam_jax.ops.packed_masks import MaskLayout, bit_at
 from sam_jax.ops.remat import WORTH_KEEPING, keeping, worth_keeping
 from sam_jax.simulated_user import PromptConfig, error_click, mask_round_of, noisy_box
 
-# Prompts, whether three candidates are wanted or one, and seeds of dropout in; masks out.
+# (prompts, multimask_output, dropout seeds) -> masks.
 Decode = Callable[[Prompts, bool, UInt32[Array, "b p"]], MaskPrediction]
 
 

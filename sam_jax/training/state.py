@@ -56,6 +56,6 @@ def init_state(
         params=variables["params"],
         constants=variables["constants"],
         opt_state=jax.jit(optimizer.init)(variables["params"]),
-        # Copies: a step takes the state's memory, and cannot take the same twice.
+        # Copies, since a step donates the state's buffers and cannot donate one twice.
         ema_params=jax.tree.map(jnp.copy, variables["params"]) if keeps_ema else None,
     )

@@ -12,8 +12,8 @@ from sam_jax.parallel import Parallel
 
 Fields = Mapping[str, Array]
 Sums = dict[str, Float[Array, ""]]
-# Parameters, constants, a batch and a key in; the loss, and sums of what is reported, out: all of
-# them sums over the things that ``Task.count`` counts.
+# (parameters, constants, batch, key) -> (loss, reported figures), all of them sums over the items
+# that ``Task.count`` counts.
 LossSums = Callable[[Any, Any, Fields, Array], tuple[Float[Array, ""], Sums]]
 
 

@@ -68,7 +68,7 @@ class MaskFolderSource:
             if stem in images:
                 raise ConfigError(f"{images[stem]} and {image} would share their masks")
             images[stem] = image
-        # Where no name is the same, one that differs in case only is.
+        # Names that differ in case only match where no name is equal.
         folded: dict[str, list[str]] = collections.defaultdict(list)
         for stem in images:
             folded[stem.casefold()].append(stem)

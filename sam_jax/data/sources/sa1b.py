@@ -29,12 +29,12 @@ from sam_jax.images import PICTURE_SUFFIXES, Orientation
 _log = logging.getLogger(__name__)
 _HIDDEN = "hidden files"
 _BLOCK = tarfile.BLOCKSIZE
-# Goes up when the scan finds other pairs, so that older indices are made anew.
+# To be raised when the scan finds other pairs than before, so that older indices are made anew.
 _INDEX_VERSION = 2
 # Scanning waits for storage, not for the processor.
 _SCAN_THREADS = 8
 _MAX_OPEN_TARS = 128
-# Of a tar's name in that of its index, which has some 45 bytes more.
+# Bytes of a tar's name in the name of its index, which has some 45 bytes more.
 _MAX_LABEL_BYTES = 200
 
 
@@ -306,7 +306,7 @@ def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
     # Tars of one name from two folders may share a cache.
     origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
     state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{_INDEX_VERSION}"
-    # A name may be as long as names can be; what it is of is in the digest, too.
+    # Cut, since the tar's name may have the greatest length already; the digest tells tars apart.
     label = os.fsdecode(os.fsencode(tar.name)[:_MAX_LABEL_BYTES])
     path = folder / f"{label}.{origin}.{state}.npy"
     if not path.exists():

@@ -62,7 +62,7 @@ class _Blocks:
 def _cut(grid: GridShape, interpret: Any) -> _Blocks | None:
     gh, gw = grid
     tokens = gh * gw
-    # A whole axis may have any size, a part of it whole tiles.
+    # A block may be a whole axis of any size; a part of an axis must consist of whole tiles.
     rows = [
         rows
         for rows in range(1, gh + 1)

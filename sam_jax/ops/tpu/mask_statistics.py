@@ -21,9 +21,9 @@ from sam_jax.arrays import Array, Float, Int
 from sam_jax.ops.packed_masks import SIDE, SUBPIXELS, MaskLayout
 from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
 
-# Image tokens at a time: a handful of maps of them fill the registers.
+# Image tokens that are handled at a time: a handful of their maps fills the registers.
 MOST_TOKENS = 512
-# Bits of what ``_neighbours_inside`` says of each number of a map.
+# Bits of the numbers of ``_neighbours_inside``.
 _ROW_ABOVE, _ROW_BELOW, _COLUMN_LEFT, _COLUMN_RIGHT = 1, 2, 4, 8
 _TOKEN_ABOVE, _TOKEN_BELOW, _TOKEN_LEFT, _TOKEN_RIGHT = 16, 32, 64, 128
 
@@ -300,7 +300,7 @@ def _backward_kernel(shape, inputs, outputs, left, line, right, d_left, d_line, 
             for bit, value in zip(_bits(shape, y), values, strict=True):
                 on_mask = masks_here & bit != 0
                 missed = _missed(value, on_mask)
-                # Of the cross-entropy, the slope is what is missed.
+                # The derivative of the cross-entropy is ``missed.probability``.
                 d_against = shape.gamma * missed.complement * missed.cross_entropy
                 d_against += missed.probability
                 d_against *= missed.probability**shape.gamma

@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.tpu.kernel import LANES, fused_call, product
 
-# Rows of a window have the first half of a tile, columns the second; in each, the terms' leading
-# digits have the first half and the rest the second.
+# Relative terms of a window share one tile of lanes: rows have the first half, columns the second.
+# Each half holds the terms' leading digits, then the rest, so a side has a quarter of the lanes.
 _MAX_SIDE = LANES // 4
 
 

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
 
-# What one number of a row takes, about: for the compiler's schedule, and for plans.
+# Rough FLOPs per number of a row, for the compiler's schedule and for cost reports.
 _FLOPS = 20
 
 
@@ -144,7 +144,7 @@ def _unpartition_add_norm(shape: _Shape, tokens: Array, windows: Array, scale: A
     def of_row(vectors, rows):
         scale, shift = vectors
         tokens, branch = rows
-        # Normalised is what is stored, as by a block without windows.
+        # The sum is normalised as it is stored, rounded: blocks without windows do the same.
         tokens = (tokens + branch).astype(dtype).astype(jnp.float32)
         return _Rows(grids=(tokens, _normalised(shape, tokens)[0] * scale + shift))
 
