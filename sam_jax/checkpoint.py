@@ -203,7 +203,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failing_as_checkpoint_error(self) -> Iterator[None]:
-        """A full disk is an error of the storage layer's, perhaps of the save before."""
+        """Raises errors of the storage, perhaps of the save before, as `CheckpointError`."""
         try:
             yield
         except (OSError, ValueError) as error:

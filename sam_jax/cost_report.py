@@ -100,10 +100,10 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-      params, ema, optimizer, constants, batch: what goes in, exactly.
-      working: what the compiler sets aside for activations, gradients and the like.
+      params, ema, optimizer, constants, batch: arguments of the step, exactly.
+      working: set aside by the compiler for activations, gradients and the like.
       program: the code itself.
-      available: what a device has for them; None if it is not known.
+      available: memory of a device for them; None if it is not known.
     """
 
     params: int
@@ -271,7 +271,7 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
 
 
 def plan(experiment: Experiment, topology: str = LOCAL, *, batch_size: int | None = None) -> Plan:
-    """Compiles a experiment's training step for devices and reads what it will cost there.
+    """Compiles an experiment's training step for devices and reads what it will cost there.
 
     Args:
       experiment: the whole training.
@@ -352,7 +352,7 @@ def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[st
 
 
 def _measured_chip(program: CompiledStep) -> Chip:
-    """A device of this machine: its memory as it says, its products as they are."""
+    """A device of this machine, with the memory it reports and its measured rate of products."""
     device = program.mesh.devices.flat[0]
     stats = device.memory_stats() or {}
     size = 2048 if device.platform == "cpu" else 8192
@@ -418,7 +418,7 @@ def fewest_devices(made: Plan) -> int | None:
 
 
 def largest_batch(made: Plan) -> int | None:
-    """The most images of a step that should fit, if what is set aside grows with them.
+    """Largest batch that should fit, if working memory grows in proportion to it.
 
     A guess on the safe side: part of it does not grow. None if memory is not known.
     """

@@ -106,7 +106,7 @@ class ImageError(UserError, ValueError):
 
 
 class UnreadableImageError(ImageError):
-    """A picture that no pixels come of.
+    """A picture file from which no pixels can be read.
 
     Attributes:
       name: the file, or what the caller calls the image.
@@ -408,7 +408,7 @@ def _check_depth(array: Shaped[np.ndarray, "..."], name: str) -> None:
 
 
 def _orientation(image: Image.Image, content: bytes | None = None) -> int:
-    """EXIF's, 1 to 8; where nothing readable is said, upright."""
+    """EXIF orientation, 1 to 8; 1, which is upright, if none is readable."""
     if image.format == "PNG" and content and not any(word in content for word in _PNG_METADATA):
         return 1
     try:
@@ -428,7 +428,7 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _draft(image: Image.Image, at_least_hw: tuple[int, int], *, whole_pixels: bool) -> int:
-    """Has a JPEG decoded at a fraction of its size, and returns which.
+    """Sets a JPEG to be decoded at 1 / n of its size, and returns n.
 
     Args:
       image: not decoded yet.

@@ -126,7 +126,7 @@ def area_px(runs: Int64[np.ndarray, "r"]) -> int:
 
 
 def decode(runs: Int64[np.ndarray, "r"], hw: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """The mask.
+    """The mask as an array, True on the object.
 
     Args:
       runs: from `run_lengths`, for an image of `hw`.

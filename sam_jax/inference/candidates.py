@@ -21,13 +21,13 @@ EDGE_TOLERANCE = 20.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
-    """A mask that passed by itself.
+    """A mask that passed the filters on single masks.
 
     Attributes:
       mask_rle: COCO's compressed run lengths.
       box_xyxy: indices of its outermost pixels.
       point: the prompt, ``(x, y)``.
-      predicted_iou: what the model believes.
+      predicted_iou: the model's estimate.
       stability_score: how little the mask depends on the logit's threshold.
       region: edges of the part of the image that it was found in.
     """
@@ -122,7 +122,7 @@ def remove_small_regions(
 
 
 def clean(candidates: Sequence[Candidate], min_area: int, threshold: float) -> list[Candidate]:
-    """Without small holes and islands; of masks that became alike, unchanged ones stay.
+    """Candidates without small holes and islands; of those that became alike, unchanged ones stay.
 
     Args:
       candidates: masks of one image.
@@ -280,7 +280,7 @@ def _window(box: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _union(parts: Sequence[Candidate]) -> Candidate:
-    """One mask of several, which speaks for them by their areas."""
+    """Union of masks, with the means of their scores weighted by area."""
     areas = np.array([float(coco_mask.area(part.mask_rle)) for part in parts])
     largest = parts[int(areas.argmax())]
     boxes, regions = (

@@ -465,7 +465,7 @@ class Predictor:
         valid: Bool[Array, "b p"],
         iou_threshold: Float[Array, ""],
     ) -> MaskPrediction:
-        """Points in chunks; a chunk without a good candidate is not drawn."""
+        """Decodes points in chunks; masks of a chunk without a good candidate are not computed."""
         chunk = coords.shape[1]
         if jax.default_backend() == "cpu":
             chunk = math.gcd(chunk, _points_in_cache(math.prod(features.shape[1:])))

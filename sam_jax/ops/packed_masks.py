@@ -83,7 +83,7 @@ class MaskLayout:
         return sum(row << scale * (scale - 1 - y) for y, row in enumerate(rows))
 
     def area(self, image_hw: Int[Array, "b 2"]) -> Int[Array, "b 16 tokens"]:
-        """The packed mask of what is image and not padding."""
+        """Packed mask of the pixels that are image and not padding."""
         return self.of_masks(valid_area(image_hw, self.image_size))
 
     def bits(self) -> list[tuple[int, tuple[int, int]]]:

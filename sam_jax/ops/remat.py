@@ -19,12 +19,12 @@ WORTH_KEEPING = "worth keeping"
 
 
 def product_of(x: T) -> T:
-    """``x``, named as what a large product made."""
+    """``x``, named ``PRODUCT``: the result of a large matrix product."""
     return checkpoint_name(x, PRODUCT)
 
 
 def worth_keeping(x: T) -> T:
-    """``x``, named as what is worth keeping."""
+    """``x``, named ``WORTH_KEEPING``."""
     return checkpoint_name(x, WORTH_KEEPING)
 
 

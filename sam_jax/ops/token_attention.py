@@ -239,7 +239,7 @@ def _many_to_few(w, queries, keys, values, keys_valid=None, *, num_heads):
 
 
 def _fold(heads: Float[Array, "b p t a c"], kernel: Array) -> Float[Array, "b p t a d"]:
-    """Heads of few tokens, brought back through the projection of what they will meet."""
+    """Heads of few tokens times the transposed projection of the many tokens they will meet."""
     kernel = _heads_of(kernel.astype(heads.dtype), heads.shape[3])
     return jnp.einsum("bptac,dac->bptad", heads, kernel)
 
@@ -319,7 +319,7 @@ def _blocks(num_heads: int, like: Array) -> Array:
 
 
 def fold_into(rows: Float[Array, "b p t a e"], kernel: Array) -> Float[Array, "b p t a d"]:
-    """Expanded heads, brought back through the projection of what they will meet, zeros and all."""
+    """``_fold`` for heads from ``expand_heads``, whose zeros are multiplied, too."""
     return jnp.einsum("bptae,de->bptad", rows, kernel.astype(rows.dtype))
 
 
@@ -357,7 +357,7 @@ def split_rows(x: Float[Array, "b p f d"], num_heads: int) -> Float[Array, "b p 
 
 
 def _contract(equation: str, few: Array, many: Array, dtype: Any = jnp.float32) -> Array:
-    """A product of what objects have with what they have or share: ``p`` is dropped if shared."""
+    """An einsum of ``few`` and ``many``; axis ``p`` is dropped from one whose objects share it."""
     (left, right), out = equation.split("->", maxsplit=1)[0].split(","), equation.split("->")[1]
     if many.shape[1] == 1 and few.shape[1] > 1:
         many, right = many[:, 0], right.replace("p", "")

@@ -80,7 +80,7 @@ class CompiledStep:
         )
 
     def check_batch(self, batch_size: int) -> None:
-        """Finds out whether every device gets the same share of a batch, in whole parts.
+        """Checks that a batch divides evenly by devices and accumulation steps.
 
         Raises:
           ConfigError: if not.

@@ -313,7 +313,7 @@ def _rates(
 
 
 def _news(task: Task, means: Mapping[str, float], rates: Mapping[str, float]) -> str:
-    """An interval in a line."""
+    """Figures of an interval, as one line."""
     return (
         f"{task.headline(means)}  "
         f"{rates['images_per_second']:.1f} img/s  "

@@ -11,9 +11,10 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """A plain pytree; there is no key in it, since every key derives from the seed and the step.
+    """State of a training run, a plain pytree.
 
-    Its leaves may be arrays, their shapes or their shardings, hence no types.
+    It has no random key, since every key derives from the seed and the step. Its leaves may be
+    arrays, their shapes or their shardings, hence no types.
 
     Attributes:
       step: optimizer steps done, int32.

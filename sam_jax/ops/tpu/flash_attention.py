@@ -255,7 +255,7 @@ def _call(blocks, kernel, name, q, *, grid, inputs, in_specs, outputs, scratch, 
 
 
 def _logits(blocks: _Blocks, q, k, terms_h, terms_w):
-    """``[keys, queries]`` of a block."""
+    """Logits ``[keys, queries]`` of a block."""
     products = product(k[0], q[0], (1, 1))
     by_place = products.reshape(blocks.rows, blocks.grid[1], blocks.queries)
     by_place = by_place + terms_h[0][:, None, :] + terms_w[0][None]

@@ -37,7 +37,7 @@ def add_mask_embeddings(
     norm_epsilon: float,
     interpret: Any,
 ) -> Float[Array, "b p tokens d"]:
-    """An image's embeddings plus those of each object's mask, or of its having none.
+    """An image's embeddings plus each object's mask embedding, or ``no_mask`` without a mask.
 
     Args:
       weights: see ``ops.mask_embedding.MaskEmbeddingWeights``.

@@ -81,7 +81,7 @@ def unpartition_add_norm(
     epsilon: float,
     interpret: Any,
 ) -> tuple[Float[Array, "b gh gw d"], Float[Array, "b gh gw d"]]:
-    """Sum of tokens and what windows say of them, and the sum normalised.
+    """Sum of tokens and their branch in windows, and the LayerNorm of the sum.
 
     Args:
       tokens: of the branch that skipped the windows.
