@@ -66,7 +66,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _shapes(args: argparse.Namespace, grid: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
-    """Of projections and both tables."""
+    """Shapes and types of the qkv projections and of both relative-position tables."""
     dtype = jnp.dtype(args.dtype)
     return [
         jax.ShapeDtypeStruct((args.batch, *grid, 3 * args.heads * args.channels), dtype),

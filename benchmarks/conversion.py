@@ -1,4 +1,4 @@
-"""What converting a checkpoint costs: seconds, and peak memory over the size of the file.
+"""Cost of converting a checkpoint: seconds, and peak memory over the size of the file.
 
 python -m benchmarks.conversion [--variant vit_h] [--json FILE]
 

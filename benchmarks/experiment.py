@@ -37,5 +37,5 @@ def load(args: argparse.Namespace) -> Experiment:
 
 
 def names_of(sources: Sequence[Any]) -> list[str]:
-    """What the sources of a data section are called, without their paths."""
+    """Names of the sources of a data section, without their paths."""
     return [source.name or source.kind for source in sources]

@@ -122,7 +122,7 @@ def _measure(data: DataConfig, argv: Sequence[str] | None, args: Any) -> dict[st
 
 
 def _workers_seconds() -> float:
-    """What the running workers have used of processors, in seconds; 0 without any.
+    """Processor time of the running workers so far, in seconds; 0 without any.
 
     Raises:
       OSError: there are workers, and this is not Linux.
@@ -173,7 +173,7 @@ def _per_second(function: Callable[[Any], Any], items: Sequence[Any]) -> float:
 
 
 def _reduced_decoding_errors(data: DataConfig, samples: Sequence[Sample]) -> dict[str, float]:
-    """How far images decoded at reduced size are from those decoded in full, in grey values."""
+    """Errors of images decoded at reduced size against those decoded in full, in grey values."""
     full = TrainTransform(data.image_size, max_masks=1, reduced_decoding=False)
     reduced = dataclasses.replace(full, reduced_decoding=True)
     differences = []

@@ -1,11 +1,11 @@
-"""What the instructions of each TPU kernel come to, as the TPU's compiler schedules them.
+"""Instruction counts of each TPU kernel, as the TPU's compiler schedules them.
 
 python -m benchmarks.kernels --topology v5e:1x1
 
 No TPU is needed, only its compiler (`pip install 'sam-jax[tpu]'`). For each kernel, at the sizes of
 ViT-H and 64 masks: bundles of instructions that one step of its grid takes, one a cycle if nothing
 is waited for; operations that the kernel says it does; and the part of the chip's peak that these
-come to. What is waited for is not in it: memory, and units that are busy.
+come to. Stalls are not counted: waits for memory and for busy units.
 """
 
 import argparse
@@ -51,13 +51,13 @@ class Case(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Of a kernel.
+    """Instructions and work of one kernel.
 
     Attributes:
-      bundles: of one step of its grid.
-      flops: that it says it does in one.
-      moved_bytes: of all steps, to and from the device's memory.
-      steps: of its grid.
+      bundles: instruction bundles of one step of its grid.
+      flops: operations of one step, as the kernel declares them.
+      moved_bytes: bytes of all steps, to and from the device's memory.
+      steps: steps of its grid.
     """
 
     bundles: int
@@ -130,7 +130,7 @@ def _gradients(case: Case, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _count(case: Case, device: Any, folder: Path) -> dict[str, Count]:
-    """Of the kernels of a function and of its gradients."""
+    """Counts of the kernels of a function and of its gradients, by kernel name."""
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments
@@ -160,7 +160,7 @@ def _empty(folder: Path) -> None:
 
 
 def _with_trips(bundles: dict[str, int], gradients, some, others, folder: Path) -> dict[str, int]:
-    """What all trips of kernels' loops take, from two lengths of the loops' bodies."""
+    """Bundles for all trips of kernels' loops, extrapolated from two lengths of loop bodies."""
     tokens = mask_statistics_kernel.MOST_TOKENS
     mask_statistics_kernel.MOST_TOKENS = tokens // 2
     _empty(folder)
@@ -193,7 +193,7 @@ def _grids(jaxpr: Any) -> Iterator[tuple[str, int]]:
 
 
 def _bundles(folder: Path) -> dict[str, int]:
-    """By kernel, from what the compiler wrote of its last schedule."""
+    """Bundles of each kernel, from what the compiler wrote of its last schedule."""
     found: dict[str, tuple[int, int]] = {}
     for path in folder.glob("*-schedule-analysis_final_bundles.txt"):
         match = re.match(r"\d+-(.+)\.\d+-(\d+)-schedule", path.name)

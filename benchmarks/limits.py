@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured: matrix products, copies, JPEG decoding.
+"""Measured limits of the machine: matrix products, copies, JPEG decoding.
 
 python -m benchmarks.limits [--repeats 5] [--out FILE.json]
 

@@ -52,7 +52,7 @@ class Row:
 
     @property
     def speedup(self) -> float:
-        """How many times faster we are."""
+        """Factor by which we are faster than the peer."""
         return self.peer_seconds / self.seconds
 
 
@@ -190,7 +190,7 @@ def _in_turns(
 
 
 def _encoder_row(predictor: Predictor, peer: _Peer, image: np.ndarray, repeats: int) -> Row:
-    """From the picture to its embedding, resizing included."""
+    """Row of times from the picture to its embedding, resizing included."""
     ours, theirs = _in_turns(
         lambda: predictor.embed([image]).features,
         lambda: peer.predictor.set_image(image),
@@ -203,7 +203,7 @@ def _encoder_row(predictor: Predictor, peer: _Peer, image: np.ndarray, repeats: 
 def _prompt_row(
     predictor: Predictor, peer: _Peer, image: np.ndarray, num_prompts: int, repeats: int
 ) -> Row:
-    """From clicks to three masks of the image's size each."""
+    """Row of times from clicks to three masks of the image's size each."""
     import torch
 
     points = np.random.default_rng(0).uniform(0, min(image.shape[:2]) - 1, (num_prompts, 2))
@@ -232,7 +232,7 @@ def _automatic_row(
     images: Sequence[np.ndarray],
     options: AutomaticOptions,
 ) -> Row:
-    """From pictures to records, seconds per picture."""
+    """Row of times from pictures to records, in seconds per picture."""
     generator = published.segment_anything().SamAutomaticMaskGenerator(
         peer.model, **published.generator_arguments(options)
     )
@@ -295,7 +295,7 @@ def _same(record: dict[str, Any], reference: dict[str, Any]) -> bool:
 def _closeness(
     record: dict[str, Any], others: Sequence[dict[str, Any]], options: AutomaticOptions
 ) -> str:
-    """How near a record is to the thresholds that decide about it."""
+    """Distances of a record from the thresholds that decide about it, as text."""
     boxes = np.array([_xyxy(other["bbox"]) for other in others if other is not record])
     overlaps = [_box_iou(_xyxy(record["bbox"]), box) for box in boxes]
     nearest = min((abs(iou - options.box_nms_thresh) for iou in overlaps), default=np.inf)

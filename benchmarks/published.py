@@ -132,7 +132,7 @@ def build(config: SamConfig) -> Any:
 
 
 def generator_arguments(options: AutomaticOptions) -> dict[str, Any]:
-    """Those of our options that the published generator has, too."""
+    """Arguments of the published generator: those of our options that it has, too."""
     known = inspect.signature(segment_anything().SamAutomaticMaskGenerator).parameters
     ours = dataclasses.asdict(options)
     return {name: value for name, value in ours.items() if name in known}

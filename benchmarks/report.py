@@ -1,4 +1,4 @@
-"""How a run is told: options that all benchmarks share, a table, a JSON file."""
+"""Reports of benchmark runs: options that all benchmarks share, a table, a JSON file."""
 
 import argparse
 import dataclasses
@@ -158,7 +158,7 @@ def _short(value: float) -> str:
 
 
 def _commit() -> str | None:
-    """What is checked out, with a mark if it was changed since; None outside a repository."""
+    """Commit that is checked out, marked if files differ from it; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

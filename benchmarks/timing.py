@@ -11,10 +11,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What was timed.
+    """Times and memory of a measured function.
 
     Attributes:
-      seconds: of each call after the warm-up.
+      seconds: duration of each call after the warm-up.
       compile_seconds: tracing and compiling, None where nothing is compiled.
       planned_bytes: memory of one device that the compiler sets aside for arguments, results and
         what lies between, None if it does not say.

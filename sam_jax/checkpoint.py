@@ -24,7 +24,7 @@ CONFIG = "config.json"
 # parameters is a second model, where a run keeps them.
 _MODEL, _EMA, _OPTIMIZER, _DATA = "model", "ema", "optimizer", "data"
 
-# Folders at the root that epath takes for buckets, and what begins a URL.
+# Folders at the root that epath takes for cloud buckets, and the beginning of a URL.
 _BUCKETS = ("gs", "s3", "az", "hf")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # How errors of TensorStore begin, as in "RESOURCE_EXHAUSTED: ".
@@ -34,7 +34,7 @@ _OS_ERROR = re.compile(r"[^:]+(?= \[os_error_code)")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep.
+    """Schedule of checkpoints: when to save and what to keep.
 
     Attributes:
       every_steps: steps between checkpoints; the last step is saved in any case.
@@ -69,7 +69,7 @@ def checkpoint_path(path: str | Path) -> epath.Path:
     Raises:
       CheckpointError: if they would take its name for that of another place.
     """
-    # Links stay: one of another name is a way out.
+    # Links are not resolved: a link with another name is the user's way out.
     absolute = os.path.normpath(Path(path).absolute())
     root = Path(absolute).parts[1:2]
     reason = None
@@ -109,7 +109,7 @@ class Checkpointer:
         self._config = config
         self._folder = checkpoint_path(workdir) / CHECKPOINTS
         places.check_folder(Path(workdir) / CHECKPOINTS)
-        # Only for writing: it makes folders, and clears away what is half-written.
+        # Made for writing only, as it makes folders and clears away what is half-written.
         self._manager: Any = None
         self._to_read_back: int | None = None
         self._was_read_back = False
@@ -145,11 +145,11 @@ class Checkpointer:
 
     @property
     def latest_has_ema(self) -> bool:
-        """Whether the newest whole checkpoint has averaged parameters."""
+        """True if the newest complete checkpoint has averaged parameters."""
         return _part(self._folder, self.latest_step, _EMA).is_dir()
 
     def is_due(self, step: int) -> bool:
-        """Whether the config wants a checkpoint after this many steps."""
+        """True if the config asks for a checkpoint after this many steps."""
         return step % self._config.every_steps == 0
 
     def save(self, state: Any, data_iterator: Any) -> None:
@@ -194,7 +194,7 @@ class Checkpointer:
                 if name != _EMA or _part(self._folder, step, _EMA).is_dir():
                     _shapes(_part(self._folder, step, name))
             self._data_states(step)
-        # What is not as it should be ends in errors of every kind.
+        # Damaged checkpoints raise errors of every kind.
         except Exception as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} was written to {self._folder} and cannot be read "
@@ -203,14 +203,14 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failing_as_checkpoint_error(self) -> Iterator[None]:
-        """A full disk is an error of the storage layer's, perhaps of the save before."""
+        """Raises errors of the storage, perhaps of the save before, as `CheckpointError`."""
         try:
             yield
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             if isinstance(error, ValueError) and not _STATUS.match(reason):
                 raise
-            # Among paths of temporary files, which may be long.
+            # The reason stands among paths of temporary files, which may be long.
             if said := _OS_ERROR.search(reason):
                 reason = said[0].strip()
             newest = self.latest_step
@@ -244,7 +244,7 @@ class Checkpointer:
         if keeps_ema and self.latest_has_ema:
             parts[_EMA] = state.evaluated_variables
         try:
-            # All before the first is read: a read that fails leaves others running behind it.
+            # Checks all parts before reading any: a read that fails leaves others running.
             for name, target in parts.items():
                 _check_arrays(_part(self._folder, step, name), target)
             restored = {
@@ -271,7 +271,7 @@ class Checkpointer:
         )
 
     def _data_states(self, step: int) -> list[dict]:
-        """Where the data of all processes were, however many there are now."""
+        """Saved data positions of all processes of the run, however many there are now."""
         folder = _part(self._folder, step, _DATA)
         files = {}
         for path in folder.glob("process_*-of-*.json"):
@@ -337,7 +337,7 @@ def _check_arrays(part: epath.Path, shapes: Any) -> None:
 
 def _restored(part: epath.Path, shapes: Any) -> Any:
     """A part's arrays, of these shapes, types and shardings."""
-    # The handler itself: what wraps it warns of the parts that are left alone here.
+    # Not Orbax's checkpointer, which would warn of the other parts that are not read here.
     handler = ocp.StandardCheckpointHandler()
     try:
         return handler.restore(part, args=ocp.args.StandardRestore(shapes))
@@ -360,7 +360,7 @@ def restore_variables(path: str | Path, step: int | None = None, *, ema: bool = 
       CheckpointError: if there is none there.
     """
     folder = checkpoint_path(path)
-    # A run may itself be called so.
+    # A run's own folder may have that name.
     if folder.name != CHECKPOINTS or (folder / CHECKPOINTS).is_dir():
         folder = folder / CHECKPOINTS
     if not folder.is_dir():
@@ -426,7 +426,7 @@ def save_config(workdir: str | Path, config: dict, *, done_steps: int = 0) -> st
     path, kept = folder / CONFIG, None
     if done_steps and path.exists() and config_changes(workdir, config) != []:
         kept = f"config_until_step_{done_steps}.json"
-        # Once for a checkpoint: what came between has made none.
+        # Once per checkpoint: configs in between have made none.
         if not (folder / kept).exists():
             path.rename(folder / kept)
     unfinished = folder / f".{CONFIG}.unfinished"
@@ -436,7 +436,7 @@ def save_config(workdir: str | Path, config: dict, *, done_steps: int = 0) -> st
 
 
 def config_changes(workdir: str | Path, config: dict) -> list[str] | None:
-    """What differs from the config that a run keeps, key by key; None if it keeps no readable one.
+    """Differences from the config kept in a run, key by key; None if it keeps no readable one.
 
     Args:
       workdir: of the run.

@@ -61,7 +61,7 @@ class ConvertTarget(enum.StrEnum):
 
 
 class Platform(enum.StrEnum):
-    """What StableHLO may be exported for."""
+    """Platforms that StableHLO can be exported for."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -69,7 +69,7 @@ class Platform(enum.StrEnum):
 
 
 class Preset(enum.StrEnum):
-    """Where options of ``masks`` start from."""
+    """Sets of options that ``masks`` starts from."""
 
     released = "released"
     sa1b = "sa1b"
@@ -285,7 +285,7 @@ def predict(
         say(f"reading {checkpoint}")
         predictor = Predictor.load(checkpoint, step=step, ema=ema, decoder_heads=decoder_heads)
         say("segmenting")
-        # Several prompts leave no doubt about what is meant; a lone click does.
+        # A lone click is ambiguous; several prompts are not.
         embeddings = predictor.embed([pixels])
         (found,) = predictor.predict(
             embeddings, [[prompt]], multimask_output=len(clicks) + 2 * (corners is not None) == 1
@@ -302,7 +302,7 @@ def predict(
         )
     for target, content in ((out, picture), (mask_out, mask.astype(np.uint8) * 255)):
         if target is not None:
-            # What a form is too small for is a ValueError.
+            # Pillow raises ValueError for pictures too large for a format.
             with written_whole(target) as unfinished, failing_as_os_error(ValueError):
                 save_picture(unfinished, content, targets[target])
     typer.echo(

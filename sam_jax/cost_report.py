@@ -1,4 +1,4 @@
-"""What a training run will cost on devices that need not be there, by compiling its real step."""
+"""Cost of a training run on devices that need not be there, by compiling its real step."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment
 
 LOCAL = "local"
-# Of the operations that our own kernels say they take, the part of the peak that their instructions
-# come to, as the compiler schedules them (benchmarks/kernels.py): what it tells of a whole program
-# counts nothing for kernels. First of a v5e, and of each of a v5p's two cores, then of a v6e, whose
-# products are three times as fast and all else hardly. Losses and norms are no products.
+# Fraction of the peak at which each of our kernels does the operations it declares, by the schedule
+# of its instructions (benchmarks/kernels.py); the compiler's estimates of whole programs leave
+# kernels out. First on a v5e and each of a v5p's two cores, then on a v6e, whose matrix products
+# are three times as fast and all else hardly. Losses and norms are no matrix products.
 KERNEL_PEAK_RATES = {
     "window_attention": (0.097, 0.026),
     "window_attention_backward": (0.106, 0.035),
@@ -32,14 +32,14 @@ KERNEL_PEAK_RATES = {
     "norm_partition_backward": (0.014, 0.005),
     "unpartition_add_norm": (0.027, 0.008),
     "unpartition_add_norm_backward": (0.015, 0.004),
-    # On a v6e, where counting took too long, a third, as others come to.
+    # On a v6e counting took too long: a third is assumed, as others have.
     "flash_attention": (0.36, 0.12),
     "flash_attention_keys_backward": (0.47, 0.16),
     "flash_attention_queries_backward": (0.48, 0.16),
     "mask_embedding": (0.068, 0.023),
     "mask_embedding_backward": (0.111, 0.036),
     "token_to_image_attention": (0.75, 0.31),
-    # By its instructions more than the peak on a v5e: what they wait for is not in them.
+    # Assumed on a v5e, where its instructions alone, without stalls, give more than the peak.
     "token_to_image_attention_backward": (0.90, 0.48),
     "image_to_token_attention": (0.42, 0.13),
     "image_to_token_attention_backward": (0.51, 0.19),
@@ -49,7 +49,7 @@ KERNEL_PEAK_RATES = {
     "mask_statistics_backward": (0.032, 0.008),
 }
 _OTHER_KERNELS_PEAK_RATES = (0.1, 0.03)
-# Parts of a step by a word in the source of their instructions, of which the first one counts.
+# Parts of a step by a word in the source of their instructions; the first word found counts.
 _PARTS = {
     "image_encoder": "image encoder",
     "prompt_encoder": "prompt encoder",
@@ -57,13 +57,13 @@ _PARTS = {
     "rounds": "losses, clicks",
     "": "optimizer, others",
 }
-# Of a device's memory that the runtime keeps for itself.
+# Fraction of a device's memory that the runtime keeps for itself.
 _RESERVED_RATE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of a slice has, by its maker's public specification.
+    """Hardware of one device of a slice, from its vendor's public specification.
 
     Attributes:
       name: as in a topology.
@@ -89,7 +89,7 @@ CHIPS = {
     for chip in (
         Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
         Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
-        # The clock follows from the peak.
+        # Its clock rate is derived from the peak.
         Chip("v6e", 32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9, core=1),
     )
 }
@@ -100,10 +100,10 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-      params, ema, optimizer, constants, batch: what goes in, exactly.
-      working: what the compiler sets aside for activations, gradients and the like.
+      params, ema, optimizer, constants, batch: arguments of the step, exactly.
+      working: set aside by the compiler for activations, gradients and the like.
       program: the code itself.
-      available: what a device has for them; None if it is not known.
+      available: memory of a device for them; None if it is not known.
     """
 
     params: int
@@ -117,24 +117,24 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it, at its peak."""
+        """Bytes in all, at the peak."""
         state = self.divided + self.constants
         return state + self.batch + self.working + self.program
 
     @property
     def divided(self) -> int:
-        """What shrinks with the devices that share a copy of the state."""
+        """Bytes that shrink with the number of devices that share a copy of the state."""
         return self.params + self.ema + self.optimizer
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has so much; None if that is not known."""
+        """True if a device has enough memory; None if that is not known."""
         return None if self.available is None else self.total <= self.available
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one compilation of a training step says.
+    """Cost report of one compiled training step.
 
     Attributes:
       topology: the devices, as asked for.
@@ -142,13 +142,13 @@ class Plan:
       batch_size: images of a step on all devices.
       remat: of the encoder's blocks.
       memory: per device.
-      work_flops: of the step as counted by hand, per device, without anything computed twice.
-      moved_bytes: of device memory in a step, per device, as the compiled program reads and writes.
+      work_flops: FLOPs of the step, per device, counted by hand and without recomputation.
+      moved_bytes: bytes of device memory that the compiled step reads and writes, per device.
       collectives: transfers of a step.
-      part_seconds: of computation in each part, by the compiler's estimate and our own of our
-        kernels; None if it has none.
-      roofline_seconds: what work and peak alone would take, None without a known device.
-      transfer_seconds: of all collectives one after the other, None without a known device.
+      part_seconds: seconds of computation in each part, by the compiler's estimate, and our own for
+        our kernels; None without an estimate.
+      roofline_seconds: ``work_flops`` at the device's peak, None without a known device.
+      transfer_seconds: all collectives one after the other, None without a known device.
       num_steps: of the whole run.
       compile_seconds: how long compiling took.
     """
@@ -170,12 +170,12 @@ class Plan:
 
     @property
     def compute_seconds(self) -> float | None:
-        """Of all parts; None if nobody estimates it."""
+        """Seconds of computation in all parts of a step; None without an estimate."""
         return None if self.part_seconds is None else sum(self.part_seconds.values())
 
     @property
     def step_seconds(self) -> tuple[float, float] | None:
-        """With all transfers hidden behind the computation, and with none."""
+        """Seconds of a step with all transfers hidden behind the computation, and with none."""
         if self.compute_seconds is None or self.transfer_seconds is None:
             return None
         hidden = max(self.compute_seconds, self.transfer_seconds)
@@ -183,7 +183,7 @@ class Plan:
 
     @property
     def run_hours(self) -> tuple[float, float] | None:
-        """Of all steps, without evaluation, checkpoints and waiting for data."""
+        """Least and most hours of all steps, without evaluation, checkpoints and waits for data."""
         if self.step_seconds is None:
             return None
         low, high = (seconds * self.num_steps / 3600 for seconds in self.step_seconds)
@@ -191,7 +191,7 @@ class Plan:
 
     @property
     def device_hours(self) -> tuple[float, float] | None:
-        """Of all devices."""
+        """Least and most hours of the run, times its devices."""
         if self.run_hours is None:
             return None
         low, high = (hours * self.num_devices for hours in self.run_hours)
@@ -246,8 +246,8 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
             f"--topology {topology}: expected {LOCAL!r}, or a TPU and how its chips are arranged, "
             f"as in v5e:16x16 or v5p:4x4x4; the TPUs are {', '.join(CHIPS)}"
         )
-    # Nothing of a TPU is here: do not look for one, and share the compiler with other programs.
-    # What the host is said to be does not matter; that something is keeps the compiler quiet.
+    # No TPU is here: do not look for one, and share the compiler with other programs. Which host
+    # is named does not matter, but naming one keeps the compiler quiet.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -263,7 +263,7 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:
-        # Of any kind: what the compiler's library throws is its own.
+        # Any exception: the compiler's library raises types of its own.
         missing = "not installed" in str(error)
         hint = "the TPU compiler is missing: pip install 'sam-jax[tpu]'" if missing else str(error)
         raise TopologyError(f"--topology {topology}: {hint}") from error
@@ -271,7 +271,7 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
 
 
 def plan(experiment: Experiment, topology: str = LOCAL, *, batch_size: int | None = None) -> Plan:
-    """Compiles a experiment's training step for devices and reads what it will cost there.
+    """Compiles an experiment's training step for devices and reads what it will cost there.
 
     Args:
       experiment: the whole training.
@@ -336,7 +336,7 @@ def _read(
 
 
 def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[str, float] | None:
-    """Of the parts of the step, by where their instructions come from."""
+    """Seconds of each part of the step, by its instructions' source; None without a clock rate."""
     if chip.clock_rate is None:
         return None
     seconds = dict.fromkeys(_PARTS.values(), 0.0)
@@ -352,7 +352,7 @@ def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[st
 
 
 def _measured_chip(program: CompiledStep) -> Chip:
-    """A device of this machine: its memory as it says, its products as they are."""
+    """A device of this machine, with the memory it reports and its measured rate of products."""
     device = program.mesh.devices.flat[0]
     stats = device.memory_stats() or {}
     size = 2048 if device.platform == "cpu" else 8192
@@ -418,7 +418,7 @@ def fewest_devices(made: Plan) -> int | None:
 
 
 def largest_batch(made: Plan) -> int | None:
-    """The most images of a step that should fit, if what is set aside grows with them.
+    """Largest batch that should fit, if working memory grows in proportion to it.
 
     A guess on the safe side: part of it does not grow. None if memory is not known.
     """

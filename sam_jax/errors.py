@@ -51,10 +51,10 @@ def _said(error: Exception) -> str:
 
 
 def _missing_devices() -> str | None:
-    """Why JAX has no devices here, None if it has some.
+    """Message that says why JAX has no devices here, None if it has some.
 
-    It says so at the first use of one, by errors of several kinds that look like faults of the
-    code.
+    JAX itself says so at the first use of a device, in errors of several kinds that look like
+    faults of the code.
     """
     platforms = os.environ.get("JAX_PLATFORMS")
     if not platforms or "jax" not in sys.modules:

@@ -20,7 +20,7 @@ _SPELLINGS: tuple[Callable[[str], str], ...] = (
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a file, by its path below the folder of a data set, is hidden and so no data.
+    """True if a file, by its path below the folder of a data set, is hidden and so no data.
 
     Hidden are names that start with a dot (`._cat.png`, which macOS puts beside `cat.png`,
     `.ipynb_checkpoints`, `.DS_Store`), what else systems put into folders (`__MACOSX`,
@@ -36,8 +36,8 @@ class DataFiles(NamedTuple):
     """The files of a folder with certain endings, sorted.
 
     Attributes:
-        found: those that are data.
-        hidden: those that would be, were they not hidden.
+      found: those that are data.
+      hidden: those that would be, were they not hidden.
     """
 
     found: list[Path]
@@ -48,11 +48,11 @@ def data_files(folder: Path, suffixes: Iterable[str]) -> DataFiles:
     """The files below a folder with these endings, in lower or upper case; links are followed.
 
     Args:
-        folder: where to look; its own path may hold anything.
-        suffixes: in lower case, with their dot.
+      folder: where to look; its own path may hold anything.
+      suffixes: in lower case, with their dot.
 
     Raises:
-        OSError: a folder cannot be read.
+      OSError: a folder cannot be read.
     """
     wanted = frozenset(suffixes)
     files = DataFiles([], [])
@@ -77,7 +77,7 @@ def _files_below(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        # Of a folder and a link to it, the same one is read always: the folder.
+        # Folders before links, so that of a folder and a link to it the folder is always read.
         folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))
         yield from (Path(parent, name) for name in names)
 
@@ -93,14 +93,14 @@ class NamedFiles:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        # A listing of each folder that was looked into, by the three spellings.
+        # Caches the listing of each folder that was looked into, by the three spellings of names.
         self._listing = functools.cache(self._list)
 
     def find(self, name: str) -> Path | None:
         """The file that a name means; None if there is none.
 
         Raises:
-            ConfigError: several files differ from the name no more than each other.
+          ConfigError: several files differ from the name no more than each other.
         """
         paths = [self._parts(text) for text in _decoded(name)]
         for dropped in range(max(map(len, paths), default=0)):

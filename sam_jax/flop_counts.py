@@ -1,4 +1,4 @@
-"""How much arithmetic the model is, counted by hand.
+"""FLOPs of the model, counted by hand.
 
 XLA's own count takes the body of a loop once, however often it runs, and a custom kernel for
 nothing, so it cannot be trusted on a whole training step; on code without loops it agrees with
@@ -193,7 +193,7 @@ class _CrossAttention:
     def _meet(self, sharing: float) -> float:
         if self._folds(sharing):
             return self._folded()
-        # As in self-attention, zeros for the other heads.
+        # Tokens are expanded with zeros for the other heads, as in self-attention.
         return self.image_tokens * self.inner * (self.dim / sharing + self.tokens * self.num_heads)
 
     def _folded(self) -> int:

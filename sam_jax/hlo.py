@@ -1,4 +1,4 @@
-"""What a compiled program does, read from XLA's text of it.
+"""Instructions and transfers of a compiled program, read from XLA's text of it.
 
 XLA's own sums take the body of a loop once, however often it runs, and a custom kernel for nothing;
 so the text is walked, and what stands in a loop is multiplied by its trips.
@@ -23,10 +23,10 @@ COLLECTIVES = (
     "ragged-all-to-all",
 )
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
-# Up to the bracket's end; types of operands may hold brackets of their own.
+# The text up to the closing bracket; types of operands may hold brackets of their own.
 _OPERANDS = re.compile(r"(?:[^()]+|\([^()]*\))*")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-# What moves no bytes by itself.
+# Instructions that move no bytes by themselves.
 _FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple", "after-all", "iota"}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -64,12 +64,12 @@ class Instruction:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is a kernel of our own, of which the compiler knows nothing."""
+        """True for a kernel of our own, of which the compiler knows nothing."""
         return any(f'"{name}"' in self.text for name in _KERNELS)
 
     @property
     def kernel_name(self) -> str:
-        """What a kernel of our own calls itself; empty for anything else, or if it does not say."""
+        """Name that a kernel of our own gives itself; empty for anything else, or without one."""
         found = _KERNEL_NAME.search(self.source) if self.is_kernel else None
         return found[1] if found else ""
 
@@ -203,7 +203,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _result_of_start(types: str, line: str) -> str:
-    """Of the types that the start of a transfer makes, those of the transfer's results."""
+    """Types of an asynchronous transfer's results, out of all types that its start op returns."""
     arrays = [f"{name}[{size}]" for name, size, _ in _ARRAY.findall(types)]
     match = _INSTRUCTION.match(line)
     count = len(_operands(line, match)) if match else 0
@@ -231,7 +231,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs, as far as the text tells; 1 if it does not."""
+    """Trip count of a loop, as far as the text tells; 1 if it does not."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(known[1])
     constants = {match[1]: int(match[2]) for text in condition if (match := _CONSTANT.match(text))}
@@ -251,7 +251,7 @@ def _group_size(line: str) -> int | None:
     if match := _MESH_GROUPS.search(line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         total = 1
-        # A part of an axis says after a colon where in the axis it lies, and its size.
+        # A part of an axis is written ``:(offset)size`` after the axis.
         for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2]):
             total *= int(part or sizes.get(axis, 1))
         return total

@@ -9,7 +9,7 @@ import jax
 
 from sam_jax.errors import ConfigError, UserError
 
-# A peer that said nothing for so long is taken for dead, and everybody ends.
+# A process that is silent for so long is taken for dead, and all others end.
 HEARTBEAT_TIMEOUT_SECONDS = 30
 # Hosts of a large job come up minutes apart.
 JOIN_TIMEOUT_SECONDS = 300
@@ -21,10 +21,10 @@ class HostsError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """How to find the other processes of a run.
+    """Processes of a distributed run, and where they meet.
 
-    With ``distributed`` alone the scheduler's environment says it: Slurm, Open MPI, GKE, Cloud TPU,
-    or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    With ``distributed`` alone they come from the scheduler's environment: Slurm, Open MPI, GKE,
+    Cloud TPU, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Attributes:
       distributed: whether there are others.
@@ -42,7 +42,7 @@ class HostsConfig:
 
     @classmethod
     def of_flags(cls, distributed: bool, coordinator: str | None, process: str | None):
-        """What the flags of a program say; ``process`` is I/N, this process and how many there are.
+        """The config of a program's flags; ``process`` is I/N, this process and how many there are.
 
         Raises:
           ConfigError: if one of the two that belong together is missing, or ``process`` is no I/N.
@@ -87,7 +87,7 @@ def start_devices(hosts: HostsConfig, cpu_devices: int | None = None) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
+    """True in the process that logs and writes files for all."""
     return jax.process_index() == 0
 
 

@@ -90,7 +90,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 100, "subsampling": "4:4:4"},
 }
 _EIGHT_BITS = "save it with 8 bits a channel, black at 0 and white at 255"
-# Files that are often found under a picture's name, by how they begin.
+# Beginnings of files that are often found under a picture's name, and what they are.
 _NO_PICTURES = {
     b"": "it is empty",
     b"version https://git-lfs": "it is a Git LFS pointer; fetch the file by `git lfs pull`",
@@ -106,7 +106,7 @@ class ImageError(UserError, ValueError):
 
 
 class UnreadableImageError(ImageError):
-    """A picture that no pixels come of.
+    """A picture file from which no pixels can be read.
 
     Attributes:
       name: the file, or what the caller calls the image.
@@ -125,7 +125,7 @@ class UnreadableImageError(ImageError):
 
 
 class Header(NamedTuple):
-    """What a picture file says of itself before its pixels are decoded.
+    """Metadata of a picture file, known before its pixels are decoded.
 
     Attributes:
       stored_hw: height and width of the pixels in the file.
@@ -216,7 +216,7 @@ def as_rgb(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_header(content: bytes, name: str) -> Header:
-    """What a picture file says of itself; no pixels are decoded.
+    """Reads the metadata of a picture file; no pixels are decoded.
 
     Args:
       content: the file.
@@ -408,7 +408,7 @@ def _check_depth(array: Shaped[np.ndarray, "..."], name: str) -> None:
 
 
 def _orientation(image: Image.Image, content: bytes | None = None) -> int:
-    """EXIF's, 1 to 8; where nothing readable is said, upright."""
+    """EXIF orientation, 1 to 8; 1, which is upright, if none is readable."""
     if image.format == "PNG" and content and not any(word in content for word in _PNG_METADATA):
         return 1
     try:
@@ -428,7 +428,7 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _draft(image: Image.Image, at_least_hw: tuple[int, int], *, whole_pixels: bool) -> int:
-    """Has a JPEG decoded at a fraction of its size, and returns which.
+    """Sets a JPEG to be decoded at 1 / n of its size, and returns n.
 
     Args:
       image: not decoded yet.
@@ -444,7 +444,7 @@ def _draft(image: Image.Image, at_least_hw: tuple[int, int], *, whole_pixels: bo
             return 1
         at_least_hw = height // divides[0], width // divides[0]
     drafted = image.draft(None, at_least_hw[::-1])
-    # The second part is the box that the file's pixels fill, in those of the image.
+    # drafted[1] is the box of the file's pixels, in pixels of the reduced image.
     return round(width / drafted[1][2]) if drafted else 1
 
 
@@ -546,7 +546,7 @@ def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.n
     Those bits must agree: they tell whether both decoders mean the same by this file.
     """
     refusal = _RefusedError(f"has {bits} bits a channel in a form that is not read; {_EIGHT_BITS}")
-    # Of portable maps Pillow scales the values, and of other modes there is nothing to compare.
+    # Pillow scales the values of portable maps, and has no counterpart in other modes to compare.
     if image.format == "PPM" or image.mode not in ("LA", "RGB", "RGBA", "RGBX"):
         raise refusal
     try:
@@ -562,7 +562,7 @@ def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.n
         raise refusal
     rgb = deep[..., 2::-1].astype(np.uint16, copy=False)
     high = np.asarray(image.convert("RGB")).astype(np.int32)
-    # Of JPEG 2000 Pillow rounds to them, of the others it cuts them off.
+    # Pillow rounds JPEG 2000 to the high bits, and cuts the low ones off in other formats.
     tolerance = 1 if image.format == "JPEG2000" else 0
     if rgb.shape != high.shape or np.abs((rgb >> (bits - 8)) - high).max() > tolerance:
         raise refusal

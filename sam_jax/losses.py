@@ -88,7 +88,7 @@ def mask_losses(
     truth = packed_masks[:, :, None] & area[:, None, None]
     true_area = num_pixels(truth)
     iou = (true_area - num_pixels(truth & errors)) / jnp.maximum(num_pixels(truth | errors), 1.0)
-    # A few numbers of each mask, so that gradients need neither sums nor counts again.
+    # A few numbers per mask are kept, so that the backward pass recomputes no sums or counts.
     focal_sum, soft_area, soft_intersection, true_area, iou = worth_keeping(
         (focal_sum, soft_area, soft_intersection, true_area, iou)
     )
@@ -102,7 +102,7 @@ def mask_losses(
 
 @flax.struct.dataclass
 class RoundLoss:
-    """What one round of prompting costs, per object, and what there is to report of it.
+    """Losses of one round of prompting, per object, and their parts for reports.
 
     Attributes:
       total: the weighted sum that is minimised.

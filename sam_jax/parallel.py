@@ -28,8 +28,8 @@ from sam_jax.ops.dispatch import Check, Kernels, Target, check_kernels, tracing_
 from sam_jax.ops.full_precision import add_bias
 from sam_jax.sharding import path_name
 
-# What an axis of an array is spread over: images over the batch's mesh axes, objects or heads over
-# the tensor axis; or nothing.
+# How an axis of an array is sharded: images over the batch's mesh axes, objects or heads over the
+# tensor axis; None for not at all.
 BATCH = "batch"
 TENSOR = "tensor"
 Spread: TypeAlias = str | None
@@ -58,17 +58,17 @@ class Parallel:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one device, and nothing to spread."""
+        """True if there is one device only, and so nothing to shard."""
         return self.mesh is None or self.mesh.size == 1
 
     @property
     def platform(self) -> str:
-        """What programs are compiled for: "cpu", "gpu" or "tpu"."""
+        """Platform that programs are compiled for: "cpu", "gpu" or "tpu"."""
         return self._target.platform or jax.default_backend()
 
     @property
     def _target(self) -> Target:
-        """What a device's own program is traced for."""
+        """Dispatch target for tracing the program of a single device."""
         if self.mesh is None:
             return Target(kernels=self.kernels)
         return Target.of(self.mesh.devices.flat[0], kernels=self.kernels)
@@ -178,7 +178,7 @@ class Parallel:
 
 
 class WeightShards:
-    """What a device stores of each weight, inside ``shard_map``, and how it becomes whole.
+    """Shards of all weights on one device, inside ``shard_map``, and their all-gather.
 
     Args:
       parallel: the mesh.
@@ -230,10 +230,10 @@ class WeightShards:
             self._is_in_part = False
 
     def _dense(self, layer: Dense, x: Array) -> Array:
-        """What the layer's call computes, from what this device stores of its weights."""
+        """Output of a dense layer, computed from this device's shards of its weights."""
         params = layer.variables["params"]
         spec = self._spec_of("/".join((*layer.path, "kernel")))
-        # In the type of the computation, before it travels between devices.
+        # Cast to the computation's type before it is sent between devices.
         kernel, bias = self._gathered(params["kernel"].astype(layer.dtype), spec), params["bias"]
         if layer.name == "qkv":
             kernel, bias = (self._own_heads(w, layer.features // 3) for w in (kernel, bias))
@@ -241,7 +241,7 @@ class WeightShards:
         kernel = self._own_part(kernel, x.shape[-1], 0)
         y = jnp.matmul(x.astype(layer.dtype), kernel, precision=layer.precision)
         if self._is_in_part and layer.name in _SUMMED_OVER_PARTS:
-            # Each device has the products of its own channels.
+            # Partial sums over each device's own input channels.
             y = jax.lax.psum(y, self._parallel.tensor_axis)
         return add_bias(y, bias)
 

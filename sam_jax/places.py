@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sam_jax.errors import UserError
 
-# Of every file system in use.
+# Longest file name of all common file systems.
 _MAX_NAME_BYTES = 255
 
 
@@ -45,7 +45,7 @@ def check_folder(path: str | Path) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """What is there, None for nothing."""
+    """File mode (``st_mode``) of a path, None if nothing is there."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def _mode(path: Path) -> int | None:
 
 def _check_parent(path: Path) -> None:
     """Checks that the nearest folder that is there takes what is missing."""
-    # Of a link, what it points to.
+    # Links are resolved: their target is what will be written.
     missing = path.resolve()
     while not os.path.lexists(missing.parent):
         missing = missing.parent
@@ -79,7 +79,7 @@ def _check_name(path: Path, name: str) -> None:
 
 def _check_writable(folder: Path, path: Path) -> None:
     try:
-        # Where the system can, a file without a name: the folder does not even change its time.
+        # A file without a name, where the system has them: the folder's times stay as they are.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

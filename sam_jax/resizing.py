@@ -18,9 +18,9 @@ def fit_longest_side(
     Differs: H and W may differ.
 
     Args:
-        hw: the image's height and width.
-        target_hw: the model input's.
-        scale: 1.0 fits exactly; 2.0 gives twice that size.
+      hw: the image's height and width.
+      target_hw: the model input's.
+      scale: 1.0 fits exactly; 2.0 gives twice that size.
     """
     ratio = min(target_hw[0] / hw[0], target_hw[1] / hw[1]) * scale
     return max(1, int(hw[0] * ratio + 0.5)), max(1, int(hw[1] * ratio + 0.5))
@@ -39,13 +39,12 @@ def resize_image(
     checkpoints saw.
 
     Args:
-        image: RGB, as an array or Pillow's.
-        scaled_hw: the size the whole image is scaled to.
-        crop_yx: upper left corner of the window, in pixels of the scaled
-            image.
-        crop_hw: the window's size; None keeps everything.
-        extent_hw: how many of its pixels make up the whole image, where the
-            last are cut short; None is all of them.
+      image: RGB, as an array or Pillow's.
+      scaled_hw: the size the whole image is scaled to.
+      crop_yx: upper left corner of the window, in pixels of the scaled image.
+      crop_hw: the window's size; None keeps everything.
+      extent_hw: how many of its pixels make up the whole image, where the last are cut short; None
+        is all of them.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)

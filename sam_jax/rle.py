@@ -22,7 +22,7 @@ from sam_jax.images import MAX_SIDE_PX
 
 # Seven 5-bit groups hold any run of an image within MAX_SIDE_PX squared.
 _MAX_GROUPS = 7
-# What a segment covers is what lies below its top less what lies below its bottom.
+# Signs: a segment covers all below its top, minus all below its bottom.
 _TOP_AND_BOTTOM = np.array([[1.0], [-1.0]])
 
 
@@ -34,10 +34,10 @@ def check_size(size: Any) -> tuple[int, int]:
     """The (h, w) of an annotation, checked.
 
     Args:
-        size: what stood in the file; should be two positive integers.
+      size: what stood in the file; should be two positive integers.
 
     Raises:
-        BadRleError: it is not two integers in [1, MAX_SIDE_PX].
+      BadRleError: it is not two integers in [1, MAX_SIDE_PX].
     """
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise BadRleError(f"size must be [h, w], got {size!r:.80}")
@@ -53,11 +53,11 @@ def run_lengths(rle: Any) -> Int64[np.ndarray, "r"]:
     """The runs of an RLE, non-negative and summing to h * w.
 
     Args:
-        rle: {"size": [h, w], "counts": ...}; counts is COCO's compressed
-            string (bytes or str) or the uncompressed list of integers.
+      rle: {"size": [h, w], "counts": ...}; counts is COCO's compressed string (bytes or str) or the
+        uncompressed list of integers.
 
     Raises:
-        BadRleError: anything about it is not as above.
+      BadRleError: anything about it is not as above.
     """
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
         raise BadRleError("not a mapping with size and counts")
@@ -126,11 +126,11 @@ def area_px(runs: Int64[np.ndarray, "r"]) -> int:
 
 
 def decode(runs: Int64[np.ndarray, "r"], hw: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """The mask.
+    """The mask as an array, True on the object.
 
     Args:
-        runs: from `run_lengths`, for an image of `hw`.
-        hw: height and width.
+      runs: from `run_lengths`, for an image of `hw`.
+      hw: height and width.
     """
     h, w = hw
     foreground = np.arange(runs.size) % 2 == 1
@@ -143,9 +143,9 @@ def decode_part(
     """The part of the mask inside a box, without the memory of the whole.
 
     Args:
-        runs: from `run_lengths`, for an image of `hw`.
-        hw: height and width of the image.
-        box: (x0, y0, x1, y1), edges in pixels, x1 and y1 exclusive, inside the image.
+      runs: from `run_lengths`, for an image of `hw`.
+      hw: height and width of the image.
+      box: (x0, y0, x1, y1), edges in pixels, x1 and y1 exclusive, inside the image.
     """
     h, _ = hw
     x0, y0, x1, y1 = box
@@ -161,12 +161,12 @@ def encode_part(
     """COCO's compressed RLE of a mask that is empty outside of a part of the image.
 
     Args:
-        part: the mask inside the part.
-        hw: height and width of the image.
-        corner: (x, y) of the part's upper left pixel.
+      part: the mask inside the part.
+      hw: height and width of the image.
+      corner: (x, y) of the part's upper left pixel.
 
     Returns:
-        {"size": [h, w], "counts": bytes}, as pycocotools has it.
+      {"size": [h, w], "counts": bytes}, as pycocotools has it.
     """
     h, w = hw
     part_h, part_w = part.shape
@@ -234,10 +234,10 @@ class Grid:
         """Finds the place of every row and column of the image.
 
         Args:
-            hw: height and width of the source grid.
-            scaled_hw: the size the whole image is scaled to.
-            crop_yx: upper left corner of the target in that, in its pixels.
-            crop_hw: the target's size; None is all of `scaled_hw`.
+          hw: height and width of the source grid.
+          scaled_hw: the size the whole image is scaled to.
+          crop_yx: upper left corner of the target in that, in its pixels.
+          crop_hw: the target's size; None is all of `scaled_hw`.
         """
         self._hw = hw
         self._shape = crop_hw or scaled_hw
@@ -248,7 +248,7 @@ class Grid:
         """The mask on this grid.
 
         Args:
-            runs: from `run_lengths`, for an image of the source grid's size.
+          runs: from `run_lengths`, for an image of the source grid's size.
         """
         out = np.zeros(self._shape, bool)
         part, (y, x) = self.resample_part(runs)
@@ -261,7 +261,7 @@ class Grid:
         """The mask on this grid inside of a box, and the box's corner (y, x); empty outside.
 
         Args:
-            runs: from `run_lengths`, for an image of the source grid's size.
+          runs: from `run_lengths`, for an image of the source grid's size.
         """
         h, w = self._hw
         column, ends = _segments(runs, h)
@@ -271,7 +271,7 @@ class Grid:
         x0, x1 = self._columns.reach(int(column[0]), int(column[-1]))
         if y1 <= y0 or x1 <= x0:
             return np.zeros((0, 0), bool), (0, 0)
-        # Differences beyond the box need two more rows, and shares of nothing some more columns.
+        # Two more rows take differences beyond the box, some more columns the shares that are 0.
         shares = self._columns.share[:, column]
         height, width = y1 - y0 + 2, x1 - x0 + len(shares)
         cells = np.empty((2, 2, *shares.shape), np.int64)  # [pixel or next, end, share, segment]
@@ -292,11 +292,11 @@ class Grid:
 
 
 class _Rows(NamedTuple):
-    """Where the rows' edges 0..h lie among the target's rows, each of which has h parts.
+    """Positions of the source rows' edges 0..h among target rows, each of which has h parts.
 
     Attributes:
-        cell: the target row an edge lies in; their number for those at the end or beyond.
-        rest: the parts of that row that are beyond the edge.
+      cell: the target row an edge lies in; their number for those at the end or beyond.
+      rest: the parts of that row that are beyond the edge.
     """
 
     cell: Int64[np.ndarray, "h+1"]
@@ -315,12 +315,12 @@ class _Rows(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Which target columns a column is a part of, k at most; each has w parts.
+    """Target columns that each source column overlaps, k at most; a target column has w parts.
 
     Attributes:
-        first: the first of them; those that follow may lie beyond the last target column.
-        stop: the number after the last.
-        share: the parts of each that are this column's; 0 where it has none.
+      first: the first of them; those that follow may lie beyond the last target column.
+      stop: the number after the last.
+      share: the parts of each that are this column's; 0 where it has none.
     """
 
     first: Int64[np.ndarray, "w"]

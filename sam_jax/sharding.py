@@ -27,7 +27,7 @@ MESH_AXES = (*BATCH_AXES, TENSOR_AXIS)
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """How arrays are spread over devices.
+    """Layout of arrays over devices.
 
     Attributes:
       data: devices that hold copies of the state and see different images; -1 takes all that
@@ -95,12 +95,12 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Images spread over all devices but those that share them."""
+    """Sharding of images over all devices but those that share an image."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same on every device."""
+    """Sharding of arrays that are the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

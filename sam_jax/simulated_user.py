@@ -11,7 +11,7 @@ from sam_jax.ops.packed_masks import MaskLayout, bit_at
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """How a simulated user behaves; the defaults are the paper's.
+    """Behaviour of the simulated user; the defaults are the paper's.
 
     Attributes:
       box_rate: probability that the first prompt is a box and not a point.

@@ -39,7 +39,7 @@ RED: Color = (222, 45, 58)
 INK: Color = (36, 39, 46)
 MUTED: Color = (112, 118, 130)
 PAPER: Color = (255, 255, 255)
-# Around pictures that do not fill their panel.
+# Colour around pictures that do not fill their panel.
 _FRAME: Color = (240, 241, 244)
 
 # The first colours of every palette, chosen to stand apart also for the colour-blind.
@@ -563,7 +563,7 @@ def _blend_mask(canvas, mask, color, fill_rate, contour_px):
 
 
 def _band(distance, low, high):
-    """How much of a pixel at the given distance from a line lies within ``[low, high]`` of it."""
+    """Fraction of a pixel at ``distance`` from a line that lies within ``[low, high]`` of it."""
     covered = np.minimum(distance + 0.5, high) - np.maximum(distance - 0.5, low)
     return np.clip(covered, 0, 1)
 

@@ -1,4 +1,4 @@
-"""What every test runs under: eight virtual CPU devices, full precision, no hidden skips in CI."""
+"""Settings of every test: eight virtual CPU devices, full precision, no hidden skips in CI."""
 
 import os
 import sys

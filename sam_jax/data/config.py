@@ -1,4 +1,4 @@
-"""What to load and how: the data section of a config, checked."""
+"""The data section of a config, checked: what to load and how."""
 
 import dataclasses
 import inspect
@@ -32,31 +32,26 @@ class SourceConfig:
     """One data set. Fields that are None keep the source's own default.
 
     Attributes:
-        kind: which reader.
-        path: coco: the annotation JSON. sa1b: a tar, a folder or a glob.
-            tfds: the prepared data set's version folder. mask_folder: the
-            folder of images.
-        weight: how often to draw from this source, relative to the others;
-            its size does not matter.
-        name: what samples say they come from; None means the kind.
-        images: coco: the image folder.
-        crowd: coco: "skip" leaves annotations with iscrowd out, "keep" takes
-            them for objects.
-        masks: mask_folder: the folder of masks.
-        background: mask_folder: the label of what is no object; see there.
-        ignore_labels: mask_folder: labels that are neither object nor
-            background, such as outlines.
-        split: tfds: which split, as in "train" or "train[:100]".
-        cache_dir: sa1b: where tar indices are kept.
-        orientation: coco, sa1b, tfds, mask_folder: which way up pictures are
-            that EXIF turns, where the sizes of their masks do not tell:
-            "upright" (the default) or "stored". Mask files likewise.
-        num_images: synthetic: how many.
-        image_size: synthetic: (h, w) in pixels.
-        num_objects: synthetic: fewest and most objects in an image.
-        radius_rates: synthetic: smallest and largest radius over the image's
-            shorter side.
-        seed: synthetic: which family of images.
+      kind: which reader.
+      path: coco: the annotation JSON. sa1b: a tar, a folder or a glob. tfds: the prepared data
+        set's version folder. mask_folder: the folder of images.
+      weight: how often to draw from this source, relative to the others; its size does not matter.
+      name: what samples say they come from; None means the kind.
+      images: coco: the image folder.
+      crowd: coco: "skip" leaves annotations with iscrowd out, "keep" takes them for objects.
+      masks: mask_folder: the folder of masks.
+      background: mask_folder: the label of what is no object; see there.
+      ignore_labels: mask_folder: labels that are neither object nor background, such as outlines.
+      split: tfds: which split, as in "train" or "train[:100]".
+      cache_dir: sa1b: where tar indices are kept.
+      orientation: coco, sa1b, tfds, mask_folder: which way up pictures are that EXIF turns, where
+        the sizes of their masks do not tell: "upright" (the default) or "stored". Mask files
+        likewise.
+      num_images: synthetic: how many.
+      image_size: synthetic: (h, w) in pixels.
+      num_objects: synthetic: fewest and most objects in an image.
+      radius_rates: synthetic: smallest and largest radius over the image's shorter side.
+      seed: synthetic: which family of images.
     """
 
     kind: SourceKind
@@ -100,30 +95,27 @@ class DataConfig:
     """The input pipeline.
 
     Attributes:
-        sources: what to draw from: a source first, by weight, then an image
-            of it. SourceConfigs; they may be given as mappings of their
-            fields.
-        image_size: (H, W) of the model input, pixels; W a multiple of 8.
-        batch_size: images per step over all processes.
-        max_masks: p, masks per image.
-        seed: order of the images, choice of masks, augmentation.
-        num_threads: threads that read and decode, in each process that does.
-            Decoding releases Python's lock only in part: beyond a few
-            threads use workers.
-        num_workers: worker processes; 0 decodes in this process. They are
-            spawned: the program's own code must be under
-            `if __name__ == "__main__"`.
-        prefetch_examples: examples each decoding process keeps ready.
-        prefetch_batches: batches kept ready.
-        max_corrupt_rate: the tolerated fraction of unusable samples.
-        corrupt_grace: samples to see before that fraction is judged; as many
-            unusable ones in a row always stop the run.
-        max_area_rate: see `TrainTransform`, as for the rest.
-        min_mask_area_px: as there.
-        hflip_rate: as there.
-        scale_jitter: as there.
-        color_jitter: as there.
-        reduced_decoding: as there.
+      sources: what to draw from: a source first, by weight, then an image of it. SourceConfigs;
+        they may be given as mappings of their fields.
+      image_size: (H, W) of the model input, pixels; W a multiple of 8.
+      batch_size: images per step over all processes.
+      max_masks: p, masks per image.
+      seed: order of the images, choice of masks, augmentation.
+      num_threads: threads that read and decode, in each process that does. Decoding releases
+        Python's lock only in part: beyond a few threads use workers.
+      num_workers: worker processes; 0 decodes in this process. They are spawned: the program's own
+        code must be under `if __name__ == "__main__"`.
+      prefetch_examples: examples each decoding process keeps ready.
+      prefetch_batches: batches kept ready.
+      max_corrupt_rate: the tolerated fraction of unusable samples.
+      corrupt_grace: samples to see before that fraction is judged; as many unusable ones in a row
+        always stop the run.
+      max_area_rate: see `TrainTransform`, as for the rest.
+      min_mask_area_px: as there.
+      hflip_rate: as there.
+      scale_jitter: as there.
+      color_jitter: as there.
+      reduced_decoding: as there.
     """
 
     sources: tuple[Any, ...]
@@ -167,7 +159,7 @@ class DataConfig:
         """The transform these options describe.
 
         Raises:
-            ValueError: they make no sense.
+          ValueError: they make no sense.
         """
         names = [field.name for field in dataclasses.fields(TrainTransform)]
         return TrainTransform(**{name: getattr(self, name) for name in names})
@@ -177,8 +169,8 @@ def build_source(config: SourceConfig) -> Source:
     """The opened source.
 
     Raises:
-        ConfigError: an option is given that this kind of source does not have,
-            or one it needs is missing.
+      ConfigError: an option is given that this kind of source does not have, or one it needs is
+        missing.
     """
     cls = _CLASSES[config.kind]
     given = {

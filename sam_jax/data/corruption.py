@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 # Every occurrence is logged up to here, then only the 32nd, 64th, 128th, ...
 _LOG_EVERY_UP_TO = 16
 _NUM_EXAMPLES = 5
-# So many samples of a source without one that can be used are enough, however large it is.
+# A source without a usable sample among so many stops the run, however large it is.
 _MOST_WITHOUT_USE = 10_000
 
 
@@ -29,24 +29,21 @@ class NoObjectsError(UserError):
 
 @dataclass
 class CorruptionLog:
-    """What has been skipped so far, by reason.
+    """Counts of what has been skipped so far, by reason.
 
     Samples without an object are counted apart: they are not damage.
 
     Attributes:
-        max_corrupt_rate: the tolerated fraction of corrupt samples.
-        grace: how many samples must have been seen before the rate is
-            judged. As many corrupt samples in a row always stop the run, so
-            that storage that fails late is noticed early.
-        source_sizes: the number of samples of each source. One that has been
-            gone through about twice without a usable sample stops the run.
-        num_seen: samples so far, good or not.
-        corrupt: skipped samples by reason.
-        without_object: skipped samples that are in order but have no mask to
-            use, by reason.
-        dropped_masks: masks left out of good samples, by reason.
-        remarks: what else was decided or changed about good samples, by
-            reason.
+      max_corrupt_rate: the tolerated fraction of corrupt samples.
+      grace: how many samples must have been seen before the rate is judged. As many corrupt samples
+        in a row always stop the run, so that storage that fails late is noticed early.
+      source_sizes: the number of samples of each source. One that has been gone through about twice
+        without a usable sample stops the run.
+      num_seen: samples so far, good or not.
+      corrupt: skipped samples by reason.
+      without_object: skipped samples that are in order but have no mask to use, by reason.
+      dropped_masks: masks left out of good samples, by reason.
+      remarks: what else was decided or changed about good samples, by reason.
     """
 
     max_corrupt_rate: float
@@ -60,7 +57,7 @@ class CorruptionLog:
     _num_in_a_row: int = 0
     # Samples of a source since its last good one. A run that is continued starts anew.
     _num_without_use: collections.Counter[int] = field(default_factory=collections.Counter)
-    # Of which source what was said already. A run that is continued says it again.
+    # (source, reason) of remarks already logged. A run that is continued logs them again.
     _remarked: set[tuple[int, str]] = field(default_factory=set)
     _examples: collections.deque[str] = field(
         default_factory=lambda: collections.deque(maxlen=_NUM_EXAMPLES)
@@ -76,11 +73,11 @@ class CorruptionLog:
         """Counts a sample that was used, and the masks it lost.
 
         Args:
-            name: the sample, for the log.
-            dropped: from `TrainTransform.with_report`.
-            remarks: from `samples.all_remarks`. The first of each reason is
-                logged for each source, since they may be true of all samples.
-            source: which of `source_sizes` it is of.
+          name: the sample, for the log.
+          dropped: from `TrainTransform.with_report`.
+          remarks: from `samples.all_remarks`. The first of each reason is logged for each source,
+            since they may be true of all samples.
+          source: which of `source_sizes` it is of.
         """
         self.num_seen += 1
         self._num_in_a_row = 0
@@ -102,8 +99,8 @@ class CorruptionLog:
         """Counts a sample that was skipped.
 
         Raises:
-            TooManyCorruptSamplesError: it is corrupt, and one too many.
-            NoObjectsError: the source has had no usable sample for too long.
+          TooManyCorruptSamplesError: it is corrupt, and one too many.
+          NoObjectsError: the source has had no usable sample for too long.
         """
         self.num_seen += 1
         self._num_without_use[source] += 1

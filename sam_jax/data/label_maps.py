@@ -21,10 +21,10 @@ from sam_jax.images import (
     read_header,
 )
 
-# What VOC draws around objects and over what is too hard to label.
+# Colour that Pascal VOC draws around objects and over what is too hard to label.
 _VOC_VOID = 0xE0E0C0
 _BLACK = 0
-# More labels than this is a photograph in the wrong folder.
+# A file with more labels than this is a photograph in the wrong folder.
 _MAX_LABELS = 10_000
 # More colours than this in what is not transparent is a photograph that was cut out.
 _MANY_COLORS = 256
@@ -34,14 +34,14 @@ _MAX_FLOAT_LABEL = 1 << 24
 _MAX_CHANGE_RATE = 0.3
 _MAX_RAMP_RATE = 0.9
 _MIN_SMOOTH_LABELS = 16
-# Up to here a label that is nowhere 3 pixels wide and high may be a small object.
+# With fewer such labels, one that is nowhere 3 pixels wide and high may be a small object.
 _MIN_BLENDS = 3
 _BLEND_RATE = 0.9
 _SMEARED = (
     "it was smoothed, resized or saved as JPEG; save labels as they are, or resized by the nearest "
     "neighbour"
 )
-# A label in so many pieces on average, none of them large, is what a lossy format left.
+# Labels in so many pieces on average, none of them large, come from a lossy format.
 _MANY_PIECES = 4
 _LABELS_LOOKED_AT = 16
 _PIXELS_LOOKED_AT = 1 << 20
@@ -63,10 +63,8 @@ class LabelMap(NamedTuple):
     """The labels of a file.
 
     Attributes:
-        labels: 0 is background, 1, 2, ... are the objects, in the order of
-            their labels in the file.
-        remarks: what about the file had to be decided, each one of the
-            phrases of this module.
+      labels: 0 is background, 1, 2, ... are the objects, in the order of their labels in the file.
+      remarks: what about the file had to be decided, each one of the phrases of this module.
     """
 
     labels: UInt16[np.ndarray, "h w"]
@@ -77,12 +75,12 @@ class _Stored(NamedTuple):
     """Labels as a file has them.
 
     Attributes:
-        labels: grey values, palette indices, or 0xRRGGBB.
-        channels: what neighbouring pixels would be mixed in: grey or RGB.
-        background: the label that is no object.
-        void: labels that a convention says are neither.
-        whitest: the grey value of white, where labels are grey values.
-        remarks: what had to be decided.
+      labels: grey values, palette indices, or 0xRRGGBB.
+      channels: what neighbouring pixels would be mixed in: grey or RGB.
+      background: the label that is no object.
+      void: labels that a convention says are neither.
+      whitest: the grey value of white, where labels are grey values.
+      remarks: what had to be decided.
     """
 
     labels: Shaped[np.ndarray, "h w"]
@@ -102,15 +100,15 @@ def read_label_map(
     """The labels of each pixel of a file.
 
     Args:
-        path: a picture of one page.
-        background: the label that is no object: a grey value, palette index or
-            colour 0xRRGGBB. None is black, which in a palette is index 0.
-        ignore_labels: labels that are neither object nor background.
-        orientation: whether it is turned as its EXIF says.
+      path: a picture of one page.
+      background: the label that is no object: a grey value, palette index or colour 0xRRGGBB. None
+        is black, which in a palette is index 0.
+      ignore_labels: labels that are neither object nor background.
+      orientation: whether it is turned as its EXIF says.
 
     Raises:
-        LabelMapError: the file is damaged, or it is not clear which pixels belong together.
-        OSError: the file cannot be read.
+      LabelMapError: the file is damaged, or it is not clear which pixels belong together.
+      OSError: the file cannot be read.
     """
     content = path.read_bytes()
     try:
@@ -221,7 +219,7 @@ def _of_palette(image: Image.Image, background: int | None) -> _Stored:
                 "index is background with background="
             )
         background = black[0]
-    # Other sets use 255 for an object like any other, in another colour.
+    # In other data sets 255 is an ordinary object, with another colour in the palette.
     void = (255,) if codes[255] == _VOC_VOID else ()
     return _Stored(indices, colors[indices], background or 0, void)
 
@@ -261,8 +259,8 @@ def _soft_edge(
     places too thin to be objects.
 
     Raises:
-        LabelMapError: outlines between several objects are smoothed, so that it is lost which
-            pixels belong to which; or nothing but a photograph is to be seen.
+      LabelMapError: outlines between several objects are smoothed, so that it is lost which pixels
+        belong to which; or nothing but a photograph is to be seen.
     """
     if len(values) <= 2:
         return None
@@ -304,7 +302,7 @@ def _is_scattered(ranks: Shaped[np.ndarray, "h w"], is_solid: Bool[np.ndarray, "
 
 def _check_constant(labels: Shaped[np.ndarray, "h w"], count: int) -> None:
     """Refuses photographs and smooth maps, in which a value is no object."""
-    # Some rows and columns of a large picture tell as much.
+    # A part of the rows and columns of a large picture is enough.
     stride = 1 + labels.size // _PIXELS_LOOKED_AT
     rows, columns = labels[::stride].astype(np.int64), labels[:, ::stride].astype(np.int64)
     across, down = np.diff(rows, axis=1), np.diff(columns, axis=0)
@@ -326,7 +324,7 @@ def _ranked(
 ) -> tuple[Int64[np.ndarray, "n"], UInt16[np.ndarray, "*shape"] | Int64[np.ndarray, "*shape"]]:
     """The values there are, rising, and the position of each pixel's among them."""
     if labels.size and labels.min() >= 0 and labels.max() < 1 << 16:
-        # Without sorting pixels.
+        # Faster than ``np.unique``, which sorts the pixels.
         is_there = np.bincount(labels.reshape(-1)) > 0
         ranks = (np.cumsum(is_there) - 1).astype(np.uint16)
         return np.flatnonzero(is_there), ranks[labels]
@@ -340,7 +338,7 @@ def _between(
     solid: Bool[np.ndarray, "h w"],
     background: Bool[np.ndarray, "h w"],
 ) -> Bool[np.ndarray, "h w"]:
-    """Where a pixel lies between solid values near it, or one and the background, by channel.
+    """True for pixels between solid values near them, or one and the background, in each channel.
 
     Background may be near without being solid, as a gap between objects.
     """

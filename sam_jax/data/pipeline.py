@@ -60,7 +60,7 @@ __all__ = [
 
 
 class _Loaded(NamedTuple):
-    """What loading an index gave: an example, or the error instead.
+    """Result of loading an index: an example, or the error instead.
 
     It travels from worker processes to the parent, where all counting is
     done. Errors are passed on, not raised, because an exception would stop
@@ -101,17 +101,16 @@ def train_iterator(
     """An endless iterator over this process's share of the training batches.
 
     Args:
-        config: what to load.
-        process_index: which share; `jax.process_index()`.
-        process_count: how many shares; `jax.process_count()`.
+      config: what to load.
+      process_index: which share; `jax.process_index()`.
+      process_count: how many shares; `jax.process_count()`.
 
     Returns:
-        An iterator of dicts of stacked arrays, b = batch_size / process_count:
-        the keys and shapes of `TrainTransform.zeros`.
+      An iterator of dicts of stacked arrays, b = batch_size / process_count: the keys and shapes of
+      `TrainTransform.zeros`.
 
     Raises:
-        ConfigError: the batch does not divide by the processes, or a source
-            cannot be opened.
+      ConfigError: the batch does not divide by the processes, or a source cannot be opened.
     """
     if config.batch_size % process_count:
         raise ConfigError(
@@ -176,14 +175,13 @@ class TrainIterator(grain.DatasetIterator):
         """The next local batch.
 
         Raises:
-            TooManyCorruptSamplesError: more is unusable than the config
-                tolerates.
-            NoObjectsError: a source has no sample that can be used.
+          TooManyCorruptSamplesError: more is unusable than the config tolerates.
+          NoObjectsError: a source has no sample that can be used.
         """
         return next(self._parent)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the batches handed out so far end; JSON-serialisable."""
+        """Position after the batches handed out so far; JSON-serialisable."""
         return self._parent.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -199,7 +197,7 @@ class TrainIterator(grain.DatasetIterator):
         some examples around there are read twice or not at all.
 
         Args:
-            states: of all processes, in their order.
+          states: of all processes, in their order.
         """
         if len(states) == self._process_count:
             self.set_state(states[self._process_index])
@@ -231,7 +229,7 @@ class TrainIterator(grain.DatasetIterator):
 
     @property
     def remark_counts(self) -> dict[str, int]:
-        """What was decided or changed about samples used so far, by reason."""
+        """Counts of what was decided or changed about samples used so far, by reason."""
         return dict(self.get_state()["skipped"]["remark_counts"])
 
     def close(self) -> None:
@@ -371,11 +369,11 @@ class EvalExample(NamedTuple):
     """A decoded sample at its original size.
 
     Attributes:
-        image: uint8 [h, w, 3], RGB.
-        masks: bool [k, h, w], k >= 1, in the order of the annotations;
-            unusable and empty ones are left out.
-        dataset: the source's name.
-        name: the file.
+      image: uint8 [h, w, 3], RGB.
+      masks: bool [k, h, w], k >= 1, in the order of the annotations; unusable and empty ones are
+        left out.
+      dataset: the source's name.
+      name: the file.
     """
 
     image: np.ndarray
@@ -428,7 +426,7 @@ class EvalSamples:
 
     @property
     def remark_counts(self) -> dict[str, int]:
-        """What was decided or changed about samples used so far, by reason."""
+        """Counts of what was decided or changed about samples used so far, by reason."""
         return dict(self._log.remarks.counts)
 
     @property
@@ -453,16 +451,16 @@ def eval_samples(
     """The source's samples, decoded, in their fixed order, corrupt ones skipped.
 
     Args:
-        source: what to read.
-        process_index: which share of the samples; every process_count-th.
-        process_count: how many shares.
-        max_corrupt_rate: see `DataConfig`.
-        corrupt_grace: see `DataConfig`.
+      source: what to read.
+      process_index: which share of the samples; every process_count-th.
+      process_count: how many shares.
+      max_corrupt_rate: see `DataConfig`.
+      corrupt_grace: see `DataConfig`.
 
     Returns:
-        An iterable of `EvalExample`. It raises `TooManyCorruptSamplesError`
-        on the way, and `NoObjectsError` at the end if this is the only share
-        and had nothing to use; it has `corrupt_counts`.
+      An iterable of `EvalExample`. It raises `TooManyCorruptSamplesError` on the way, and
+      `NoObjectsError` at the end if this is the only share and had nothing to use; it has
+      `corrupt_counts`.
     """
     log = CorruptionLog(max_corrupt_rate, corrupt_grace)
     indices = range(process_index, len(source), process_count)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ class SkippedSampleError(Exception):
     """A sample of the dataset that is not used.
 
     Attributes:
-        name: the sample, as in `Sample.name`.
-        reason: a short fixed phrase, by which occurrences are counted.
-        detail: what exactly was found, for the log.
+      name: the sample, as in `Sample.name`.
+      reason: a short fixed phrase, by which occurrences are counted.
+      detail: what exactly was found, for the log.
     """
 
     def __init__(self, name: str, reason: str, detail: str = ""):
@@ -57,18 +58,17 @@ class Sample:
     """An image with its masks, still encoded.
 
     Attributes:
-        image: a picture file (see `sam_jax.images`) or uint8 [h, w, 3] RGB.
-        masks_rle: one {"size": [h, w], "counts": ...} per mask, counts
-            compressed (bytes or str) or a list. Not validated yet.
-        dataset: which source it comes from.
-        name: the file, or tar::member, for messages and results.
-        unusable_masks: what was wrong with each annotation that the source
-            could not express as an RLE at all.
-        orientation: how an image that is stored turned is taken where the
-            sizes of its masks do not tell; see `is_turned`.
-        remarks: (reason, detail) of what the source decided or changed about
-            masks that are used, such as a part of a polygon; see
-            `all_remarks`.
+      image: a picture file (see `sam_jax.images`) or uint8 [h, w, 3] RGB.
+      masks_rle: one {"size": [h, w], "counts": ...} per mask, counts compressed (bytes or str) or a
+        list. Not validated yet.
+      dataset: which source it comes from.
+      name: the file, or tar::member, for messages and results.
+      unusable_masks: what was wrong with each annotation that the source could not express as an
+        RLE at all.
+      orientation: how an image that is stored turned is taken where the sizes of its masks do not
+        tell; see `is_turned`.
+      remarks: (reason, detail) of what the source decided or changed about masks that are used,
+        such as a part of a polygon; see `all_remarks`.
     """
 
     image: bytes | np.ndarray
@@ -81,14 +81,40 @@ class Sample:
 
     @functools.cached_property
     def header(self) -> images.Header:
-        """What the picture file says of itself; only for those that come as a file.
+        """Metadata of the picture file; only for samples that come as a file.
 
         Raises:
-            CorruptSampleError: the bytes are no readable image.
+          CorruptSampleError: the bytes are no readable image.
         """
         assert isinstance(self.image, bytes)
         with _picture_errors(self.name):
             return images.read_header(self.image, self.name)
+
+
+def read_picture_file(path: Path) -> bytes:
+    """Contents of a picture file, not decoded.
+
+    Raises:
+      CorruptSampleError: it is missing.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptSampleError(str(path), "missing image") from error
+
+
+def sample_of_file(
+    path: Path,
+    image: bytes,
+    dataset: str,
+    orientation: Orientation,
+    masks_rle: Iterable[dict[str, Any]],
+    unusable_masks: Iterable[str],
+    remarks: Iterable[tuple[str, str]],
+) -> Sample:
+    """The sample of a picture file of its own; arguments as the fields of `Sample`."""
+    masks, unusable = tuple(masks_rle), tuple(unusable_masks)
+    return Sample(image, masks, dataset, str(path), unusable, orientation, tuple(remarks))
 
 
 def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:
@@ -97,7 +123,7 @@ def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:
     A picture that is stored turned is taken the way that its masks fit, see `is_turned`.
 
     Raises:
-        CorruptSampleError: the bytes are truncated or no readable image.
+      CorruptSampleError: the bytes are truncated or no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return sample.image
@@ -111,7 +137,7 @@ def open_image(sample: Sample) -> Image.Image:
     as decoding half of it.
 
     Raises:
-        CorruptSampleError: the bytes are truncated or no readable image.
+      CorruptSampleError: the bytes are truncated or no readable image.
     """
     return open_reduced(sample, None).image
 
@@ -120,12 +146,12 @@ def open_reduced(sample: Sample, at_least_hw: tuple[int, int] | None) -> Reduced
     """The image, decoded no larger than it must be.
 
     Args:
-        sample: where it stands.
-        at_least_hw: a size that the image keeps, unless it is smaller to begin
-            with; None for its own size.
+      sample: where it stands.
+      at_least_hw: a size that the image keeps, unless it is smaller to begin with; None for its own
+        size.
 
     Raises:
-        CorruptSampleError: the bytes are truncated or no readable image.
+      CorruptSampleError: the bytes are truncated or no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return ReducedImage(Image.fromarray(sample.image), 1)
@@ -140,7 +166,7 @@ def image_hw(sample: Sample) -> tuple[int, int]:
     """Height and width of the image, read from its header alone.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return sample.image.shape[0], sample.image.shape[1]
@@ -149,13 +175,13 @@ def image_hw(sample: Sample) -> tuple[int, int]:
 
 
 def is_turned(sample: Sample) -> bool:
-    """Whether the image is turned as its EXIF says, rather than taken as it is stored.
+    """True if the image is turned as its EXIF says, rather than taken as it is stored.
 
     Where the sizes of the masks fit one of the two, they decide; else
     `Sample.orientation` does.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     if sample.header.orientation == 1:
         return False
@@ -176,22 +202,22 @@ def _fitting_orientation(sample: Sample) -> Orientation | None:
 
 
 def all_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
-    """What was decided about masks and picture and should be known: (reason, detail).
+    """Decisions about masks and picture that should be known, as (reason, detail).
 
     Reasons are short fixed phrases, by which occurrences are counted.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
-    # What the source asked about the picture is not counted twice.
+    # The source may have asked for the picture's remarks already; they are counted once.
     return tuple(dict.fromkeys((*sample.remarks, *picture_remarks(sample))))
 
 
 def picture_remarks(sample: Sample) -> tuple[tuple[str, str], ...]:
-    """What was decided about the picture, as `all_remarks` has it.
+    """Decisions about the picture alone, in the form of `all_remarks`.
 
     Raises:
-        CorruptSampleError: the bytes are no readable image.
+      CorruptSampleError: the bytes are no readable image.
     """
     if isinstance(sample.image, np.ndarray):
         return ()
@@ -232,12 +258,12 @@ def decode_masks(sample: Sample, indices: Iterable[int]) -> Bool[np.ndarray, "k 
     """The chosen masks at full size.
 
     Args:
-        sample: where they stand.
-        indices: positions in `sample.masks_rle`; at least one.
+      sample: where they stand.
+      indices: positions in `sample.masks_rle`; at least one.
 
     Raises:
-        CorruptSampleError: a mask is no valid RLE ("bad rle"), its size is
-            not the image's ("size mismatch"), or the image is unreadable.
+      CorruptSampleError: a mask is no valid RLE ("bad rle"), its size is not the image's ("size
+        mismatch"), or the image is unreadable.
     """
     hw = image_hw(sample)
     return np.stack([rle_codec.decode(mask_runs(sample, index, hw), hw) for index in indices])
@@ -247,12 +273,12 @@ def mask_runs(sample: Sample, index: int, hw: tuple[int, int]) -> Int64[np.ndarr
     """The validated runs of one mask (see `rle.run_lengths`).
 
     Args:
-        sample: where it stands.
-        index: its position in `sample.masks_rle`.
-        hw: height and width of the image.
+      sample: where it stands.
+      index: its position in `sample.masks_rle`.
+      hw: height and width of the image.
 
     Raises:
-        CorruptSampleError: "bad rle", or "size mismatch" with `hw`.
+      CorruptSampleError: "bad rle", or "size mismatch" with `hw`.
     """
     rle = sample.masks_rle[index]
     try:

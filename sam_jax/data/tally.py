@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """How often something happened, by reason, and one case of each to look at.
+    """Counts of cases by reason, and one case of each to look at.
 
     Attributes:
-        counts: the number of cases by reason.
-        examples: the first case of each reason that said something.
+      counts: the number of cases by reason.
+      examples: the first case of each reason that said something.
     """
 
     counts: collections.Counter[str] = field(default_factory=collections.Counter)

@@ -46,9 +46,9 @@ class DroppedMask(NamedTuple):
     """A mask that was left out of a sample.
 
     Attributes:
-        reason: "bad rle", "size mismatch", "unusable annotation" (damage),
-            "empty", or one of `FILTERS`.
-        detail: which mask, and what was wrong; "" for filters.
+      reason: "bad rle", "size mismatch", "unusable annotation" (damage), "empty", or one of
+        `FILTERS`.
+      detail: which mask, and what was wrong; "" for filters.
     """
 
     reason: str
@@ -82,7 +82,7 @@ def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> SkippedSamp
 
 
 class _Placement(NamedTuple):
-    """Where the image lands: resized to `scaled_hw`, `crop_hw` of it kept."""
+    """Position of the image in the input: resized to `scaled_hw`, `crop_hw` of it kept."""
 
     scaled_hw: tuple[int, int]
     crop_yx: tuple[int, int]
@@ -110,8 +110,8 @@ class PackedMask(NamedTuple):
     """A mask that is empty outside of a box.
 
     Attributes:
-        box: first row, number of rows, and the same for columns in bytes of eight pixels.
-        bits: what is in the box, as `np.packbits` has it.
+      box: first row, number of rows, and the same for columns in bytes of eight pixels.
+      bits: what is in the box, as `np.packbits` has it.
     """
 
     box: tuple[int, int, int, int]
@@ -131,10 +131,10 @@ class PackedExample(NamedTuple):
     """A training example before it is padded, a fifth of its size: what processes hand over.
 
     Attributes:
-        window: the part of the model input that the image fills, RGB.
-        original_hw: the image's size in the file.
-        mask_boxes: of each mask, as in `PackedMask`.
-        mask_bits: of all masks, one after the other.
+      window: the part of the model input that the image fills, RGB.
+      original_hw: the image's size in the file.
+      mask_boxes: of each mask, as in `PackedMask`.
+      mask_bits: of all masks, one after the other.
     """
 
     window: UInt8[np.ndarray, "h w 3"]
@@ -167,18 +167,18 @@ class TrainTransform:
     was trained on; small models trained from nothing profit from all three.
 
     Attributes:
-        image_size: (H, W) of the model input, pixels; W a multiple of 8.
-        max_masks: p, how many masks an example holds at most.
-        max_area_rate: masks covering more of the original image are dropped.
-        min_mask_area_px: masks with fewer pixels at model resolution are
-            dropped; 1 drops those that vanish.
-        hflip_rate: probability of a horizontal flip.
-        scale_jitter: (low, high) factors on the fitted size, drawn uniformly,
-            then a random crop or padding to (H, W); None is off.
-        color_jitter: strength s >= 0: brightness, contrast and saturation
-            are scaled by factors in [1-s, 1+s], hue turned by up to s/2 rad.
-        reduced_decoding: JPEGs of twice the size needed, or more, are decoded
-            to a half, a quarter or an eighth of it. Masks are not concerned.
+      image_size: (H, W) of the model input, pixels; W a multiple of 8.
+      max_masks: p, how many masks an example holds at most.
+      max_area_rate: masks covering more of the original image are dropped.
+      min_mask_area_px: masks with fewer pixels at model resolution are dropped; 1 drops those that
+        vanish.
+      hflip_rate: probability of a horizontal flip.
+      scale_jitter: (low, high) factors on the fitted size, drawn uniformly, then a random crop or
+        padding to (H, W); None is off.
+      color_jitter: strength s >= 0: brightness, contrast and saturation are scaled by factors in
+        [1-s, 1+s], hue turned by up to s/2 rad.
+      reduced_decoding: JPEGs of twice the size needed, or more, are decoded to a half, a quarter or
+        an eighth of it. Masks are not concerned.
 
     Source: Appendix A, training recipe (up to 64 masks drawn at random, masks
         above 90 % of the image dropped, scale jitter [0.1, 2.0]).
@@ -221,11 +221,11 @@ class TrainTransform:
         reported.
 
         Returns:
-            (example, dropped). The example has the arrays of `zeros` without b.
+          (example, dropped). The example has the arrays of `zeros` without b.
 
         Raises:
-            CorruptSampleError: the image is unreadable, or has damaged masks only.
-            NoObjectError: it has no mask, or none that the filters let pass.
+          CorruptSampleError: the image is unreadable, or has damaged masks only.
+          NoObjectError: it has no mask, or none that the filters let pass.
         """
         packed, dropped = self.packed(sample, rng)
         example = self.zeros(1)
@@ -236,13 +236,10 @@ class TrainTransform:
         """An empty batch.
 
         Returns:
-            image: uint8 [b, H, W, 3], RGB, zeros outside image_hw;
-            image_hw: int32 [b, 2], the part of it the image fills;
-            original_hw: int32 [b, 2], the size before resizing;
-            masks_packed: uint8 [b, p, H, W/8], `np.packbits` of bool masks
-            over the last axis (most significant bit first), zero where
-            invalid;
-            mask_valid: bool [b, p], true for the leading ones.
+          image: uint8 [b, H, W, 3], RGB, zeros outside image_hw; image_hw: int32 [b, 2], the part
+          of it the image fills; original_hw: int32 [b, 2], the size before resizing; masks_packed:
+          uint8 [b, p, H, W/8], `np.packbits` of bool masks over the last axis (most significant bit
+          first), zero where invalid; mask_valid: bool [b, p], true for the leading ones.
         """
         h, w = self.image_size
         return {
@@ -259,8 +256,8 @@ class TrainTransform:
         """The example of `with_report` in a form to hand over, and the masks left out.
 
         Raises:
-            CorruptSampleError: the image is unreadable, or has damaged masks only.
-            NoObjectError: it has no mask, or none that the filters let pass.
+          CorruptSampleError: the image is unreadable, or has damaged masks only.
+          NoObjectError: it has no mask, or none that the filters let pass.
         """
         hw = image_hw(sample)
         placement = self._place(hw, rng)

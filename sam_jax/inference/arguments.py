@@ -1,4 +1,4 @@
-"""What users hand to the predictor, told apart: one image, several, or something else."""
+"""Arguments of the predictor, told apart: one image, several, or something else."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from sam_jax.inference.images import ImageEmbeddings
 from sam_jax.inference.prompts import Prompt, PromptError
 
 _CHANNELS = (1, 3, 4)
-# What can be gone through, but not as images.
+# Iterables that are no lists of images.
 _NO_LISTS = (str, bytes, Path, set, frozenset, Prompt, ImageEmbeddings)
 
 
@@ -68,7 +68,7 @@ def one_image(image: Any, name: str) -> Any:
         raise ImageError(f"{name} {_what_is(image)}")
     try:
         array = np.asarray(image)
-    # PyTorch's tensors on another device, tensors with gradients, traced values: each its own.
+    # PyTorch tensors on a device or with gradients, traced values: each raises another error.
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ImageError(
@@ -80,7 +80,7 @@ def one_image(image: Any, name: str) -> Any:
 
 
 def _what_is(thing: Any) -> str:
-    """What an object is that is no image, and what to write instead."""
+    """Description of an object that is no image, and of what to write instead."""
     if isinstance(thing, str | bytes | Path):
         shown = repr(str(thing) if isinstance(thing, Path) else thing[:200])
         return f"is {shown}, no image: if that is a file, give sam_jax.images.read_image(path)"

@@ -36,7 +36,7 @@ from sam_jax.inference.restore import restore_logits
 
 @dataclasses.dataclass(frozen=True)
 class AutomaticOptions:
-    """How masks are searched for and chosen; the defaults are the released generator's.
+    """Options of the mask generator; the defaults are the released one's.
 
     Attributes:
       points_per_side: points along each side of the grid on the whole image.
@@ -209,7 +209,7 @@ def _checked(options: Any, output_mode: Any) -> AutomaticOptions:
     return options
 
 
-# Masks that wait to be measured, for each that is: enough that nobody is idle.
+# Masks that wait in line for each worker that measures them, so that none is idle.
 _LINE_PER_WORKER = 4
 
 
@@ -263,7 +263,7 @@ def _generate(
                 if len(batch) == batch_size:
                     break
         except ImageError as found:
-            # What came before it is answered first.
+            # Raised after the answers for the images before it.
             error = found
         if not batch:
             break
@@ -287,7 +287,7 @@ def _regions_of(
         regions = [
             Region(box, layer)
             for box, layer in zip(boxes, layers, strict=True)
-            # An image of a few pixels has none for all of its crops.
+            # Crops of an image of a few pixels may be empty.
             if box[0] < box[2] and box[1] < box[3]
         ]
         if 0 < options.tile_px < max(size):
@@ -373,7 +373,7 @@ def _search(
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
-    """How the masks of one region are measured and written."""
+    """Geometry and options for turning the masks of one region into candidates."""
 
     region: Box
     size: tuple[int, int]

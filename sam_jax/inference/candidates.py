@@ -21,13 +21,13 @@ EDGE_TOLERANCE = 20.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
-    """A mask that passed by itself.
+    """A mask that passed the filters on single masks.
 
     Attributes:
       mask_rle: COCO's compressed run lengths.
       box_xyxy: indices of its outermost pixels.
       point: the prompt, ``(x, y)``.
-      predicted_iou: what the model believes.
+      predicted_iou: the model's estimate.
       stability_score: how little the mask depends on the logit's threshold.
       region: edges of the part of the image that it was found in.
     """
@@ -49,7 +49,7 @@ def mask_box(mask: Bool[np.ndarray, "h w"]) -> tuple[float, float, float, float]
 
 
 def cut_sides(box_xyxy: Sequence[float], region: Box, size: tuple[int, int]) -> list[int]:
-    """At which of its four edges a mask ends where its region does, and the image does not."""
+    """Sides of the box (0 to 3) at which a mask ends with its region, but inside the image."""
     image_box = (0, 0, size[1], size[0])
     return [
         side
@@ -63,9 +63,10 @@ def cut_sides(box_xyxy: Sequence[float], region: Box, size: tuple[int, int]) -> 
 def box_nms(
     boxes_xyxy: Float[np.ndarray, "k 4"], scores: Float[np.ndarray, "k"], threshold: float
 ) -> list[int]:
-    """Which boxes stay, best first: none has a higher IoU than the threshold with a better one.
+    """Non-maximum suppression: indices of the boxes that stay, best first.
 
-    Exact and greedy; of equal scores the earlier box is the better one.
+    None has a higher IoU than the threshold with a better one. Exact and greedy; of equal scores
+    the earlier box is the better one.
     """
     order = np.argsort(-scores, kind="stable")
     x0, y0, x1, y1 = boxes_xyxy.T
@@ -89,7 +90,7 @@ def nms(candidates: Sequence[Candidate], scores: Sequence[float], threshold: flo
 
 
 def nms_by_region(candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
-    """Of candidates whose boxes overlap, the one found in the smallest region."""
+    """Non-maximum suppression that keeps the candidate found in the smallest region."""
     kept = nms(candidates, [1 / _area(c.region) for c in candidates], threshold)
     return [candidates[index] for index in kept]
 
@@ -121,7 +122,7 @@ def remove_small_regions(
 
 
 def clean(candidates: Sequence[Candidate], min_area: int, threshold: float) -> list[Candidate]:
-    """Without small holes and islands; of masks that became alike, unchanged ones stay.
+    """Candidates without small holes and islands; of those that became alike, unchanged ones stay.
 
     Args:
       candidates: masks of one image.
@@ -131,7 +132,7 @@ def clean(candidates: Sequence[Candidate], min_area: int, threshold: float) -> l
     cleaned, scores = [], []
     for candidate in candidates:
         height, width = candidate.mask_rle["size"]
-        # Background that goes on outside of this part has at least ``min_area`` pixels inside it.
+        # With this margin a background region that leaves the part has ``min_area`` pixels in it.
         margin = min_area + 1
         x0, y0, x1, y1 = (int(edge) for edge in candidate.box_xyxy)
         corner = max(x0 - margin, 0), max(y0 - margin, 0)
@@ -253,7 +254,7 @@ def _mutual_matches(
 
 
 def _goes_on(part: Candidate, parts: Sequence[Candidate], size: tuple[int, int]) -> bool:
-    """Whether a part is cut where no tile of the other parts sees how it goes on."""
+    """True if a part is cut where no tile of the other parts sees its continuation."""
     for side in cut_sides(part.box_xyxy, part.region, size):
         border, outward = part.region[side], -1 if side < 2 else 1
         strip = list(part.region)
@@ -279,7 +280,7 @@ def _window(box: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _union(parts: Sequence[Candidate]) -> Candidate:
-    """One mask of several, which speaks for them by their areas."""
+    """Union of masks, with the means of their scores weighted by area."""
     areas = np.array([float(coco_mask.area(part.mask_rle)) for part in parts])
     largest = parts[int(areas.argmax())]
     boxes, regions = (

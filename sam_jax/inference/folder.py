@@ -41,12 +41,12 @@ _OVERLAY_SIDE_PX = 1600
 _READ_AHEAD = 2
 # Masks that are drawn at once.
 _DRAWN_TOGETHER = 64
-# What a 16-bit map can tell apart.
+# Most masks that a 16-bit label map can tell apart.
 _MAX_LABEL = 65_535
 # Bytes at a file's start in which its image is named: a path has up to 4,096, and in JSON up to six
 # letters for each.
 _HEAD_BYTES = 32_768
-# What is wrong with the name of one file; all else would happen to the next picture, too.
+# Errors about the name of one file; all others would happen to the next picture, too.
 _OF_THE_NAME = (
     errno.ENAMETOOLONG,
     errno.EILSEQ,
@@ -59,7 +59,7 @@ _OF_THE_NAME = (
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a folder is.
+    """Progress through the pictures of a folder.
 
     Attributes:
       done: pictures that are finished, also by earlier calls, or skipped.
@@ -76,7 +76,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What became of a folder's pictures."""
+    """Outcome of annotating a folder: numbers of pictures and masks, and what was skipped."""
 
     num_annotated: int
     num_before: int
@@ -231,7 +231,7 @@ def _to_do(files: Mapping[Path, Path], root: Path) -> tuple[list[Path], list[str
 
 
 def _is_of_one_picture(error: Exception) -> bool:
-    """Whether what went wrong with a picture would not go wrong with the next one, too."""
+    """True if an error is of one picture alone, and would not come back with the next one."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return not isinstance(cause, OSError) or cause.errno in _OF_THE_NAME
 
@@ -239,7 +239,7 @@ def _is_of_one_picture(error: Exception) -> bool:
 def sa1b_annotation(
     records: Sequence[Mapping[str, Any]], path: Path, size: tuple[int, ...]
 ) -> dict[str, Any]:
-    """What SA-1B's annotation file of an image holds.
+    """Contents of an image's annotation file in SA-1B's form.
 
     Ids of masks are unique among those of their image, whose own follows from its name.
 
@@ -346,7 +346,7 @@ def _check_endings(pictures: Sequence[Path]) -> None:
 
 
 def _is_done(file: Path, relative: Path) -> bool:
-    """Whether a file is there, whole, and of this picture and not of one with another suffix."""
+    """True if a file is there, complete, and of this picture, not of one with another suffix."""
     try:
         with file.open("rb") as opened:
             head = opened.read(_HEAD_BYTES)
@@ -401,7 +401,7 @@ def _put_beside(path: Path, beside: Path) -> None:
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:
     """Writes how masks are made; refuses if those that are there were made otherwise."""
     path = target / SETTINGS_NAME
-    # How much is done at once changes no mask.
+    # These say how much is done at once, which changes no mask.
     chosen = {
         name: value
         for name, value in settings.items()

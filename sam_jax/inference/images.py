@@ -24,7 +24,7 @@ def model_input(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageEmbeddings:
-    """What a model keeps of images: all that prompting them needs.
+    """Embeddings and sizes of images: all that prompting them needs.
 
     Attributes:
       features: the encoder's output.
@@ -42,7 +42,7 @@ class ImageEmbeddings:
         return len(self.original_hw)
 
     def __getitem__(self, images: Any) -> "ImageEmbeddings":
-        """Those of some of the images: of one by its number, of several by a slice or a list.
+        """Embeddings of some of the images: of one by its number, of several by a slice or a list.
 
         Raises:
           IndexError: if there is no such image.

@@ -41,7 +41,7 @@ def use_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Cells of a chunk of points that a CPU decodes at once: one point at the published size.
+# Numbers in the image tokens of the points that a CPU decodes at once: one point at published size.
 _CACHED_CELL_NUMBERS = 2**20
 # Candidates that are fetched from the device at once, at least.
 _LEAST_FETCH = 8
@@ -80,8 +80,8 @@ class Prediction:
     """The answers for the prompts of one image, kept at low resolution until they are asked for.
 
     Attributes:
-      low_res_logits: of each candidate; above 0 is the object. A mask prompt for a later call.
-      iou_predictions: what the model believes each candidate's IoU to be.
+      low_res_logits: of each candidate; above 0 is the object. Usable as a later mask prompt.
+      iou_predictions: the model's estimate of each candidate's IoU.
       original_hw: size of the image.
       resized_hw: its size within the model's input.
       model_hw: size of the model's input.
@@ -119,12 +119,12 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PointBatch:
-    """Those candidates of a batch of points that are good enough.
+    """Candidates of a batch of points that passed the threshold of predicted IoU.
 
     Attributes:
-      images: the image's number of each.
-      points: the point's number among those of its image.
-      iou_predictions: what the model believes.
+      images: number of each candidate's image.
+      points: number of its point among those of its image.
+      iou_predictions: the model's estimates of the masks' IoU.
       low_res_logits: as ``Prediction``'s.
     """
 
@@ -181,7 +181,7 @@ class Predictor:
         )
         self._decode = jax.jit(parallel.decode(model), static_argnames="multimask_output")
         self._decode_points = jax.jit(decode_points)
-        # Not a slice, which would be compiled anew for each place.
+        # Not a slice, which would be compiled anew for each position.
         self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)
 
     @classmethod
@@ -363,14 +363,14 @@ class Predictor:
         while waiting:
             start, answer = waiting.popleft()
             passing = self._passing(start, answer, valid, iou_threshold)
-            # Behind the fetching of this batch, and before anybody waits for that.
+            # The next batch is queued after this one's fetch has begun and before waiting for it.
             waiting.extend(itertools.islice(batches, 1))
             yield passing()
 
     def _passing(
         self, start: int, answer: MaskPrediction, valid: np.ndarray, iou_threshold: float
     ) -> Callable[[], PointBatch]:
-        """What is worth fetching of a batch; the device is asked now, waited for when called."""
+        """Starts fetching masks above ``iou_threshold``; calling the result waits for them."""
         ious = np.asarray(answer.iou_predictions)
         part = valid[:, start : start + ious.shape[1], None]
         images, places, candidates = np.nonzero(part & (ious > iou_threshold))
@@ -465,7 +465,7 @@ class Predictor:
         valid: Bool[Array, "b p"],
         iou_threshold: Float[Array, ""],
     ) -> MaskPrediction:
-        """Points in chunks; a chunk without a good candidate is not drawn."""
+        """Decodes points in chunks; masks of a chunk without a good candidate are not computed."""
         chunk = coords.shape[1]
         if jax.default_backend() == "cpu":
             chunk = math.gcd(chunk, _points_in_cache(math.prod(features.shape[1:])))

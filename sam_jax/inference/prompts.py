@@ -1,4 +1,4 @@
-"""What users say about objects: checked, in pixels of their own image, any number of anything."""
+"""Prompts of users: checked, in pixels of their own image, any number of each kind."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from sam_jax.arrays import Bool, Float
 from sam_jax.errors import UserError
 from sam_jax.models.prompt_encoder import BACKGROUND, FOREGROUND, Prompts
 
-# What the model's own logits reach well inside and well outside of objects.
+# Magnitude that the model's own logits reach well inside and well outside of objects.
 MASK_LOGIT = 10.0
 
 
@@ -22,7 +22,7 @@ class PromptError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """What is said about one object; at least one of points, box and mask.
+    """Prompt for one object; at least one of points, box and mask.
 
     Attributes:
       points: ``(x, y)`` in pixels of the original image, a pixel's index meaning its centre.

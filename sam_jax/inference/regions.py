@@ -1,4 +1,4 @@
-"""Where masks are searched for: the whole image, crops of it, or tiles; and the points in them."""
+"""Regions that are searched for masks: the whole image, its crops or tiles; and their points."""
 
 import dataclasses
 import itertools

@@ -22,8 +22,8 @@ Implementation: TypeAlias = Literal[
 QUERY_ROWS_PER_CHUNK = 8
 # Up to this many tokens the whole matrix of logits is small enough to be made at once.
 MAX_TOKENS_AT_ONCE = 1024
-# Channels of a head that cuDNN's fused attention takes forward and backward, of equal width in
-# queries, keys and values, by the major number of the compute capability; 0 is all others'.
+# Most channels of a head for cuDNN's fused attention, forward and backward, with queries, keys and
+# values of equal width; by major compute capability, 0 for all others.
 _CUDNN_MAX_CHANNELS = {0: 128, 9: 256}
 # Older GPUs have no fused attention.
 _CUDNN_OLDEST = (8, 0)
@@ -79,7 +79,7 @@ def _by_heads(form: Any) -> Any:
         q, k, v = rearrange(qkv, "b h w (three a c) -> three b h w a c", three=3, a=num_heads)
         of_offsets = None
         if rel_pos_h is not None and rel_pos_w is not None:
-            # Rounded here and not before, as an entry's gradient is a sum over queries and keys.
+            # Rounded after the lookup: the gradient of a table's entry is summed in float32.
             of_offsets = [
                 relative_positions(table, size).astype(qkv.dtype)
                 for table, size in ((rel_pos_h, gh), (rel_pos_w, gw))
@@ -123,7 +123,7 @@ def _holds_all_logits(qkv, *_, **__) -> bool:
 
 
 def _cudnn_supports(qkv, rel_pos_h, rel_pos_w, num_heads) -> bool:
-    """Whether the GPU takes so many channels; elsewhere it is computed without cuDNN."""
+    """True if cuDNN takes so many channels, and on all but GPUs, which do without it."""
     target = dispatch.current_target()
     grid, head_dim = _shape_of(qkv, num_heads)
     needed = _round_up(head_dim + sum(grid), _CUDNN_MULTIPLE)
@@ -198,7 +198,7 @@ def _by_cudnn(q, k, v, tables):
         terms, ones = _relative_terms(q, tables), _ones_at_keys(k, k.dtype)
         leading = [term.astype(q.dtype) for term in terms]
         queries, keys = queries + leading, keys + ones
-        # Elsewhere, as the GPU would that takes most.
+        # Other platforms compute it like the GPU with the highest limit.
         most = cudnn_max_channels(target.compute_capability or (9, 0))
         if c + 2 * (gh + gw) <= most:
             queries += [

@@ -1,4 +1,4 @@
-"""Which form of an operation runs: a table of forms for each operation, and one policy for all.
+"""Dispatch of operations: a table of forms for each operation, and one policy for all.
 
 An operation has a name in the field and a plain reference that reads like its formula. It may have
 other forms, faster on some device or shape, that give the same values and gradients. Models call
@@ -39,7 +39,7 @@ _NEGLIGIBLE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is traced for.
+    """Device that a program is traced for, and its options.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu"; None for JAX's default backend.
@@ -203,11 +203,11 @@ OPERATIONS: dict[str, Operation] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a kernel's self-check found.
+    """Result of a kernel's self-check.
 
     Attributes:
       operation, form: names.
-      seconds: that it took.
+      seconds: how long the check took.
       fault: what is wrong; None if nothing is.
     """
 
@@ -221,7 +221,7 @@ _checks: dict[tuple[str, str], Check] = {}
 
 
 def is_trusted(operation: Operation, form: Form) -> bool:
-    """Whether a kernel agrees with the reference on this process's device; checked once."""
+    """True if a kernel agrees with the reference on this process's device; checked once."""
     key = (operation.name, form.name)
     if key not in _checks:
         check = _outside_of_any_trace(
@@ -275,14 +275,14 @@ def check_form(operation: Operation, form: Form, *, interpret: Any) -> Check:
         for dtype, tolerance in CHECK_TOLERANCES.items():
             errors = form_errors(operation, form, jnp.dtype(dtype), interpret=interpret)
             worst = max(errors, key=lambda name: _nan_is_largest(errors[name]))
-            # Not "greater than": NaN is wrong, too.
+            # Not written with ">", which is False for NaN.
             if not errors[worst] <= tolerance:
                 fault = (
                     f"in {dtype}, {worst} is off by {errors[worst]:.2g} of its largest magnitude, "
                     f"allowed {tolerance}"
                 )
                 break
-    # Compilers end in errors of every kind.
+    # Compilers raise errors of every kind.
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
     return Check(operation.name, form.name, time.perf_counter() - start, fault)

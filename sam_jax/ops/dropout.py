@@ -42,7 +42,7 @@ def branch_seeds(seeds: UInt32[Array, "*batch"], branch: int) -> Int[Array, "*ba
 def keep_mask(
     seeds: Int[Array, "*#batch 1"], rows: Int[Array, "*#batch 1"], dim: int, rate: float
 ) -> Bool[Array, "*batch {dim}"]:
-    """Which numbers are kept of rows of ``dim`` numbers.
+    """Dropout mask of rows of ``dim`` numbers, True for those that are kept.
 
     Two numbers of a row, half of it apart, have 16 of the 32 bits that are mixed for them each, so
     the rate is met to 2^-17.

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from sam_jax.arrays import Array, DimSize, Float
 from sam_jax.ops.tpu.kernel import SUBLANES, product
 
-# Of products of float32 numbers that need all their digits, as coordinates do. By default a TPU
-# rounds what it multiplies to bfloat16, an NVIDIA GPU to the ten digits of TensorFloat-32.
+# Precision of float32 products that need all digits, such as those of coordinates. By default a TPU
+# rounds the operands to bfloat16, an NVIDIA GPU to TensorFloat-32 (10 bits of mantissa).
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -53,7 +53,7 @@ def _add_bias_backward(bias, d_out):
 
 
 def _product_with_ones(rows):
-    # A single row would be made a sum again.
+    # With a single row of ones XLA would turn the product into a sum again.
     return product(jnp.ones((SUBLANES, rows.shape[0]), rows.dtype), rows, (1, 0))[0]
 
 

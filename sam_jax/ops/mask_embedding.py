@@ -17,7 +17,7 @@ from sam_jax.ops.tpu import mask_embedding as kernel
 
 
 class MaskEmbeddingWeights(NamedTuple):
-    """Of two convolutions with kernel and stride 2 and their LayerNorms, and a pointwise one."""
+    """Weights of two convolutions (kernel and stride 2), their LayerNorms, and a pointwise one."""
 
     kernel1: Float[Array, "4 c1"]
     bias1: Float[Array, " c1"]
@@ -55,7 +55,7 @@ def add_mask_embeddings(
     norm_epsilon: float,
     implementation: str = dispatch.AUTO,
 ) -> Float[Array, "b p gh gw d"]:
-    """The image's embeddings plus those of each object's mask, or of its having none.
+    """The image's embeddings plus each object's mask embedding, or ``no_mask`` without a mask.
 
     Forms: ``reference`` is ``embed_masks``; ``by_subpixel`` has image tokens on the last axis and
     the few channels of a mask before it, which fills vector registers that four channels would not.
@@ -65,7 +65,7 @@ def add_mask_embeddings(
       image: embeddings of each image.
       mask_logits: low-resolution logits of each object's mask; finite, also where there is none.
       mask_valid: which objects have a mask.
-      no_mask: what the others have in place of an embedding.
+      no_mask: embedding of the others.
       norm_epsilon: added to the variances.
       implementation: which form computes it.
     """

@@ -17,7 +17,7 @@ from sam_jax.ops.tpu import mask_prediction as kernel
 
 
 class UpscalingWeights(NamedTuple):
-    """Of two transposed convolutions with kernel and stride 2, and the LayerNorm between them."""
+    """Weights of two transposed convolutions (kernel and stride 2), and the LayerNorm between."""
 
     kernel1: Float[Array, "d 2 2 c1"]
     bias1: Float[Array, " c1"]
@@ -87,7 +87,7 @@ def _on_tpu(weights, image_tokens, filters, *, norm_epsilon, interpret):
 
 def _kernel_supports(weights, image_tokens, filters, **_):
     *_, gh, gw, dim = image_tokens.shape
-    # Half of the channels are those of two sub-pixels, which must fill the lanes.
+    # Two sub-pixels together have half of the channels, which must fill the lanes.
     return kernel.supports(gh * gw, dim // 2)
 
 

@@ -21,7 +21,7 @@ from sam_jax.ops.tpu import mask_statistics as kernel
 
 
 class MaskStatistics(NamedTuple):
-    """Of each candidate, over the pixels of the image.
+    """Sums over the pixels of the image, for each candidate mask.
 
     Attributes:
       focal_sum: focal losses of the pixels (Lin et al. 2017).
@@ -68,7 +68,7 @@ def mask_statistics(
         area,
         mask_layout=mask_layout,
         alpha=alpha,
-        # Whole powers are products.
+        # Powers with a whole exponent are computed as products.
         gamma=int(gamma) if gamma == int(gamma) else gamma,
         prompts_per_chunk=prompts_per_chunk,
         implementation=implementation,
@@ -82,7 +82,7 @@ def _reference(
         """Objects on the first axis, images on the second."""
         on_mask = mask_layout.to_masks(packed_masks)[:, :, None]
         inside = mask_layout.to_masks(area)[:, None]
-        # What the padding's logits are is nobody's concern, and infinite ones times zero are NaN.
+        # Logits of the padding may be anything, and infinity times zero would be NaN.
         values = jnp.where(inside, enlarge(low_res_logits, mask_layout.scale), 0.0)
         focal, probability = pixel_terms(values, on_mask, alpha=alpha, gamma=gamma)
         return MaskStatistics(
@@ -124,9 +124,9 @@ def pixel_terms(
     place where a training step touches every pixel of every mask, and one exponential and one
     logarithm serve both the cross-entropy and the probability.
     """
-    # All is said by the logit's sign and size. Everything asks the same question of the sign, so
-    # that a logit of zero is on one side of it everywhere: slopes of absolute values and maxima
-    # would each be a mean of both sides', and their product is not the mean of the products.
+    # All terms follow from the logit's sign and magnitude, by one and the same comparison, so that
+    # they agree on the side of a zero logit: derivatives of ``abs`` and ``maximum`` would each be
+    # the mean of both sides, and the product of means is not the mean of the products.
     is_positive = values >= 0
     size = jnp.where(is_positive, values, -values)
     decay = jnp.exp(-size)

@@ -22,7 +22,8 @@ from sam_jax.ops.images import valid_area
 
 SIDE = 4
 SUBPIXELS = SIDE * SIDE
-# Pixels of a sub-pixel's side that fit into a word, and divide the bytes of packed masks.
+# Image pixels along a side of a sub-pixel: their square fits into the bits of an integer, and they
+# divide the bytes of packed masks.
 _SCALES = (1, 2, 4)
 
 
@@ -40,7 +41,7 @@ def to_image(
 
 @dataclasses.dataclass(frozen=True)
 class MaskLayout:
-    """Which bit of which integer each pixel of an image is.
+    """Layout of bit-packed masks: the integer, and its bit, that hold each pixel of an image.
 
     Attributes:
       grid: rows and columns of image tokens.
@@ -52,7 +53,7 @@ class MaskLayout:
 
     @classmethod
     def of(cls, grid: GridShape, image_size: tuple[int, int]) -> "MaskLayout":
-        """For an image of a height and width.
+        """Layout for an image of a height and width.
 
         Raises:
           ConfigError: if a sub-pixel would not have 1, 2 or 4 pixels along both sides.
@@ -82,7 +83,7 @@ class MaskLayout:
         return sum(row << scale * (scale - 1 - y) for y, row in enumerate(rows))
 
     def area(self, image_hw: Int[Array, "b 2"]) -> Int[Array, "b 16 tokens"]:
-        """The packed mask of what is image and not padding."""
+        """Packed mask of the pixels that are image and not padding."""
         return self.of_masks(valid_area(image_hw, self.image_size))
 
     def bits(self) -> list[tuple[int, tuple[int, int]]]:
@@ -178,7 +179,7 @@ def num_pixels(packed_masks: Int[Array, "*batch 16 tokens"]) -> Float[Array, "*b
 
 
 def _of_rank(counts: Int[Array, " k"], rank: Int[Array, ""]) -> tuple[Array, Array]:
-    """Which of consecutive groups holds the element of a rank, and its rank inside the group."""
+    """Index of the group that holds the element of a rank, and its rank inside the group."""
     up_to = jnp.cumsum(counts)
     group = jnp.minimum(jnp.sum(up_to <= rank), counts.size - 1)
     return group, rank - (up_to - counts)[group]

@@ -11,20 +11,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 T = TypeVar("T")
 
-# What a large product made.
+# Name of results of large matrix products.
 PRODUCT = "product"
-# What takes long to make again and little memory to keep: clicks, a few sums of each mask, the
+# Name of results that are slow to recompute and small to keep: clicks, a few sums of each mask,
 # results of kernels.
 WORTH_KEEPING = "worth keeping"
 
 
 def product_of(x: T) -> T:
-    """``x``, named as what a large product made."""
+    """``x``, named ``PRODUCT``: the result of a large matrix product."""
     return checkpoint_name(x, PRODUCT)
 
 
 def worth_keeping(x: T) -> T:
-    """``x``, named as what is worth keeping."""
+    """``x``, named ``WORTH_KEEPING``."""
     return checkpoint_name(x, WORTH_KEEPING)
 
 

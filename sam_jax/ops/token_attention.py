@@ -28,13 +28,13 @@ from sam_jax.ops.norm import NormWeights, layer_norm
 from sam_jax.ops.tpu import image_to_token_attention as image_to_token_kernel
 from sam_jax.ops.tpu import token_to_image_attention as token_to_image_kernel
 
-# Lengths that ``jax.export`` leaves open are taken for those of clicks on many objects.
+# Lengths to count with where ``jax.export`` leaves them open: clicks on many objects.
 _OPEN_TOKENS = 8
 _OPEN_OBJECTS = 64
 
 
 class AttentionWeights(NamedTuple):
-    """Of multi-head attention, heads side by side: ``e = heads * channels``."""
+    """Weights of multi-head attention, heads side by side: ``e = heads * channels``."""
 
     q_kernel: Float[Array, "d e"]
     q_bias: Float[Array, " e"]
@@ -230,7 +230,7 @@ def _many_to_few(w, queries, keys, values, keys_valid=None, *, num_heads):
     if keys_valid is not None:
         logits = jnp.where(keys_valid[:, :, :, None, None], logits, -jnp.inf)
     probs = _join_rows(jax.nn.softmax(logits, axis=2).astype(values.dtype))
-    # Unlike queries, what comes back is every object's own, and so always folded.
+    # Unlike the queries, the output is each object's own, so the projection is always folded.
     v = _split_heads(dense(values, w.v_kernel, w.v_bias), num_heads)
     out_kernel = rearrange(w.out_kernel.astype(v.dtype), "(a c) d -> a c d", a=num_heads)
     updates = jnp.einsum("bptac,acd->bptad", v, out_kernel)
@@ -239,7 +239,7 @@ def _many_to_few(w, queries, keys, values, keys_valid=None, *, num_heads):
 
 
 def _fold(heads: Float[Array, "b p t a c"], kernel: Array) -> Float[Array, "b p t a d"]:
-    """Heads of few tokens, brought back through the projection of what they will meet."""
+    """Heads of few tokens times the transposed projection of the many tokens they will meet."""
     kernel = _heads_of(kernel.astype(heads.dtype), heads.shape[3])
     return jnp.einsum("bptac,dac->bptad", heads, kernel)
 
@@ -259,7 +259,7 @@ def folding_pays(
     num_heads: int,
     num_sharing: float = 1,
 ) -> bool:
-    """Whether it takes less to bring few tokens through a projection of many than to project these.
+    """True if folding a projection into few tokens is cheaper than projecting the many tokens.
 
     Args:
       num_few, num_many: tokens on either side, of an object.
@@ -270,7 +270,7 @@ def folding_pays(
     """
     projected = num_many * inner * (dim / num_sharing + num_few)
     folded = num_few * dim * (inner + num_many * num_heads)
-    # What is projected must be written and read again besides.
+    # The 10 % are for projected tokens, which are written to memory and read again.
     return folded < 1.1 * projected
 
 
@@ -294,10 +294,10 @@ def known_size(size: DimSize, otherwise: int) -> int:
 
 # --- Heads of few tokens --------------------------------------------------------------------------
 #
-# Few and many meet over one axis each: XLA's CPU compiler would copy the many otherwise. Heads come
-# last in it: they are eight, as are the rows of a TPU's tiles, so tokens can be summed over without
-# moving anything. Products of few tokens are of whole rows with zeros in them: a TPU multiplies the
-# zeros faster than it would put heads in an order in which there are none.
+# Tokens and heads are joined on one axis for products with image tokens, which XLA's CPU compiler
+# would copy otherwise. Heads come last on it: there are eight, like the rows of a TPU's tiles, so
+# that sums over tokens move no data. Products of the few tokens use rows with zeros for the other
+# heads: a TPU multiplies the zeros faster than it could reorder the heads.
 
 
 def expand_heads(x: Float[Array, "b p t e"], num_heads: int) -> Float[Array, "b p t a e"]:
@@ -309,7 +309,7 @@ def expand_heads(x: Float[Array, "b p t e"], num_heads: int) -> Float[Array, "b 
 
 
 def own_heads(x: Float[Array, "b p t a e"]) -> Float[Array, "b p t e"]:
-    """Of each head's row its own channels, side by side; the transpose of ``expand_heads``."""
+    """Own channels of each head, taken from its row; the transpose of ``expand_heads``."""
     return jnp.sum(x * _blocks(x.shape[3], x), axis=3)
 
 
@@ -319,14 +319,14 @@ def _blocks(num_heads: int, like: Array) -> Array:
 
 
 def fold_into(rows: Float[Array, "b p t a e"], kernel: Array) -> Float[Array, "b p t a d"]:
-    """Expanded heads, brought back through the projection of what they will meet, zeros and all."""
+    """``_fold`` for heads from ``expand_heads``, whose zeros are multiplied, too."""
     return jnp.einsum("bptae,de->bptad", rows, kernel.astype(rows.dtype))
 
 
 def fold_out(
     w: AttentionWeights, values: Float[Array, "b p t d"], num_heads: int
 ) -> Float[Array, "b p t a d"]:
-    """What each head of each token adds to whoever attends to it alone."""
+    """Values of each head of each token after the output projection, without its bias."""
     v = expand_heads(dense(values, w.v_kernel, w.v_bias), num_heads)
     return jnp.einsum("bptae,ed->bptad", v, w.out_kernel.astype(v.dtype))
 
@@ -334,7 +334,7 @@ def fold_out(
 def query_bias_logits(
     w: AttentionWeights, keys: Float[Array, "b p t a e"]
 ) -> Float[Array, "b p t a 1"]:
-    """What the bias of folded queries adds to the logits of each key, in float32."""
+    """Logits that the bias of folded queries adds to each key, in float32."""
     logits = jnp.matmul(keys.astype(jnp.float32), w.q_bias, precision=EXACT)
     return logits[..., None]
 
@@ -357,7 +357,7 @@ def split_rows(x: Float[Array, "b p f d"], num_heads: int) -> Float[Array, "b p 
 
 
 def _contract(equation: str, few: Array, many: Array, dtype: Any = jnp.float32) -> Array:
-    """A product of what objects have with what they have or share: ``p`` is dropped if shared."""
+    """An einsum of ``few`` and ``many``; axis ``p`` is dropped from one whose objects share it."""
     (left, right), out = equation.split("->", maxsplit=1)[0].split(","), equation.split("->")[1]
     if many.shape[1] == 1 and few.shape[1] > 1:
         many, right = many[:, 0], right.replace("p", "")

@@ -26,8 +26,8 @@ from sam_jax.training.state import TrainState, init_state
 from sam_jax.training.step import build_train_step
 from sam_jax.training.task import Task
 
-# Weights are gathered before a product. XLA would rather send pieces of them around, each with a
-# piece of the product: a hundred times as many transfers, and half as many cycles again.
+# Weights are all-gathered before a product. By default XLA pipelines pieces of both (a windowed
+# einsum): a hundred times as many transfers, and half as many cycles again.
 _COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
@@ -56,18 +56,18 @@ class CompiledStep:
 
     @property
     def mesh(self) -> Mesh:
-        """Of all devices."""
+        """Mesh of all devices."""
         assert self.parallel.mesh is not None
         return self.parallel.mesh
 
     @property
     def keeps_ema(self) -> bool:
-        """Whether the state has averaged parameters."""
+        """True if the state has averaged parameters."""
         return self.state_shapes.ema_params is not None
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Of every field of a batch."""
+        """Sharding of every field of a batch."""
         return batch_sharding(self.mesh)
 
     @property
@@ -80,7 +80,7 @@ class CompiledStep:
         )
 
     def check_batch(self, batch_size: int) -> None:
-        """Finds out whether every device gets the same share of a batch, in whole parts.
+        """Checks that a batch divides evenly by devices and accumulation steps.
 
         Raises:
           ConfigError: if not.
@@ -109,7 +109,7 @@ class CompiledStep:
 
     def state_from(self, variables: Any) -> TrainState:
         """The state before the first step, from the variables of the model, wherever they lie."""
-        # From the host: arrays that were read onto one device cannot be spread over others.
+        # From the host: arrays that were read onto one device cannot be resharded onto others.
         on_host = jax.device_get(variables)
         return jax.jit(self._init_state, out_shardings=self.state_shardings)(on_host)
 

@@ -23,7 +23,7 @@ from sam_jax.training.tasks.segment import SegmentTask
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long to train and what to tell.
+    """Length, initial weights, averaging and reports of a training run.
 
     Attributes:
       num_steps: optimizer steps of the whole run.

@@ -30,12 +30,12 @@ from sam_jax.training.state import TrainState
 from sam_jax.training.task import Task
 from sam_jax.weights.files import WeightsError
 
-# Processes tell each other of signals so often: it makes them wait for the step before.
+# Steps between exchanges of signals among processes; an exchange waits for the step before it.
 _STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class EvalReport(Protocol):
-    """What an evaluator answers."""
+    """Report that an evaluator returns."""
 
     @property
     def pictures(self) -> Mapping[str, np.ndarray]:
@@ -272,7 +272,7 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
 
 
 def _all_are_stopping(stop_requested: list[int], step: int) -> bool:
-    """Whether a signal came, to this process or to another: all must stop after the same step."""
+    """True if this or another process got a signal: all must stop after the same step."""
     if jax.process_count() == 1:
         return bool(stop_requested)
     if step % _STEPS_BETWEEN_AGREEMENTS:
@@ -313,7 +313,7 @@ def _rates(
 
 
 def _news(task: Task, means: Mapping[str, float], rates: Mapping[str, float]) -> str:
-    """An interval in a line."""
+    """Figures of an interval, as one line."""
     return (
         f"{task.headline(means)}  "
         f"{rates['images_per_second']:.1f} img/s  "

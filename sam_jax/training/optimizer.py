@@ -112,7 +112,7 @@ def layer_of(path: str, blocks: Sequence[tuple[int, int]]) -> int:
 
 
 def is_decayed(path: str, ndim: int) -> bool:
-    """Whether a parameter's weights decay: not biases, norms and tables of positions.
+    """True if a parameter has weight decay: not biases, norms and tables of positions.
 
     Learned tokens decay all alike, those that are a single vector as well: published code keeps
     each as a table with one row, and excludes biases and norms.
@@ -123,7 +123,7 @@ def is_decayed(path: str, ndim: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-    """How the optimizer treats one parameter.
+    """Settings of the optimizer for one parameter.
 
     Attributes:
       layer: see ``layer_of``.

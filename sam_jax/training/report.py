@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, lines on the console, TensorBoard files."""
+"""Reports of a training run: a progress bar, lines on the console, TensorBoard files."""
 
 import collections
 import contextlib
@@ -52,7 +52,7 @@ class Reporter:
 
     @property
     def workdir(self) -> Path:
-        """Where the run keeps what it leaves."""
+        """Folder of the run's checkpoints, logs and pictures."""
         return self._workdir
 
     def begin(self) -> None:

@@ -17,7 +17,7 @@ from sam_jax.ops.packed_masks import MaskLayout, bit_at
 from sam_jax.ops.remat import WORTH_KEEPING, keeping, worth_keeping
 from sam_jax.simulated_user import PromptConfig, error_click, mask_round_of, noisy_box
 
-# Prompts, whether three candidates are wanted or one, and seeds of dropout in; masks out.
+# (prompts, multimask_output, dropout seeds) -> masks.
 Decode = Callable[[Prompts, bool, UInt32[Array, "b p"]], MaskPrediction]
 
 
@@ -38,10 +38,10 @@ class RoundResult:
 
 @flax.struct.dataclass
 class _Round:
-    """What a round leaves to the next.
+    """State that one round of prompting hands to the next.
 
     Attributes:
-      prompts: all that was said about the objects so far.
+      prompts: all prompts of the objects so far.
       logits: low-resolution logits of the masks that are carried on.
       errors: packed masks of where they are wrong.
       num_clicks: corrections so far.
@@ -111,7 +111,7 @@ def run_rounds(
         return result, jax.lax.stop_gradient(of_chosen(logits)), of_chosen(losses.errors)
 
     def keys_and_seeds(round_index: Array | int) -> tuple[Array, Array]:
-        """Of a round: for each object, a key for its click and a seed of dropout."""
+        """Random key for the click and dropout seed of each object in a round."""
         of_round = _of_each(lambda key: jax.random.split(jax.random.fold_in(key, round_index)))
         both = of_round(keys)
         bits = _of_each(functools.partial(jax.random.bits, dtype=jnp.uint32))

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""State that a training run carries from step to step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,10 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """A plain pytree; there is no key in it, since every key derives from the seed and the step.
+    """State of a training run, a plain pytree.
 
-    Its leaves may be arrays, their shapes or their shardings, hence no types.
+    It has no random key, since every key derives from the seed and the step. Its leaves may be
+    arrays, their shapes or their shardings, hence no types.
 
     Attributes:
       step: optimizer steps done, int32.
@@ -31,12 +32,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What ``Sam.apply`` takes, as it is trained."""
+        """Variables for ``Sam.apply``, with the parameters as they are trained."""
         return {"params": self.params, "constants": self.constants}
 
     @property
     def evaluated_variables(self) -> dict:
-        """What ``Sam.apply`` takes, of the averaged parameters where they are kept."""
+        """Variables for ``Sam.apply``, with the averaged parameters where they are kept."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, "constants": self.constants}
 
@@ -56,6 +57,6 @@ def init_state(
         params=variables["params"],
         constants=variables["constants"],
         opt_state=jax.jit(optimizer.init)(variables["params"]),
-        # Copies: a step takes the state's memory, and cannot take the same twice.
+        # Copies, since a step donates the state's buffers and cannot donate one twice.
         ema_params=jax.tree.map(jnp.copy, variables["params"]) if keeps_ema else None,
     )

@@ -1,4 +1,4 @@
-"""What a run trains, as the loop, the step, reports and plans see it."""
+"""Interface of training tasks, as the loop, the step, reports and plans see them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,21 +12,21 @@ from sam_jax.parallel import Parallel
 
 Fields = Mapping[str, Array]
 Sums = dict[str, Float[Array, ""]]
-# Parameters, constants, a batch and a key in; the loss, and sums of what is reported, out: all of
-# them sums over the things that ``Task.count`` counts.
+# (parameters, constants, batch, key) -> (loss, reported figures), all of them sums over the items
+# that ``Task.count`` counts.
 LossSums = Callable[[Any, Any, Fields, Array], tuple[Float[Array, ""], Sums]]
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What a run trains: a model, what a batch is, and a loss of it.
+    """A training task: a model, the form of its batches, and their loss.
 
     A task is closed over by the jitted step, so it is a value: it keeps no state.
     """
 
     @property
     def unit(self) -> str:
-        """What losses are means over, in the plural, as in "masks"."""
+        """Name of the items that losses are means over, in the plural, as in "masks"."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class Task(Protocol):
 
     @property
     def remat(self) -> str:
-        """What the backward pass computes again, for reports."""
+        """Description, for reports, of what the backward pass computes again."""
         ...
 
     def init(self, key: Array) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     def differences(self, run: Path) -> list[str]:
-        """In what the model of a run's folder differs from this one, a line each.
+        """Differences of the model of a run's folder from this one, a line each.
 
         Raises:
           WeightsError: if the folder's config is not a run's.
@@ -64,7 +64,7 @@ class Task(Protocol):
         ...
 
     def count(self, batch: Fields) -> Float[Array, ""]:
-        """How many things the losses of a batch are sums over."""
+        """Number of items that the losses of a batch are sums over."""
         ...
 
     def loss_sums(self, parallel: Parallel, param_specs: Any | None) -> LossSums:

@@ -54,7 +54,7 @@ class Program:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """Output that it has printed so far."""
         return self._log.read_text(errors="replace")
 
     def wait_until(self, what: str, is_so: Callable[[], bool], seconds: float = WAIT_SECONDS):
@@ -77,13 +77,13 @@ class Program:
         self._process.send_signal(number)
 
     def end(self, code: int = 0, seconds: float = WAIT_SECONDS) -> str:
-        """What it has printed, once it has ended by itself with this code."""
+        """Output of the program, once it has ended by itself with this code."""
         self._wait_for_end(seconds)
         assert self._process.returncode == code, f"{self} ended with {self._process.returncode}"
         return self.output
 
     def fail(self, seconds: float = WAIT_SECONDS) -> str:
-        """What it has printed, once it has ended by itself with any code that says it failed."""
+        """Output of the program, once it has ended by itself with any code that says it failed."""
         self._wait_for_end(seconds)
         assert self._process.returncode != 0, f"{self} ended well"
         return self.output
@@ -108,7 +108,7 @@ def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) ->
 
 
 def run(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> str:
-    """What it prints, once it has ended well."""
+    """Output of a program, once it has ended well."""
     with start(program, *flags, devices=devices, config=config) as process:
         return process.end()
 
@@ -119,7 +119,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def logged(workdir: Path) -> dict[str, dict[int, float]]:
-    """What a run wrote to TensorBoard: values by tag and step."""
+    """Values that a run wrote to TensorBoard, by tag and step."""
     events = EventAccumulator(str(workdir / "tensorboard"))
     events.Reload()
     return {

@@ -144,7 +144,7 @@ def test_nothing_is_lost_and_nothing_is_silent(
     save(tmp_path / "first", model.config, random_variables(model.config), "orbax")
 
     def masks(checkpoint: Path, out: Path) -> tuple[str, set[str]]:
-        """What `sam-jax masks` says, and which pictures it has annotated."""
+        """Output of `sam-jax masks`, and the pictures that it has annotated."""
         options = ["points_per_batch=4", "box_nms_thresh=1.0", "regions_per_batch=1"]
         arguments = ["masks", pictures, "--checkpoint", checkpoint, "--out", out, "--coco"]
         arguments += ["--link-pictures", "--no-overlays", "--points-per-side", 1]

@@ -18,7 +18,7 @@ def _ranges(numbers: list[str]) -> str:
 
 
 def folded(facts: Mapping[str, str]) -> list[str]:
-    """What is known of each path, in one line for all blocks of which it is the same."""
+    """Facts by path, in one line for all blocks that share them."""
     blocks = collections.defaultdict(list)
     for path, fact in facts.items():
         blocks[_NUMBER.sub(r"\1_{}", path), fact] += [n for _, n in _NUMBER.findall(path)]

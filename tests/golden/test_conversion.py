@@ -80,7 +80,7 @@ def test_every_row_serves_and_no_two_overlap() -> None:
 
 
 def matches(rule: Rule, name: str) -> bool:
-    """Whether a name is one of a rule's, its fields being words or numbers."""
+    """True if a name is one of a rule's, its fields being words or numbers."""
     patterns = (re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(p)) for p in rule.foreign)
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 

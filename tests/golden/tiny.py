@@ -63,7 +63,7 @@ def random_variables(config: SamConfig, seed: int = 0) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PromptKinds:
-    """Which prompts an object has."""
+    """Kinds of prompts that an object has."""
 
     num_points: int = 0
     box: bool = False

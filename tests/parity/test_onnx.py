@@ -83,7 +83,7 @@ def decoder_inputs(
 
 
 def published(setting: Setting, inputs: dict[str, np.ndarray], **options: bool) -> list[np.ndarray]:
-    """What the module behind the published export answers."""
+    """Outputs of the module behind the published export."""
     from segment_anything.utils.onnx import SamOnnxModel
 
     options.setdefault("return_single_mask", False)

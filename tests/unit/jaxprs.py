@@ -102,7 +102,7 @@ def _num_summed(equation: JaxprEqn, axis_sizes: Mapping[str, int]) -> int:
 
 
 def _carried(equation: JaxprEqn) -> list[HalfSum]:
-    """What each step of a loop adds to; endless for one whose length is not known."""
+    """Sums that each step of a loop adds to; endless for one whose length is not known."""
     params = equation.params
     if equation.primitive.name == "scan":
         body, first, length = params["jaxpr"].jaxpr, params["num_consts"], params["length"]

@@ -147,7 +147,7 @@ def _decode(config: SamConfig, num_prompts: int, num_points: int, with_mask: boo
 
 
 def _trace(function: Any, *args: Any) -> tuple[float, int]:
-    """What XLA counts before it optimises, and what the products of the program come to."""
+    """FLOPs that XLA counts before it optimises, and those of the program's matrix products."""
     traced = jax.jit(function).trace(*args)
     return traced.lower().cost_analysis()["flops"], sum(map(_flops, _equations(traced.jaxpr.jaxpr)))
 
@@ -414,7 +414,7 @@ def test_the_fast_peer_is_the_published_model() -> None:
 
 
 def test_every_kernel_of_a_plan_can_be_counted() -> None:
-    """What a plan knows of kernels is what ``benchmarks.kernels`` counts, name by name."""
+    """A plan knows the kernels that ``benchmarks.kernels`` counts, name by name."""
     found = [name for case in kernels.CASES.values() for name in kernels.kernels_of(case())]
     assert sorted(found) == sorted(KERNEL_PEAK_RATES)
 

@@ -116,7 +116,7 @@ def test_an_average_that_is_not_wanted_is_left(tmp_path: Path, data: TrainIterat
 def test_a_run_says_what_becomes_of_the_average(
     before: float, now: float, word: str | None, tmp_path: Path, data: TrainIterator, capsys: Any
 ) -> None:
-    """Of a run that has done all its steps, so that none is compiled."""
+    """The run has done all its steps, so that none is compiled."""
 
     def experiment(decay: float) -> Experiment:
         settings = (f"train.num_steps={STEP}", "train.eval_every=0", f"train.ema_decay={decay}")

@@ -139,7 +139,7 @@ def test_other_orientations_are_refused() -> None:
 
 
 def test_polygons_without_a_size_are_of_the_picture_as_it_is_taken(tmp_path: Path) -> None:
-    """Of them nothing tells which way up they were drawn, but RLEs beside them may."""
+    """Nothing tells which way up such polygons were drawn, but RLEs beside them may."""
     (tmp_path / "images").mkdir()
     stored = Image.fromarray(gradient_image((12, 20)))
     (tmp_path / "images" / "a.png").write_bytes(saved(stored, "PNG", 6))

@@ -92,7 +92,7 @@ def assert_same(first: list[dict], second: list[dict]) -> None:
 
 
 def numbers(batches: list[dict[str, np.ndarray]]) -> list[int]:
-    """Which images of `write_coco` these are."""
+    """Numbers of the images of `write_coco` in batches."""
     return [int(hw[0]) - numbered_hw(0)[0] for batch in batches for hw in batch["original_hw"]]
 
 

@@ -31,7 +31,7 @@ def hws(source: Sa1bSource) -> list[tuple[int, ...]]:
 
 
 def reasons(source: Sa1bSource) -> dict[str, str]:
-    """What is wrong with each sample, by the last part of its name."""
+    """Reason why each sample is refused, or "good", by the last part of its name."""
     found = {}
     for i in range(len(source)):
         try:

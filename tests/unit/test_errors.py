@@ -1,4 +1,4 @@
-"""What ends a program with a message, and what with a traceback."""
+"""Errors that end a program with a message, and those that end it with a traceback."""
 
 import jax
 import pytest

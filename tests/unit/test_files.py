@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and which one a name means."""
+"""Data files of a folder, and the file that a name means."""
 
 import unicodedata
 from pathlib import Path, PurePosixPath

@@ -97,7 +97,7 @@ def outcome(read: Callable[[], Any]) -> Any:
 
 
 def routes(content: bytes, path: Path) -> Iterator[Any]:
-    """What becomes of a file in training, evaluation, embed, predict and masks."""
+    """Outcomes for a file in training, evaluation, embed, predict and masks."""
     sample = Sample(content, (), "made", str(path))
     path.write_bytes(content)
     yield outcome(lambda: np.asarray(open_reduced(sample, HW).image))

@@ -142,7 +142,7 @@ def test_every_import_follows_the_layout() -> None:
 
 
 def wrong_in_models(name: str, source: str) -> list[str]:
-    """What a file of models imports or names although models know nothing of it."""
+    """Imports and words of a file of models that models must know nothing of."""
     imported = [
         found
         for found in imported_names(source)

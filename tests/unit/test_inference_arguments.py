@@ -1,4 +1,4 @@
-"""What users hand over instead of what is expected: taken where it is clear, else told apart."""
+"""Arguments that are not what is expected: taken where they are clear, else told apart."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is done with masks that were found, each against a plain or a known answer."""
+"""Filters and joins of candidate masks, each against a plain or a known answer."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ SIZE = (120, 400)
 
 
 def fragments_of(objects: list[np.ndarray]) -> list[Candidate]:
-    """What each tile sees of each object, if it cuts it."""
+    """Parts of objects that each tile sees, of those that it cuts."""
     found = []
     for tile in tile_boxes(SIZE, 120, 40):
         x0, y0, x1, y1 = tile

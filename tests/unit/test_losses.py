@@ -21,7 +21,7 @@ from sam_jax.ops.resize import resize_bilinear
 
 @functools.partial(jax.jit, static_argnames="config")
 def losses_of(logits, masks, area, config=LossConfig()):
-    """Of logits [b, p, m, lh, lw] and masks [b, p, h, w] on an area [b, h, w], as booleans."""
+    """Losses of logits [b, p, m, lh, lw]; masks [b, p, h, w] and area [b, h, w] are bool."""
     mask_layout = MaskLayout.of((logits.shape[-2] // 4, logits.shape[-1] // 4), masks.shape[-2:])
     packed_masks = (mask_layout.of_masks(jnp.asarray(x)) for x in (masks, area))
     return mask_losses(logits, *packed_masks, mask_layout, config)

@@ -295,7 +295,7 @@ def test_half_precision() -> None:
 
 @pytest.mark.slow
 def test_a_deep_stream_of_half_precision_tokens() -> None:
-    """What 16 blocks add to tokens is rounded 32 times, and neither shrinks nor grows by it.
+    """The sums of 16 blocks are rounded 32 times, and neither shrink nor grow by it.
 
     Nor by the factors of kept branches, up to 1 / 0.6: in half precision 1 / 0.9 would be 1.109.
     """

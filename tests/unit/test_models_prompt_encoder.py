@@ -36,7 +36,7 @@ def embed_sparse(prompts: Prompts) -> SparseEmbeddings:
 
 
 def features(x: float, y: float) -> jax.Array:
-    """Of a pixel index: its centre lies half a pixel further, in an image of 20 x 12 pixels."""
+    """Features of a pixel's centre, which is its index + 0.5, in an image of 20 x 12 pixels."""
     coords = jnp.array([(x + 0.5) / 20, (y + 0.5) / 12])
     return fourier_features(coords, VARIABLES["constants"]["frequencies"])
 

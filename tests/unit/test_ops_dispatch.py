@@ -1,4 +1,4 @@
-"""Which form of an operation runs, and what a kernel must show before it does."""
+"""Choice of an operation's form, and what a kernel must show before it runs."""
 
 import logging
 import re
@@ -354,7 +354,7 @@ def test_a_check_sees_every_example(operation: Callable[..., Operation]) -> None
 def test_a_gradient_that_is_rounding_is_measured_by_the_largest(
     operation: Callable[..., Operation],
 ) -> None:
-    """Of what changes nothing, as of the bias of keys before a softmax."""
+    """The gradient of what changes nothing, such as the bias of keys before a softmax."""
 
     def softmax(x: Any, bias: Any) -> Any:
         return jax.nn.softmax(x + bias)

@@ -11,7 +11,7 @@ SEEDS = jax.random.bits(jax.random.key(0), (1, 40))
 
 
 def choices(branch: int, rate: float = 0.1) -> np.ndarray:
-    """What is kept of 40 objects of 20,000 numbers."""
+    """Numbers that are kept of 40 objects of 20,000 numbers."""
     seeds = branch_seeds(SEEDS, branch).reshape(-1, 1, 1)
     return np.asarray(keep_mask(seeds, jnp.arange(80)[:, None], 250, rate)).reshape(40, -1)
 

@@ -103,7 +103,7 @@ def norm_partition(dtype: Any) -> Examples:
 
 
 def unpartition_add_norm(dtype: Any) -> Examples:
-    """What windows say of the padding is left out."""
+    """Examples whose windows hold values for padding, which are left out."""
     examples: Examples = []
     for shape, size in WINDOWS:
         b, gh, gw, dim = shape

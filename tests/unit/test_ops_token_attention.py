@@ -144,7 +144,7 @@ def test_tokens_and_image_tokens_by_definition(
 
 @pytest.mark.parametrize("implementation", ["kernel", "ordered"])
 def test_shared_image_tokens_get_the_gradients_of_all_objects(implementation: str) -> None:
-    """Whether they come back once or as a copy for each object."""
+    """The same, whether they come back once or as a copy for each object."""
     rng = np.random.default_rng(2)
     dim = 128
     tokens, image_tokens = normal(rng, 2, 3, 5, dim), normal(rng, 2, 1, 128, dim)

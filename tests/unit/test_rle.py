@@ -120,7 +120,7 @@ def test_labels_become_one_mask_each(labels: np.ndarray) -> None:
 
 
 def overlap_matrix(side: int, scaled: int, start: int, count: int) -> np.ndarray:
-    """How much of source pixel j lies in target pixel i, in parts of which a target pixel has side.
+    """Overlap of source pixel j with target pixel i, in parts of which a target pixel has `side`.
 
     Target pixels are `side` long and source pixels `scaled`, so all of it is in whole numbers.
     """

@@ -26,7 +26,7 @@ AUTOMATIC = AutomaticOptions(
 
 
 def answers() -> dict[str, Any]:
-    """What a predictor says of an image, in every way that there is to ask."""
+    """Answers of a predictor for an image, in every way that there is to ask."""
     predictor = Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (4,), (4,)))
     embeddings = predictor.embed([IMAGE])
     mask = np.zeros(IMAGE.shape[:2], bool)

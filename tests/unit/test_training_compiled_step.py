@@ -30,7 +30,7 @@ def build(*settings: str) -> CompiledStep:
 
 
 def compiled(program: CompiledStep) -> Any:
-    """What is asked here is settled before machine code is made, which may be bad."""
+    """The compiled step; its machine code may be slow, since only what comes before it is read."""
     batch = program.placed_batch(BATCH_SIZE)
     return program.step.lower(program.placed_state, batch).compile(
         compiler_options={"xla_backend_optimization_level": 0}
@@ -99,7 +99,7 @@ NUM_STEPS = 3
 
 
 class History(NamedTuple):
-    """What each of some steps left, and the last state where it lies."""
+    """Parameters and metrics after each of some steps, and the last state where it lies."""
 
     params: list[Any]
     metrics: list[dict[str, float]]

@@ -229,7 +229,7 @@ def decoder_variables() -> Any:
 
 
 def decoder_gradients(dtype: Any, case: tuple[Any, ...]) -> Any:
-    """Of a loss of logits and predictions, by every parameter and by the embeddings."""
+    """Gradients of a loss of logits and predictions, by every parameter and by the embeddings."""
     variables = decoder_variables()
     seeds = jnp.arange(NUM_MASKS, dtype=jnp.uint32)[None]
 
@@ -251,7 +251,7 @@ def decoder_gradients(dtype: Any, case: tuple[Any, ...]) -> Any:
 
 @pytest.mark.slow
 def test_gradients_in_half_precision_are_those_in_full_precision() -> None:
-    """Of 64 objects with 64 x 64 tokens each: every parameter, in direction and in size."""
+    """Compares direction and size for every parameter, with 64 objects of 64 x 64 tokens each."""
     case = decoder_case()
     half, full = (decoder_gradients(dtype, case) for dtype in (jnp.bfloat16, jnp.float32))
     largest = max(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(full))

@@ -1,4 +1,4 @@
-"""What people take for a checkpoint is told by what it is, and nothing in it is run."""
+"""Files mistaken for checkpoints are told by what they are, and nothing in them is run."""
 
 import gzip
 import io
@@ -120,7 +120,7 @@ def test_a_folder_says_what_it_holds(tmp_path: Path, files: list[str], words: st
 
 
 class Malice:
-    """What would leave a trace if it were loaded."""
+    """An object that would leave a trace if it were unpickled."""
 
     def __init__(self, loot: Path) -> None:
         self.loot = loot

@@ -1,4 +1,4 @@
-"""Where samples come from; one module a format."""
+"""Sources of samples; one module a format."""
 
 from typing import Protocol, runtime_checkable
 
@@ -14,9 +14,9 @@ class Source(Protocol):
     not open files.
 
     Attributes:
-        name: what `Sample.dataset` says.
-        left_out: what of the data set is not among the samples, and not in
-            them, by reason. Known when the source is opened.
+      name: what `Sample.dataset` says.
+      left_out: what of the data set is not among the samples, and not in them, by reason. Known
+        when the source is opened.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Source(Protocol):
         """The sample at 0 <= index < len.
 
         Raises:
-            CorruptSampleError: what stands there cannot be used.
-            NoObjectError: nothing is marked in it.
+          CorruptSampleError: what stands there cannot be used.
+          NoObjectError: nothing is marked in it.
         """
         ...

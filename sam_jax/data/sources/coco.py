@@ -6,7 +6,14 @@ from typing import Any, Literal, get_args
 
 from pycocotools import mask as coco_mask
 
-from sam_jax.data.samples import CorruptSampleError, Sample, image_hw, picture_remarks
+from sam_jax.data.samples import (
+    CorruptSampleError,
+    Sample,
+    image_hw,
+    picture_remarks,
+    read_picture_file,
+    sample_of_file,
+)
 from sam_jax.data.sources.coco_file import CROWD, CocoImage, read_coco
 from sam_jax.errors import ConfigError
 from sam_jax.files import NamedFiles
@@ -38,19 +45,19 @@ class CocoSource:
         """Reads the annotation file, and looks up where its images are.
 
         Args:
-            path: the JSON.
-            images: the folder of the images; None means `images` beside the
-                JSON. A file_name may repeat the folder's own name.
-            name: what `Sample.dataset` says.
-            crowd: what becomes of annotations with iscrowd: COCO means groups
-                by it, which are no objects, and CVAT all that was painted with
-                a brush. "skip" leaves them out, "keep" takes them as objects.
-            orientation: see `Sample`.
+          path: the JSON.
+          images: the folder of the images; None means `images` beside the JSON. A file_name may
+            repeat the folder's own name.
+          name: what `Sample.dataset` says.
+          crowd: what becomes of annotations with iscrowd: COCO means groups by it, which are no
+            objects, and CVAT all that was painted with a brush. "skip" leaves them out, "keep"
+            takes them as objects.
+          orientation: see `Sample`.
 
         Raises:
-            FileNotFoundError: the JSON or the folder does not exist.
-            ConfigError: the JSON is not in COCO form, holds no usable image,
-                or a file_name may mean several files.
+          FileNotFoundError: the JSON or the folder does not exist.
+          ConfigError: the JSON is not in COCO form, holds no usable image, or a file_name may mean
+            several files.
         """
         if crowd not in get_args(Crowd):
             raise ConfigError(f"crowd is {crowd!r}; expected one of {get_args(Crowd)}")
@@ -78,16 +85,13 @@ class CocoSource:
         """The image and its masks.
 
         Raises:
-            CorruptSampleError: the image file is missing.
+          CorruptSampleError: the image file is missing.
         """
         record = self._images[index]
         path = self._paths[index]
         if path is None:
             raise CorruptSampleError(str(self._folder / record.file_name), "missing image")
-        try:
-            image = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptSampleError(str(path), "missing image") from error
+        image = read_picture_file(path)
         masks_rle, unusable, remarks = [], [], list[tuple[str, str]]()
         size: Any = record.hw
         if size is None and any(isinstance(mask, list) for _, mask in record.segmentations):
@@ -105,14 +109,8 @@ class CocoSource:
                 continue
             masks_rle.append(mask)
             remarks += [(PART_LEFT_OUT, f"{where}: {part}") for part in bad_parts]
-        return Sample(
-            image,
-            tuple(masks_rle),
-            self.name,
-            str(path),
-            tuple(unusable),
-            self._orientation,
-            tuple(remarks),
+        return sample_of_file(
+            path, image, self.name, self._orientation, masks_rle, unusable, remarks
         )
 
 
@@ -120,7 +118,7 @@ def _find(path: Path, images: list[CocoImage], folder: Path) -> list[Path | None
     """The file of each image, None where there is none; says how many are missing or renamed.
 
     Raises:
-        ConfigError: a name may mean several files, or two images are one file.
+      ConfigError: a name may mean several files, or two images are one file.
     """
     files, paths = NamedFiles(folder), []
     owners: dict[Path, CocoImage] = {}
@@ -162,15 +160,14 @@ def segmentation_to_rle(segmentation: Any, size: Any) -> tuple[dict[str, Any], t
     the polygons of one object are rasterised and united.
 
     Args:
-        segmentation: an RLE mapping, or a list of polygons
-            [x0, y0, x1, y1, ...] in pixels.
-        size: [h, w] of the image; only polygons need it.
+      segmentation: an RLE mapping, or a list of polygons [x0, y0, x1, y1, ...] in pixels.
+      size: [h, w] of the image; only polygons need it.
 
     Returns:
-        The RLE, and what was wrong with each polygon that was left out of it.
+      The RLE, and what was wrong with each polygon that was left out of it.
 
     Raises:
-        BadRleError: it is neither, or none of its polygons makes sense.
+      BadRleError: it is neither, or none of its polygons makes sense.
     """
     if isinstance(segmentation, dict):
         return segmentation, ()

@@ -22,9 +22,9 @@ class CocoImage(NamedTuple):
     """An image of the file.
 
     Attributes:
-        file_name: as it stands there.
-        hw: height and width in pixels; None where the file does not say.
-        segmentations: of the annotations in use, with the number of each in the file.
+      file_name: as it stands there.
+      hw: height and width in pixels; None where the file does not say.
+      segmentations: of the annotations in use, with the number of each in the file.
     """
 
     file_name: str
@@ -36,13 +36,13 @@ def read_coco(path: Path, keep_crowds: bool) -> tuple[list[CocoImage], Tally]:
     """The images that have an annotation to use, and what was left out of the file.
 
     Args:
-        path: the JSON.
-        keep_crowds: whether annotations with iscrowd are used like others.
+      path: the JSON.
+      keep_crowds: whether annotations with iscrowd are used like others.
 
     Raises:
-        OSError: the file cannot be read.
-        ConfigError: it is not in COCO form, or ids do not tell one thing from another; the message
-            names the place, what stands there, and what should.
+      OSError: the file cannot be read.
+      ConfigError: it is not in COCO form, or ids do not tell one thing from another; the message
+        names the place, what stands there, and what should.
     """
     try:
         return _read(_parse(path), keep_crowds)
@@ -51,7 +51,7 @@ def read_coco(path: Path, keep_crowds: bool) -> tuple[list[CocoImage], Tally]:
 
 
 class _FormError(Exception):
-    """What about a file is not in COCO form, and what to do."""
+    """A file is not in COCO form; the message says where, and what to do."""
 
 
 def _parse(path: Path) -> Any:
@@ -134,7 +134,7 @@ class _Ids:
         """The id; the number 1 and the string "1" are the same.
 
         Raises:
-            _FormError: another one has it already.
+          _FormError: another one has it already.
         """
         first, first_owner = self._seen.setdefault(str(value), (number, owner))
         if first != number:

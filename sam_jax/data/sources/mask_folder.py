@@ -10,7 +10,7 @@ import numpy as np
 
 from sam_jax import rle
 from sam_jax.data.label_maps import LabelMapError, read_label_map
-from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -47,19 +47,17 @@ class MaskFolderSource:
         """Matches the files; none is opened yet.
 
         Args:
-            path: the folder (tree) of images.
-            masks: the folder (tree) of masks, in PNG, BMP or TIFF.
-            name: what `Sample.dataset` says.
-            background: the label that is no object: a grey value, palette
-                index or colour 0xRRGGBB; None is black.
-            ignore_labels: labels that are neither object nor background.
-            orientation: see `Sample`; masks that are stored turned are taken
-                by it.
+          path: the folder (tree) of images.
+          masks: the folder (tree) of masks, in PNG, BMP or TIFF.
+          name: what `Sample.dataset` says.
+          background: the label that is no object: a grey value, palette index or colour 0xRRGGBB;
+            None is black.
+          ignore_labels: labels that are neither object nor background.
+          orientation: see `Sample`; masks that are stored turned are taken by it.
 
         Raises:
-            FileNotFoundError: a folder does not exist.
-            ConfigError: two images differ in their suffix only, or no mask
-                belongs to any image.
+          FileNotFoundError: a folder does not exist.
+          ConfigError: two images differ in their suffix only, or no mask belongs to any image.
         """
         self.name = name
         self.left_out = Tally()
@@ -70,7 +68,7 @@ class MaskFolderSource:
             if stem in images:
                 raise ConfigError(f"{images[stem]} and {image} would share their masks")
             images[stem] = image
-        # Where no name is the same, one that differs in case only is.
+        # Names that differ in case only match where no name is equal.
         folded: dict[str, list[str]] = collections.defaultdict(list)
         for stem in images:
             folded[stem.casefold()].append(stem)
@@ -128,14 +126,11 @@ class MaskFolderSource:
         """The image at 0 <= index < len, and its masks.
 
         Raises:
-            CorruptSampleError: the image is gone. Mask files that are damaged
-                or no label maps are left out.
+          CorruptSampleError: the image is gone. Mask files that are damaged or no label maps are
+            left out.
         """
         path, mask_files = self._pairs[index]
-        try:
-            image = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptSampleError(str(path), "missing image") from error
+        image = read_picture_file(path)
         masks_rle, unusable, remarks = [], [], []
         for is_label_map, file in mask_files:
             try:
@@ -149,14 +144,8 @@ class MaskFolderSource:
                 labels = (labels != 0).astype(np.uint8)
             masks_rle += rle.from_labels(labels)
             remarks += [(remark, str(file)) for remark in decided]
-        return Sample(
-            image,
-            tuple(masks_rle),
-            self.name,
-            str(path),
-            tuple(unusable),
-            self._orientation,
-            tuple(remarks),
+        return sample_of_file(
+            path, image, self.name, self._orientation, masks_rle, unusable, remarks
         )
 
 

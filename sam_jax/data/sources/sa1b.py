@@ -29,12 +29,12 @@ from sam_jax.images import PICTURE_SUFFIXES, Orientation
 _log = logging.getLogger(__name__)
 _HIDDEN = "hidden files"
 _BLOCK = tarfile.BLOCKSIZE
-# Goes up when the scan finds other pairs, so that older indices are made anew.
+# To be raised when the scan finds other pairs than before, so that older indices are made anew.
 _INDEX_VERSION = 2
 # Scanning waits for storage, not for the processor.
 _SCAN_THREADS = 8
 _MAX_OPEN_TARS = 128
-# Of a tar's name in that of its index, which has some 45 bytes more.
+# Bytes of a tar's name in the name of its index, which has some 45 bytes more.
 _MAX_LABEL_BYTES = 200
 
 
@@ -55,17 +55,16 @@ class Sa1bSource:
         """Finds the pairs; scans tars that have no current index yet.
 
         Args:
-            path: a tar, a folder of tars, a folder (tree) of extracted pairs,
-                a glob pattern of any of these, or several such.
-            cache_dir: where the indices are kept; None is beside each tar.
-            name: what `Sample.dataset` says.
-            orientation: see `Sample`.
+          path: a tar, a folder of tars, a folder (tree) of extracted pairs, a glob pattern of any
+            of these, or several such.
+          cache_dir: where the indices are kept; None is beside each tar.
+          name: what `Sample.dataset` says.
+          orientation: see `Sample`.
 
         Raises:
-            FileNotFoundError: nothing is there.
-            ConfigError: a file is no uncompressed tar, there is no pair in
-                all of it, two images would share an annotation, or an index
-                cannot be kept where it should be.
+          FileNotFoundError: nothing is there.
+          ConfigError: a file is no uncompressed tar, there is no pair in all of it, two images
+            would share an annotation, or an index cannot be kept where it should be.
         """
         self.name = name
         self.left_out = Tally()
@@ -92,8 +91,8 @@ class Sa1bSource:
         """The pair at 0 <= index < len.
 
         Raises:
-            CorruptSampleError: half of the pair is missing, the tar ends
-                before it does, or the json is malformed.
+          CorruptSampleError: half of the pair is missing, the tar ends before it does, or the json
+            is malformed.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -111,11 +110,11 @@ def parse_annotation(
     """The masks in an SA-1B json, and what was wrong with those left out.
 
     Args:
-        name: for the error message.
-        content: the json.
+      name: for the error message.
+      content: the json.
 
     Raises:
-        CorruptSampleError: it is not JSON of that form.
+      CorruptSampleError: it is not JSON of that form.
     """
     try:
         annotations = json.loads(content)["annotations"]
@@ -151,7 +150,7 @@ def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a path or a pattern names.
+    """Files and folders that a path or a pattern names.
 
     Folders that are there are taken literally, as their names may hold what patterns are made of;
     where that leads nowhere, the whole is a pattern.
@@ -177,7 +176,7 @@ class _Shard(Protocol):
         """Name, image file and json file of a pair.
 
         Raises:
-            CorruptSampleError: they are not all there.
+          CorruptSampleError: they are not all there.
         """
         ...
 
@@ -221,7 +220,7 @@ def _pair_up(
     """Files an image or json under its path without suffix; ignores others.
 
     Raises:
-        ConfigError: there is another one, with another name.
+      ConfigError: there is another one, with another name.
     """
     suffix = PurePosixPath(path).suffix
     if suffix.lower() not in (*PICTURE_SUFFIXES, ".json"):
@@ -307,7 +306,7 @@ def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
     # Tars of one name from two folders may share a cache.
     origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
     state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{_INDEX_VERSION}"
-    # A name may be as long as names can be; what it is of is in the digest, too.
+    # Cut, since the tar's name may have the greatest length already; the digest tells tars apart.
     label = os.fsdecode(os.fsencode(tar.name)[:_MAX_LABEL_BYTES])
     path = folder / f"{label}.{origin}.{state}.npy"
     if not path.exists():
@@ -339,18 +338,17 @@ def _write_atomically(path: Path, array: np.ndarray) -> None:
 
 
 def scan_tar(path: Path) -> np.ndarray:
-    """Where the pairs of a tar are, one record a pair, in order of names.
+    """Positions of the pairs in a tar, one record a pair, in order of names.
 
     Args:
-        path: an uncompressed tar, complete or cut short.
+      path: an uncompressed tar, complete or cut short.
 
     Returns:
-        A structured array [n]: `name` (the image's path, or the json's where
-        the image is missing), `image` and `json`, each (offset, size) in
-        bytes, offset -1 where missing.
+      A structured array [n]: `name` (the image's path, or the json's where the image is missing),
+      `image` and `json`, each (offset, size) in bytes, offset -1 where missing.
 
     Raises:
-        ConfigError: it is no uncompressed tar.
+      ConfigError: it is no uncompressed tar.
     """
     pairs: dict[str, list[tuple[str, int, int]]] = {}
     absent = ("", -1, 0)

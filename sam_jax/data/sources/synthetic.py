@@ -47,16 +47,16 @@ class SyntheticSource:
         """Sets the family of images; nothing is drawn yet.
 
         Args:
-            num_images: the length.
-            image_size: (h, w) in pixels.
-            seed: another seed, other images.
-            num_objects: fewest and most shapes drawn in an image.
-            radius_rates: smallest and largest radius of a shape, as rates of
-                the image's shorter side.
-            name: what `Sample.dataset` says.
+          num_images: the length.
+          image_size: (h, w) in pixels.
+          seed: another seed, other images.
+          num_objects: fewest and most shapes drawn in an image.
+          radius_rates: smallest and largest radius of a shape, as rates of the image's shorter
+            side.
+          name: what `Sample.dataset` says.
 
         Raises:
-            ConfigError: no image or no object could be drawn.
+          ConfigError: no image or no object could be drawn.
         """
         if num_images < 1 or min(image_size) < 16:
             raise ConfigError("needs an image, of at least 16 x 16 pixels")
@@ -89,9 +89,9 @@ class _Scene(NamedTuple):
     """A picture in the making.
 
     Attributes:
-        paint: surface colours, RGB.
-        light: how much of it arrives; shadows lower it.
-        owner: which object a pixel belongs to; 0 is background.
+      paint: surface colours, RGB.
+      light: how much of it arrives; shadows lower it.
+      owner: which object a pixel belongs to; 0 is background.
     """
 
     paint: UInt8[np.ndarray, "h w 3"]
@@ -111,10 +111,10 @@ def draw(
     what is left of objects that are mostly hidden.
 
     Args:
-        image_size: (h, w) in pixels.
-        num_objects: fewest and most shapes.
-        radius_rates: smallest and largest radius, as rates of the shorter side.
-        rng: where all choices come from.
+      image_size: (h, w) in pixels.
+      num_objects: fewest and most shapes.
+      radius_rates: smallest and largest radius, as rates of the shorter side.
+      rng: where all choices come from.
     """
     h, w = image_size
     count = int(rng.integers(num_objects[0], num_objects[1] + 1))
@@ -408,11 +408,10 @@ def _surface(
     """A textured surface of one dominant colour.
 
     Args:
-        hw: its height and width in pixels.
-        color: RGB 0..255.
-        extent: about how large the thing is, pixels; the pattern repeats
-            several times within it.
-        rng: where all choices come from.
+      hw: its height and width in pixels.
+      color: RGB 0..255.
+      extent: about how large the thing is, pixels; the pattern repeats several times within it.
+      rng: where all choices come from.
     """
     y, x = _grid(*hw)
     texture = _TEXTURES[int(rng.integers(len(_TEXTURES)))]

@@ -29,14 +29,14 @@ class TfdsSource:
         """Opens the data set; records are read when asked for.
 
         Args:
-            path: its version folder, as in `.../segment_anything/1.0.0`.
-            split: "train", or a part of it such as "train[:1%]".
-            name: what `Sample.dataset` says.
-            orientation: see `Sample`.
+          path: its version folder, as in `.../segment_anything/1.0.0`.
+          split: "train", or a part of it such as "train[:1%]".
+          name: what `Sample.dataset` says.
+          orientation: see `Sample`.
 
         Raises:
-            FileNotFoundError: nothing is there.
-            ConfigError: it is not ArrayRecord, or lacks SA-1B's features.
+          FileNotFoundError: nothing is there.
+          ConfigError: it is not ArrayRecord, or lacks SA-1B's features.
         """
         # Slow to import, and needed for this source only.
         import tensorflow_datasets as tfds
@@ -81,7 +81,7 @@ class TfdsSource:
         """The record at 0 <= index < len.
 
         Raises:
-            CorruptSampleError: the record is damaged.
+          CorruptSampleError: the record is damaged.
         """
         name = f"{self._path}::{index}"
         try:

@@ -29,7 +29,7 @@ _LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """How queries and keys are cut.
+    """Blocks into which queries and keys are cut.
 
     Attributes:
       grid: rows and columns of the tokens.
@@ -62,7 +62,7 @@ class _Blocks:
 def _cut(grid: GridShape, interpret: Any) -> _Blocks | None:
     gh, gw = grid
     tokens = gh * gw
-    # A whole axis may have any size, a part of it whole tiles.
+    # A block may be a whole axis of any size; a part of an axis must consist of whole tiles.
     rows = [
         rows
         for rows in range(1, gh + 1)
@@ -81,7 +81,7 @@ def _cut(grid: GridShape, interpret: Any) -> _Blocks | None:
 
 
 def supports(grid: GridShape, num_heads: int, head_dim: int) -> bool:
-    """Whether the kernel can cut the grid; 64 x 64 and most that a patch of 16 pixels makes."""
+    """True if the kernel can cut the grid: 64 x 64, and most grids of 16-pixel patches."""
     del num_heads, head_dim  # any will do
     return _cut(grid, interpret=False) is not None
 
@@ -201,7 +201,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Specs:
-    """Which part of an array a step of the kernel's grid sees.
+    """Block specs of the arrays: the part of each that a step of the kernel's grid sees.
 
     The first axis of every array is images and heads. ``aside``: tokens are the last axis.
     """
@@ -255,7 +255,7 @@ def _call(blocks, kernel, name, q, *, grid, inputs, in_specs, outputs, scratch, 
 
 
 def _logits(blocks: _Blocks, q, k, terms_h, terms_w):
-    """``[keys, queries]`` of a block."""
+    """Logits ``[keys, queries]`` of a block."""
     products = product(k[0], q[0], (1, 1))
     by_place = products.reshape(blocks.rows, blocks.grid[1], blocks.queries)
     by_place = by_place + terms_h[0][:, None, :] + terms_w[0][None]

@@ -11,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-# Numbers in a row of a vector register, and rows.
+# Columns and rows of 32-bit numbers in a vector register.
 LANES = 128
 SUBLANES = 8
-# Of the memory beside a core: what is fetched for the next step, and a handful of blocks of logits.
+# On-chip memory (VMEM) of a kernel: inputs fetched for the next step, and some blocks of logits.
 VMEM_LIMIT_BYTES = 100 * 2**20
-# Image tokens of a step: the more, the less they wait for one another.
+# Image tokens per step of the grid: more of them hide each other's latency better.
 _BLOCKS = (2048, 1024, 512, 256, LANES)
 
 
@@ -99,7 +99,7 @@ def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Arra
         a,
         b,
         (((contracted[0],), (contracted[1],)), ((), ())),
-        # Said of both, as what JAX is told to take by default may be what a kernel cannot.
+        # Always given, as JAX's configured default may be a precision that kernels do not have.
         precision=precisions.HIGHEST if a.dtype == jnp.float32 else precisions.DEFAULT,
         preferred_element_type=jnp.float32,
     )
@@ -139,7 +139,7 @@ def _gelu_and_slope(x, rounded_to):
         tail = polynomial * bell
         below = jnp.where(x < 0, tail, 1.0 - tail)
     else:
-        # Beyond, all is 0 or 1, and the polynomial would turn around.
+        # Beyond x = 8 the result is 0 or 1, and the polynomial would change its direction.
         square = jnp.minimum(jnp.square(x), 64.0)
         bell = jnp.exp(-0.5 * square)
         polynomial = (_LOGIT[2] * square + _LOGIT[1]) * square + _LOGIT[0]
@@ -147,11 +147,11 @@ def _gelu_and_slope(x, rounded_to):
     return x * below, below + x * bell * np.float32((2 * np.pi) ** -0.5)
 
 
-# Of half the complementary error function of x / sqrt(2).
+# Coefficients of half the complementary error function of x / sqrt(2).
 _TAIL_RATE = np.float32(0.3275911 * 0.5**0.5)
 _TAIL = 0.5 * np.array([0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429])
 _TAIL = _TAIL.astype(np.float32)
-# Of half the normal distribution's logit over x, fitted for the least error of the product with x.
+# Coefficients of logit(normal CDF(x)) / (2 x), fitted for the least error of GELU.
 _LOGIT = np.array([0.797507841, 3.70056829e-2, -3.51522488e-4], np.float32)
 
 kernel_gelu.defvjp(_gelu_and_slope, lambda _, slope, d_out: (d_out * slope,))

@@ -23,7 +23,7 @@ from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, kernel_gelu, pro
 
 
 def supports(num_tokens: int, dim: int, channels: int) -> bool:
-    """Whether image tokens, their channels and those in between fill whole registers."""
+    """True if image tokens, their channels and the hidden channels fill whole registers."""
     return num_tokens % LANES == 0 and dim % LANES == 0 and channels % (2 * SUBLANES) == 0
 
 
@@ -37,7 +37,7 @@ def add_mask_embeddings(
     norm_epsilon: float,
     interpret: Any,
 ) -> Float[Array, "b p tokens d"]:
-    """An image's embeddings plus those of each object's mask, or of its having none.
+    """An image's embeddings plus each object's mask embedding, or ``no_mask`` without a mask.
 
     Args:
       weights: see ``ops.mask_embedding.MaskEmbeddingWeights``.
@@ -69,7 +69,7 @@ def subpixel_kernels(weights: Any) -> tuple[Float[Array, "16 q c"], Float[Array,
 
 
 def _matrices(weights, dtype):
-    """What ``_embed`` takes: three kernels, six columns, and a row."""
+    """Weights in the form that ``_embed`` takes: three kernels, six columns, and a row."""
     # The mean over channels is linear in the logits, so centred kernels make centred results.
     kernel1, kernel2, bias1, bias2 = (
         x - jnp.mean(x, axis=-1, keepdims=True)
@@ -112,7 +112,7 @@ def _embed(norm_epsilon, weights, logits, is_valid):
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What the kernels know when they are compiled."""
+    """Constants that the kernels are compiled with."""
 
     flops_per_token: int
     norm_epsilon: float

@@ -53,7 +53,7 @@ def predict_masks(
     kernel2 = rearrange(kernel2, "j d J k l c -> (j d) (J k l c)")
     rows = [jnp.tile(x.astype(jnp.float32), 4)[None] for x in (bias, *weights.norm)]
     bias2 = jnp.tile(weights.bias2.astype(jnp.float32), 8)[None]
-    # From places j k l of a half of the sub-pixels to rows k and columns j l.
+    # Permutation that takes positions (j k l) of half of the sub-pixels to rows k, columns (j l).
     places = rearrange(np.eye(8), "(j k l) s -> (k j l) s", j=2, k=2)
     filters = jnp.einsum("omc,Ss->oscmS", filters.astype(dtype), jnp.asarray(places, dtype))
     logits = per_token(

@@ -21,16 +21,16 @@ from sam_jax.arrays import Array, Float, Int
 from sam_jax.ops.packed_masks import SIDE, SUBPIXELS, MaskLayout
 from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
 
-# Image tokens at a time: a handful of maps of them fill the registers.
+# Image tokens that are handled at a time: a handful of their maps fills the registers.
 MOST_TOKENS = 512
-# Bits of what ``_neighbours_inside`` says of each number of a map.
+# Bits of the numbers of ``_neighbours_inside``.
 _ROW_ABOVE, _ROW_BELOW, _COLUMN_LEFT, _COLUMN_RIGHT = 1, 2, 4, 8
 _TOKEN_ABOVE, _TOKEN_BELOW, _TOKEN_LEFT, _TOKEN_RIGHT = 16, 32, 64, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernels know when they are compiled."""
+    """Constants that the kernels are compiled with."""
 
     mask_layout: MaskLayout
     alpha: float
@@ -49,7 +49,7 @@ class _Shape:
 
 
 def supports(mask_layout: MaskLayout) -> bool:
-    """Whether the image tokens fill whole registers."""
+    """True if the image tokens fill whole registers."""
     gh, gw = mask_layout.grid
     return gh * gw % LANES == 0
 
@@ -150,7 +150,7 @@ def _call_options(shape: _Shape, logits: Array, operations: int) -> dict[str, An
 
 
 def _neighbours_inside(shape: _Shape) -> np.ndarray:
-    """Of each number of a map, bits for which neighbours its token and the image have."""
+    """Bits, for each number of a map, that say which neighbours its token and the image have."""
     gh, gw = shape.mask_layout.grid
     row, column, token_row, token_column = np.ogrid[:SIDE, :SIDE, :gh, :gw]
     conditions = {
@@ -210,19 +210,19 @@ def _line(shape: _Shape, maps: Array, inside: Array, y: int) -> tuple[Array, Arr
 
 
 def _values(shape: _Shape, beside: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-    """Of a line's pixels, from left to right."""
+    """Values of a line's pixels, from left to right."""
     scale = shape.mask_layout.scale
     return tuple(_between(*beside, x, scale) for x in range(scale))
 
 
 def _bits(shape: _Shape, y: int) -> list[np.int32]:
-    """Of a line's pixels: the bits of words that tell of them."""
+    """Bits of the packed integers that stand for a line's pixels, from left to right."""
     line = sorted((x, bit) for bit, (row, x) in shape.mask_layout.bits() if row == y)
     return [np.int32(1 << bit) for _, bit in line]
 
 
 class _Missed(NamedTuple):
-    """Of pixels: the probability of what they are not, its complement, and what that costs."""
+    """Probability of the wrong class at pixels, its complement, and the cross-entropy."""
 
     probability: Array
     complement: Array
@@ -300,7 +300,7 @@ def _backward_kernel(shape, inputs, outputs, left, line, right, d_left, d_line, 
             for bit, value in zip(_bits(shape, y), values, strict=True):
                 on_mask = masks_here & bit != 0
                 missed = _missed(value, on_mask)
-                # Of the cross-entropy, the slope is what is missed.
+                # The derivative of the cross-entropy is ``missed.probability``.
                 d_against = shape.gamma * missed.complement * missed.cross_entropy
                 d_against += missed.probability
                 d_against *= missed.probability**shape.gamma

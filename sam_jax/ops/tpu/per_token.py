@@ -55,7 +55,7 @@ class Extras(NamedTuple):
 
 
 def supports(num_tokens: int, dim: int) -> bool:
-    """Whether image tokens and their channels fill whole registers."""
+    """True if image tokens and their channels fill whole registers."""
     return num_tokens % LANES == 0 and dim % LANES == 0
 
 
@@ -97,7 +97,7 @@ def per_token(
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What the kernels know when they are compiled."""
+    """Constants that the kernels are compiled with."""
 
     function: TokenFunction
     out_dtype: Any
@@ -119,7 +119,7 @@ def _same(x: Array) -> pl.BlockSpec:
 
 
 def _input_specs(weights, per_object, tokens, extras):
-    """In the tree of the inputs."""
+    """Block specs of the inputs, in a tree like theirs."""
     constants, positions, seeds = extras
     of_object = each_object(seeds.shape[1:])
     rows = pl.BlockSpec((tile_size(tokens.shape[1]), tokens.shape[2]), lambda i, j: (j, 0))
@@ -159,7 +159,7 @@ def _call(static: _Static, kernel, inputs, in_specs, outputs, *, passes: int, na
 
 
 def _values(inputs):
-    """Of references to the inputs of ``per_token``."""
+    """Values behind the kernel's references to the inputs of ``per_token``."""
     weights, per_object, tokens, (constants, positions, seeds) = inputs
     extras = Extras(
         tuple(ref[...] for ref in constants),

@@ -23,7 +23,7 @@ ROW_MULTIPLE = 2 * SUBLANES
 
 
 def supports(num_tokens: int, dim: int, num_heads: int) -> bool:
-    """Whether image tokens, channels and heads fill whole registers."""
+    """True if image tokens, channels and heads fill whole registers."""
     return num_heads == SUBLANES and num_tokens % LANES == 0 and dim % LANES == 0
 
 
@@ -87,7 +87,7 @@ def _means_forward(interpret, rows, image_tokens, positions):
 def _means_backward(interpret, residuals, cotangents):
     d_means, d_image_tokens = cotangents
     rows, image_tokens, positions, means, log_sums = residuals
-    # What softmax's gradient subtracts: the mean of the weights' gradients.
+    # The gradient of softmax subtracts the weighted mean of the gradients of its outputs.
     offsets = jnp.sum(d_means.astype(jnp.float32) * means.astype(jnp.float32), axis=-1)
     offsets = jnp.broadcast_to(offsets[..., None], log_sums.shape)
     per_row = each_object(rows.shape[1:])

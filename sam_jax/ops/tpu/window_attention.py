@@ -25,14 +25,14 @@ from jax.experimental.pallas import tpu as pltpu
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.tpu.kernel import LANES, fused_call, product
 
-# Rows of a window have the first half of a tile, columns the second; in each, the terms' leading
-# digits have the first half and the rest the second.
+# Relative terms of a window share one tile of lanes: rows have the first half, columns the second.
+# Each half holds the terms' leading digits, then the rest, so a side has a quarter of the lanes.
 _MAX_SIDE = LANES // 4
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernels know when they are compiled."""
+    """Constants that the kernels are compiled with."""
 
     grid: GridShape
     num_heads: int
@@ -53,14 +53,14 @@ class _Shape:
         return slice(first, -(-(head + 1) * self.head_dim // LANES) * LANES)
 
     def owns(self, head: int) -> Array:
-        """Which lanes of its span belong to a head, as a row."""
+        """Row that is True for those lanes of a head's span that belong to the head."""
         span = self.span(head)
         lane = span.start + jax.lax.broadcasted_iota(jnp.int32, (1, span.stop - span.start), 1)
         return (lane >= head * self.head_dim) & (lane < (head + 1) * self.head_dim)
 
 
 def supports(grid: GridShape, num_heads: int, head_dim: int) -> bool:
-    """Whether the kernel can do it: a small grid, and heads that fill whole tiles together."""
+    """True if the kernel takes the shape: a small grid, heads that fill whole tiles together."""
     return max(grid) <= _MAX_SIDE and num_heads * head_dim % LANES == 0 and head_dim % 8 == 0
 
 
@@ -153,7 +153,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _input_specs(shape: _Shape, tokens: int) -> tuple[pl.BlockSpec, ...]:
-    """Of projections, tables, and ones at keys."""
+    """Block specs of the projections, the tables, and the ones at keys."""
     return _one_window(tokens, 3 * shape.dim), _whole(LANES, shape.dim), _whole(tokens, LANES)
 
 

@@ -21,13 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
 
-# What one number of a row takes, about: for the compiler's schedule, and for plans.
+# Rough FLOPs per number of a row, for the compiler's schedule and for cost reports.
 _FLOPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernels know when they are compiled."""
+    """Constants that the kernels are compiled with."""
 
     grid: GridShape
     window_size: int
@@ -42,7 +42,7 @@ class _Shape:
 
 
 def supports(grid: GridShape, window_size: int, dim: int) -> bool:
-    """Whether the kernels can do it: whole registers of channels, windows of whole pairs."""
+    """True if the kernels take the shape: whole registers of channels, windows of whole pairs."""
     return dim % LANES == 0 and window_size % 2 == 0 and grid[1] % (2 * SUBLANES) == 0
 
 
@@ -81,7 +81,7 @@ def unpartition_add_norm(
     epsilon: float,
     interpret: Any,
 ) -> tuple[Float[Array, "b gh gw d"], Float[Array, "b gh gw d"]]:
-    """Sum of tokens and what windows say of them, and the sum normalised.
+    """Sum of tokens and their branch in windows, and the LayerNorm of the sum.
 
     Args:
       tokens: of the branch that skipped the windows.
@@ -144,7 +144,7 @@ def _unpartition_add_norm(shape: _Shape, tokens: Array, windows: Array, scale: A
     def of_row(vectors, rows):
         scale, shift = vectors
         tokens, branch = rows
-        # Normalised is what is stored, as by a block without windows.
+        # The sum is normalised as it is stored, rounded: blocks without windows do the same.
         tokens = (tokens + branch).astype(dtype).astype(jnp.float32)
         return _Rows(grids=(tokens, _normalised(shape, tokens)[0] * scale + shift))
 
@@ -211,7 +211,7 @@ def _norm_backward(shape: _Shape, tokens, scale, d_normed):
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What is made of a row of the grid, in float32.
+    """Results for one row of the grid, in float32.
 
     Attributes:
       grids: rows ``[gw, d]`` of grids.
@@ -369,7 +369,7 @@ class _Windows:
             self.words[index, of_window] = self.across[of_row]
 
     def _places(self, row: int) -> list[tuple[int, slice, slice]]:
-        """Of each window: its index, where it holds the row, and where the row holds that."""
+        """Index of each window, the row's slice in it, and the window's slice in the row."""
         step = self.shape.window_size // self._pack
         return [
             (index, slice(row * step, row * step + step), slice(index * step, index * step + step))

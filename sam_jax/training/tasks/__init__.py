@@ -1,1 +1,1 @@
-"""What a run can train; one module a task, all behind ``training.task.Task``."""
+"""Training tasks; one module a task, all behind ``training.task.Task``."""

@@ -124,7 +124,7 @@ class SegmentTask:
             results = rounds(
                 {part: params[part] for part in PROMPTED_PARTS},
                 constants,
-                # In each round they are rounded again, so that their gradient is summed in float32.
+                # Float32, so that gradients of the rounds are summed in it; each rounds it again.
                 embeddings.astype(jnp.float32),
                 jax.random.split(rounds_key, batch.mask_valid.shape),
                 batch.masks_packed,
