@@ -4,6 +4,7 @@ python -m benchmarks.encoder --variant vit_b --batch 1 [--backward] [--peer torc
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -14,7 +15,8 @@ from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like
 from benchmarks.timing import Timing, compile_for, time_compiled
 from sam_jax import flop_counts
-from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, Remat
+from sam_jax.models.layers import Remat
+from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.models.variants import VARIANTS, ModelConfig
 from sam_jax.ops.attention import Implementation
 
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Times the encoder, forward or forward and backward, and reports it."""
     args = parse(argv)
     image_size = args.image_size and (args.image_size, args.image_size)
-    config = ModelConfig(args.variant, image_size).sam.image_encoder
+    config = ModelConfig(args.variant, image_size).sam
 
     def peer_call(name):
         return peer.encoder_call(
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     timing = _time(args, config)
     passes = flop_counts.TRAINING_FACTOR if args.backward else 1
     flops, useful = (
-        passes * args.batch * flop_counts.encoder_flops(config, useful=only)
+        passes * args.batch * flop_counts.encoder_flops(config.image_encoder, useful=only)
         for only in (False, True)
     )
     limit = limits.matmul_flops_per_second(args.dtype, jax.devices()[:1])
@@ -68,17 +70,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _time(args: argparse.Namespace, config: ImageEncoderConfig) -> Timing:
-    model = ImageEncoderViT(config, args.remat, args.scan, args.attention, jnp.dtype(args.dtype))
-    image_shapes = jax.ShapeDtypeStruct((args.batch, *config.image_size, 3), jnp.float32)
+def _time(args: argparse.Namespace, config: SamConfig) -> Timing:
+    model = Sam(config, args.remat, args.scan, args.attention, jnp.dtype(args.dtype))
+    image_shapes = jax.ShapeDtypeStruct((args.batch, *model.image_size, 3), jnp.float32)
     images = random_like(image_shapes)
-    variables = random_like(jax.eval_shape(model.init, jax.random.key(0), image_shapes))
+    init, encode = (functools.partial(f, method=Sam.encode) for f in (model.init, model.apply))
+    variables = random_like(jax.eval_shape(init, jax.random.key(0), image_shapes))
     arguments = [variables, images]
-    function = model.apply
+    function: Any = encode
     if args.backward:
-        embeddings = jax.eval_shape(model.apply, variables, images)
+        embeddings = jax.eval_shape(encode, variables, images)
         arguments.append(random_like(embeddings))
-        function = _gradients(model.apply)
+        function = _gradients(encode)
     compiled, seconds = compile_for(jax.jit(function), *arguments)
     return time_compiled(
         compiled, lambda: compiled(*arguments), compile_seconds=seconds, repeats=args.repeats

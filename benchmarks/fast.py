@@ -17,7 +17,8 @@ from torch.nn import functional
 
 def speed_up(model: Any) -> None:
     """Replaces how a published ``Sam`` computes, in place; its weights stay what they are."""
-    for block in model.image_encoder.blocks:
+    # Those of a TinyViT, in small windows, stay as published.
+    for block in getattr(model.image_encoder, "blocks", ()):
         _replace(block.attn, "forward", attend_on_grid)
     transformer = model.mask_decoder.transformer
     layers = transformer.layers
