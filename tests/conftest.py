@@ -108,6 +108,16 @@ def shared_data(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mobile_sam_weights(pytestconfig: pytest.Config) -> Path:
+    """The file of a trained model of MobileSAM's shape, which the repository does not hold."""
+    default = pytestconfig.rootpath.parent / "shared" / "weights" / "mobile_sam.safetensors"
+    path = Path(os.environ.get("SAM_JAX_MOBILE_SAM", default))
+    if not path.is_file():
+        pytest.skip(f"no file {path}; SAM_JAX_MOBILE_SAM names another")
+    return path
+
+
+@pytest.fixture(scope="session")
 def segment_anything() -> ModuleType:
     """The published PyTorch code, whole."""
     from benchmarks import published
