@@ -1,6 +1,7 @@
 """Weights to the published names and back: identity on every tensor, and errors that list all."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from sam_jax.weights.names import (
     to_native,
 )
 from tests.golden.tiny import TINY
+from tests.golden.tiny_mobile_sam import SMALL as MOBILE_SAM
 
 
 def shapes(config: SamConfig) -> dict[str, Any]:
@@ -64,16 +66,20 @@ def test_round_trip_is_the_identity(config: SamConfig) -> None:
 
 
 def test_every_row_serves_and_no_two_overlap() -> None:
-    paths = list(flatten_dict(shapes(TINY), sep="/"))
-    names = [foreign_names(path) for path in paths]
-    every = [name for group in names for name in group]
-    assert len(every) == len(set(every))
-    for path, group in zip(paths, names, strict=True):
-        assert group
-        assert {native_path(name) for name in group} == {path}
+    both = [list(flatten_dict(shapes(config), sep="/")) for config in (TINY, MOBILE_SAM)]
+    for paths in both:
+        layers: dict[str, str] = {}
+        for path in paths:
+            names = foreign_names(path)
+            assert names
+            assert path in {native_path(name) for name in names}
+            for name in names:
+                # Kernel and bias of one layer may share tensors, of a normalisation.
+                layer = layers.setdefault(name, path.rpartition("/")[0])
+                assert layer == path.rpartition("/")[0]
     # No row is there for nothing, and no kind of layer.
     for scheme, rules in RULES.items():
-        served = {name for path in paths for name in foreign_names(path, scheme)}
+        served = {name for path in itertools.chain(*both) for name in foreign_names(path, scheme)}
         for rule in rules:
             assert any(native_path(name, scheme) and matches(rule, name) for name in served), rule
     assert {row.kind for row in TABLE} == set(KINDS)

@@ -73,7 +73,8 @@ def axes_text(axes: Any) -> str:
 def test_every_recipe_builds_its_train_step(config: ConfigDict) -> None:
     sections = config.to_dict()
     # Blocks are of two kinds, with windows and without; four hold both, and are traced sooner.
-    sections["model"]["encoder"] |= {"depth": 4, "global_attention_blocks": (1, 3)}
+    if sections["model"]["variant"] != "mobile_sam":
+        sections["model"]["encoder"] |= {"depth": 4, "global_attention_blocks": (1, 3)}
     model, optimizer, state = abstract_state(sections)
     data = from_mapping(DataConfig, {**sections["data"], "image_size": model.image_size}, "data")
     for name, section in sections["evals"].items():
