@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import published, report
+from benchmarks.pictures import pictures_in
 from sam_jax.data.sources.synthetic import SyntheticSource
-from sam_jax.images import read_image
 from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions, generate_masks
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
@@ -120,15 +120,7 @@ def _images(args: argparse.Namespace) -> list[np.ndarray]:
     if not args.images:
         source = SyntheticSource(args.num_images, image_size=(768, 1024), seed=0)
         return [np.asarray(source[index].image) for index in range(args.num_images)]
-    files = sorted(
-        path
-        for folder in args.images
-        for path in folder.iterdir()
-        if path.suffix in (".jpg", ".jpeg", ".png")
-    )
-    # From all over the folders, which may hold hundreds of one kind first.
-    chosen = np.linspace(0, len(files) - 1, min(args.num_images, len(files))).astype(int)
-    return [read_image(files[index]) for index in chosen]
+    return pictures_in(args.images, args.num_images)
 
 
 def _options(args: argparse.Namespace, predictor: Predictor, image: np.ndarray) -> AutomaticOptions:
