@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,9 @@ class EvalReport:
         """Prints mean IoU in percent, a table for each kind of prompt, within 100 columns."""
         console = console or Console(width=None if sys.stdout.isatty() else 100)
         for table in dict.fromkeys(protocol.table for protocol in PROTOCOLS.values()):
-            rows = self._rows_of(table)
+            rows = self._protocols_in(table)
             if rows:
-                console.print(self._table(table, rows))
+                console.print(self._drawn(table, rows))
         masks = sum(dataset.num_masks for dataset in self.datasets)
         images = sum(dataset.num_images for dataset in self.datasets)
         console.print(f"{masks:,} masks on {images:,} images in {self.seconds:,.0f} s")
@@ -162,32 +162,31 @@ class EvalReport:
         rows: dict[str, Mapping[str, float]] = {d.name: d.miou for d in self.datasets if d.miou}
         return rows | ({MEAN: self.mean} if len(rows) > 1 else {})
 
-    def _rows_of(self, table: ReportTable) -> dict[str, dict[str, str]]:
-        """Measures by column of each protocol that was run and shows them in this table."""
+    def _protocols_in(self, table: ReportTable) -> list[tuple[str, dict[str, str]]]:
+        """The protocols that were run and are shown in a table: row, and measures by column."""
         measured = {measure for dataset in self.datasets for measure in dataset.miou}
         shown = [protocol for protocol in PROTOCOLS.values() if protocol.table == table]
-        rows = {p.row: p.columns(measured, self.num_clicks) for p in shown}
-        return {row: columns for row, columns in rows.items() if columns}
+        rows = [(p.row, p.columns(measured, self.num_clicks)) for p in shown]
+        return [(row, columns) for row, columns in rows if columns]
 
-    def _table(self, table: ReportTable, rows: Mapping[str, Mapping[str, str]]) -> Table:
-        """A table for people: for each dataset a row of each protocol."""
-        names_rows = table.row_heading is not None
-        columns = list(dict.fromkeys(column for found in rows.values() for column in found))
+    def _drawn(self, table: ReportTable, rows: Sequence[tuple[str, Mapping[str, str]]]) -> Table:
+        """The table for people: for each dataset a row of each protocol."""
+        columns = list(dict.fromkeys(column for _, found in rows for column in found))
         drawn = Table(
             title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
         )
         drawn.add_column("dataset")
         drawn.add_column("masks", justify="right")
-        if names_rows:
-            drawn.add_column(table.row_heading or "")
+        if table.row_heading is not None:
+            drawn.add_column(table.row_heading)
         for column in columns:
             drawn.add_column(column, justify="right")
         for dataset, miou in self._rows().items():
-            for place, (row, found) in enumerate(rows.items()):
+            for place, (row, found) in enumerate(rows):
                 ious = (miou.get(found.get(column, "")) for column in columns)
                 drawn.add_row(
                     *((dataset, self._num_masks(dataset)) if place == 0 else ("", "")),
-                    *([row] if names_rows else []),
+                    *([] if table.row_heading is None else [row]),
                     *("" if iou is None else f"{100 * iou:.1f}" for iou in ious),
                     style="bold" if dataset == MEAN else None,
                     end_section=place == len(rows) - 1 and len(rows) > 1,

@@ -175,6 +175,7 @@ class Evaluator:
         Raises:
           TooManyCorruptSamplesError: more of a dataset is unusable than is tolerated.
           NoObjectsError: a dataset has no mask to evaluate on.
+          NotFiniteError: the model answers with logits that are no numbers.
         """
         start = time.monotonic()
         predictor = self._predictor.with_variables(variables)

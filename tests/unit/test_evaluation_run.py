@@ -231,7 +231,7 @@ def test_ragged_batches_are_exact(shape):
 
 
 def test_answers_that_are_no_numbers_are_an_error():
-    (image,) = [striped_image([8, 16], [(1,)])]
+    image = striped_image([8, 16], [(1,)])
 
     class Diverged(ColorSam):
         def decode(self, *arguments, **options):
@@ -378,6 +378,23 @@ def test_second_call_compiles_nothing_and_depends_on_the_variables_alone(two_sou
     assert worse.mean["center_1"] == 0
     assert worse.mean["box_filled"] == first.mean["box_filled"]
     assert again == first
+
+
+@pytest.mark.parametrize("num_clicks", [(1, 2), (1, 3, 6)])
+def test_programs_are_as_many_as_kinds_of_prompts(two_sources, num_clicks):
+    """Whatever the images hold and however many clicks are made."""
+    evaluate = evaluator(
+        two_sources,
+        ColorSam(CONFIG, remembers=False),
+        protocols=tuple(PROTOCOLS),
+        num_clicks=num_clicks,
+        images_per_call=2,
+        prompts_per_call=2,
+    )
+    evaluate(variables())
+    assert evaluate._predictor._encode._cache_size() == 1
+    # First click or box; all clicks; all clicks and logits.
+    assert evaluate._predictor._decode._cache_size() == 3
 
 
 class _no_compilation:  # noqa: N801
