@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import Mesh, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array
 from sam_jax.errors import ConfigError
@@ -33,6 +34,25 @@ from sam_jax.sharding import path_name
 BATCH = "batch"
 TENSOR = "tensor"
 Spread: TypeAlias = str | None
+_Tree = TypeVar("_Tree")
+
+
+def replicated(tree: _Tree, everywhere: NamedSharding) -> _Tree:
+    """Arrays whole on each of this host's devices.
+
+    Where several hosts share an array it is gathered, so all of them must call this.
+
+    Args:
+      tree: of arrays.
+      everywhere: the devices, with nothing split.
+    """
+
+    def whole(leaf: Any) -> Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(whole, tree)
 
 
 @dataclasses.dataclass(frozen=True)

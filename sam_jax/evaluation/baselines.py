@@ -4,6 +4,7 @@ They answer the same prompts for the same masks as the model does, so their IoUs
 score the prompt alone is worth.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import cv2
@@ -73,10 +74,23 @@ def grabcut_mask(pixels: UInt8[np.ndarray, "h w 3"], box_xyxy: Box) -> Bool[np.n
     return mask
 
 
-BOX_BASELINES: Mapping[str, Callable[[np.ndarray, Box], np.ndarray]] = {
-    "box_filled": box_mask,
-    "box_ellipse": ellipse_mask,
-    "box_grabcut": grabcut_mask,
+@dataclasses.dataclass(frozen=True)
+class BoxBaseline:
+    """A mask drawn from the box and the image.
+
+    Attributes:
+      mask: draws it.
+      column: its name in tables.
+    """
+
+    mask: Callable[[np.ndarray, Box], np.ndarray]
+    column: str
+
+
+BOX_BASELINES: Mapping[str, BoxBaseline] = {
+    "box_filled": BoxBaseline(box_mask, "whole box"),
+    "box_ellipse": BoxBaseline(ellipse_mask, "ellipse"),
+    "box_grabcut": BoxBaseline(grabcut_mask, "GrabCut"),
 }
 DISK_BASELINE = "disk"
 

@@ -9,12 +9,15 @@ pixels follow RITM (Sofiiuk et al. 2021), whose evaluation the paper compares it
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
 
 from sam_jax.arrays import Bool
+
+# Deepest inside the mask, or anywhere in it.
+FirstClick: TypeAlias = Literal["center", "random"]
 
 
 class Click(NamedTuple):
@@ -23,6 +26,11 @@ class Click(NamedTuple):
     x: int
     y: int
     is_foreground: bool
+
+
+def first_click(rule: FirstClick, ground_truth: Bool[np.ndarray, "oh ow"], key: str) -> Click:
+    """``center_click`` or ``random_click``, as the rule says."""
+    return center_click(ground_truth) if rule == "center" else random_click(ground_truth, key)
 
 
 def center_click(ground_truth: Bool[np.ndarray, "oh ow"]) -> Click:

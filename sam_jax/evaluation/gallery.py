@@ -7,7 +7,7 @@ import numpy as np
 
 from sam_jax.arrays import UInt8
 from sam_jax.evaluation.clicks import keyed_number
-from sam_jax.evaluation.protocols import Outcome
+from sam_jax.evaluation.protocols.protocol import Outcome
 from sam_jax.visualize import Example, example_sheet
 
 # The typical masks are those nearest to the median among so many drawn at random.

@@ -16,31 +16,17 @@ from rich.table import Table
 
 from sam_jax.arrays import UInt8
 from sam_jax.checkpoint import CHECKPOINTS
-from sam_jax.evaluation.baselines import DISK_BASELINE
-from sam_jax.evaluation.protocols import BOX_PROTOCOL, CLICK_PROTOCOLS, ORACLE
-from sam_jax.visualize import BLUE, GREEN, MUTED, ORANGE, Color, Curve, draw_curves
+from sam_jax.evaluation.protocols import PROTOCOLS
+from sam_jax.evaluation.protocols.protocol import ReportTable
+from sam_jax.visualize import MUTED, Curve, draw_curves
 
 MEAN = "mean"
 
-_CLICK_NAMES = {
-    "center": "centre",
-    "random": "random",
-    "center_points_only": "centre, points only",
-    "random_points_only": "random, points only",
-}
-_BOX_COLUMNS = {
-    BOX_PROTOCOL: "model",
-    f"{BOX_PROTOCOL}_{ORACLE}": "best of 3",
-    "box_filled": "whole box",
-    "box_ellipse": "ellipse",
-    "box_grabcut": "GrabCut",
-}
-_CURVES: dict[str, tuple[str, Color]] = {
-    "center": ("first click at the centre", BLUE),
-    "random": ("random first click", ORANGE),
-    "center_points_only": ("centre, points only", (120, 180, 255)),
-    "random_points_only": ("random, points only", (255, 200, 120)),
-}
+# Baselines that diagrams show, as levels: measure, name in the legend, color.
+_BASELINE_LEVELS = (
+    ("box_grabcut", "GrabCut from the box", (140, 200, 165)),
+    ("disk_center", "disk around the centre click", MUTED),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +110,12 @@ class EvalReport:
             Image.fromarray(picture).save(folder / f"{name}.png")
 
     def print_table(self, console: Console | None = None) -> None:
-        """Prints mean IoU in percent, clicks and boxes apart, within 100 columns."""
+        """Prints mean IoU in percent, a table for each kind of prompt, within 100 columns."""
         console = console or Console(width=None if sys.stdout.isatty() else 100)
-        for table in (self._click_table(), self._box_table()):
-            if table is not None:
-                console.print(table)
+        for table in dict.fromkeys(protocol.table for protocol in PROTOCOLS.values()):
+            rows = self._protocols_in(table)
+            if rows:
+                console.print(self._drawn(table, rows))
         masks = sum(dataset.num_masks for dataset in self.datasets)
         images = sum(dataset.num_images for dataset in self.datasets)
         console.print(f"{masks:,} masks on {images:,} images in {self.seconds:,.0f} s")
@@ -160,20 +147,12 @@ class EvalReport:
         )
 
     def _curves_of(self, miou: Mapping[str, float]) -> list[Curve]:
-        curves = []
-        for protocol, (label, color) in _CURVES.items():
-            if f"{protocol}_1_{ORACLE}" not in miou:
-                continue
-            heights = [100 * miou[f"{protocol}_{n}"] for n in self.num_clicks]
-            curves.append(Curve(label, self.num_clicks, heights, color))
-            if CLICK_PROTOCOLS[protocol].feeds_logits and 1 in self.num_clicks:
-                oracle = 100 * miou[f"{protocol}_1_{ORACLE}"]
-                curves.append(Curve("best of three masks", [1], [oracle], color, "marks"))
-        for measure, label, color in (
-            (BOX_PROTOCOL, "box prompt", GREEN),
-            ("box_grabcut", "GrabCut from the box", (140, 200, 165)),
-            ("disk_center", "disk around the centre click", MUTED),
-        ):
+        curves = [
+            curve
+            for protocol in PROTOCOLS.values()
+            for curve in protocol.curves(miou, self.num_clicks)
+        ]
+        for measure, label, color in _BASELINE_LEVELS:
             if measure in miou:
                 curves.append(Curve(label, [], [100 * miou[measure]], color, "level"))
         return curves
@@ -183,46 +162,36 @@ class EvalReport:
         rows: dict[str, Mapping[str, float]] = {d.name: d.miou for d in self.datasets if d.miou}
         return rows | ({MEAN: self.mean} if len(rows) > 1 else {})
 
-    def _click_table(self) -> Table | None:
-        protocols = [p for p in CLICK_PROTOCOLS if f"{p}_1_{ORACLE}" in self._measures()]
-        if not protocols:
-            return None
-        columns = [(str(n), f"{{protocol}}_{n}") for n in self.num_clicks]
-        columns.insert(1, ("best of 3", f"{{protocol}}_1_{ORACLE}"))
-        if any(measure.startswith(DISK_BASELINE) for measure in self._measures()):
-            columns.append(("disk", f"{DISK_BASELINE}_{{first_click}}"))
-        table = _table("Mean IoU (%) by number of clicks", ["dataset", "masks", "first click"])
-        for name, _ in columns:
-            table.add_column(name, justify="right")
-        for row, miou in self._rows().items():
-            for protocol in protocols:
-                first_click = CLICK_PROTOCOLS[protocol].first_click
-                table.add_row(
-                    *((row, self._num_masks(row)) if protocol == protocols[0] else ("", "")),
-                    _CLICK_NAMES[protocol],
-                    *_percent(
-                        miou,
-                        [m.format(protocol=protocol, first_click=first_click) for _, m in columns],
-                    ),
-                    style="bold" if row == MEAN else None,
-                    end_section=protocol == protocols[-1] and len(protocols) > 1,
+    def _protocols_in(self, table: ReportTable) -> list[tuple[str, dict[str, str]]]:
+        """The protocols that were run and are shown in a table: row, and measures by column."""
+        measured = {measure for dataset in self.datasets for measure in dataset.miou}
+        shown = [protocol for protocol in PROTOCOLS.values() if protocol.table == table]
+        rows = [(p.row, p.columns(measured, self.num_clicks)) for p in shown]
+        return [(row, columns) for row, columns in rows if columns]
+
+    def _drawn(self, table: ReportTable, rows: Sequence[tuple[str, Mapping[str, str]]]) -> Table:
+        """The table for people: for each dataset a row of each protocol."""
+        columns = list(dict.fromkeys(column for _, found in rows for column in found))
+        drawn = Table(
+            title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        )
+        drawn.add_column("dataset")
+        drawn.add_column("masks", justify="right")
+        if table.row_heading is not None:
+            drawn.add_column(table.row_heading)
+        for column in columns:
+            drawn.add_column(column, justify="right")
+        for dataset, miou in self._rows().items():
+            for place, (row, found) in enumerate(rows):
+                ious = (miou.get(found.get(column, "")) for column in columns)
+                drawn.add_row(
+                    *((dataset, self._num_masks(dataset)) if place == 0 else ("", "")),
+                    *([] if table.row_heading is None else [row]),
+                    *("" if iou is None else f"{100 * iou:.1f}" for iou in ious),
+                    style="bold" if dataset == MEAN else None,
+                    end_section=place == len(rows) - 1 and len(rows) > 1,
                 )
-        return table
-
-    def _box_table(self) -> Table | None:
-        measures = [m for m in _BOX_COLUMNS if m in self._measures()]
-        if not measures:
-            return None
-        table = _table("Mean IoU (%) from the box", ["dataset", "masks"])
-        for measure in measures:
-            table.add_column(_BOX_COLUMNS[measure], justify="right")
-        for row, miou in self._rows().items():
-            style = "bold" if row == MEAN else None
-            table.add_row(row, self._num_masks(row), *_percent(miou, measures), style=style)
-        return table
-
-    def _measures(self) -> set[str]:
-        return {measure for dataset in self.datasets for measure in dataset.miou}
+        return drawn
 
     def _num_masks(self, row: str) -> str:
         return next((f"{d.num_masks:,}" for d in self.datasets if d.name == row), "")
@@ -240,14 +209,3 @@ def results_folder(checkpoint: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path.with_name(f"{path.stem}_eval")
     return Path(f"{path.as_posix().strip('./').replace('/', '_')}_eval")
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right" if column == "masks" else "left")
-    return table
-
-
-def _percent(miou: Mapping[str, float], measures: Sequence[str]) -> list[str]:
-    return [f"{100 * miou[m]:.1f}" if m in miou else "" for m in measures]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import itertools
 import os
 import sys
 import time
@@ -11,7 +12,6 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,27 +29,16 @@ from sam_jax.evaluation.baselines import (
     best_disk,
     disk_ious,
 )
-from sam_jax.evaluation.clicks import center_click, keyed_number, random_click
+from sam_jax.evaluation.clicks import FirstClick, first_click, keyed_number
 from sam_jax.evaluation.gallery import Gallery
 from sam_jax.evaluation.metrics import IouTotals, gather_totals, mask_iou, mean_over_datasets
-from sam_jax.evaluation.protocols import (
-    BOX_PROTOCOL,
-    CLICK_PROTOCOLS,
-    ORACLE,
-    PROTOCOLS,
-    CompiledModel,
-    EvalImage,
-    Outcome,
-    Target,
-    TargetBatch,
-    make_batches,
-    run_boxes,
-    run_clicks,
-)
+from sam_jax.evaluation.protocols import PROTOCOLS
+from sam_jax.evaluation.protocols.protocol import Outcome, ProtocolContext
 from sam_jax.evaluation.report import DatasetReport, EvalReport
+from sam_jax.evaluation.targets import EvalImage, TargetBatch, TargetMask, make_batches
+from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.resizing import fit_longest_side, resize_image
 
 BASELINES = (DISK_BASELINE, *BOX_BASELINES)
 # Batches that are under way at once: while the host scores one, the device decodes another.
@@ -155,22 +144,22 @@ class Evaluator:
             self._sources = [_Drawn(build_source(s), config) for s in config.sources]
         except ValueError as error:
             raise ConfigError(f"a dataset of the evaluation: {error}") from error
-        self._model = CompiledModel(
-            model,
-            images_per_call=config.images_per_call,
-            prompts_per_call=config.prompts_per_call,
-            max_clicks=max(config.num_clicks),
-            devices=devices,
-            kernels=kernels,
+        devices = devices or jax.local_devices()
+        rows_per_device = -(-config.images_per_call // len(devices))
+        self._num_rows = rows_per_device * len(devices)
+        # One size of each kind, so that the model compiles once per kind of prompt: a first click
+        # or a box, and any number of clicks more.
+        buckets = Buckets(
+            images=(rows_per_device,),
+            rows=(rows_per_device,),
+            prompts=(config.prompts_per_call,),
+            points=sorted({1, max(config.num_clicks)}),
         )
-        self._measures = {f"{p}_{n}" for p in CLICK_PROTOCOLS for n in config.num_clicks}
-        self._measures |= {f"{p}_1_{ORACLE}" for p in CLICK_PROTOCOLS}
-        self._measures |= {BOX_PROTOCOL, f"{BOX_PROTOCOL}_{ORACLE}"}
-        self._first_clicks = list(
-            dict.fromkeys(
-                CLICK_PROTOCOLS[p].first_click for p in config.protocols if p in CLICK_PROTOCOLS
-            )
-        )
+        # Each call brings its variables.
+        self._predictor = Predictor(model, {}, buckets, devices=devices, kernels=kernels)
+        self._protocols = [PROTOCOLS[name] for name in config.protocols]
+        first_clicks = dict.fromkeys(protocol.first_click for protocol in self._protocols)
+        self._first_clicks = [rule for rule in first_clicks if rule is not None]
         # One case of all that was skipped, by dataset and reason; of this host's share.
         self._examples: dict[str, dict[str, str]] = {s.name: {} for s in self._sources}
         # Baselines do not depend on the variables: the first call scores them for all.
@@ -186,39 +175,42 @@ class Evaluator:
         Raises:
           TooManyCorruptSamplesError: more of a dataset is unusable than is tolerated.
           NoObjectsError: a dataset has no mask to evaluate on.
+          NotFiniteError: the model answers with logits that are no numbers.
         """
         start = time.monotonic()
-        placed = self._model.place(dict(variables))
+        predictor = self._predictor.with_variables(variables)
         totals, baseline_totals = IouTotals(), IouTotals()
-        gallery = Gallery(self._ranking_measure(), self._config.num_examples)
+        headline = self._protocols[0].headline(self._config.num_clicks)
+        gallery = Gallery(headline, self._config.num_examples)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
+            context = ProtocolContext(predictor, self._config.num_clicks, self._config.seed, pool)
 
             def evaluate(batch: TargetBatch) -> tuple[list[Outcome], list[_Scored]]:
                 needs_baselines = self._baseline_totals is None
                 scored = self._run_baselines(batch, pool) if needs_baselines else []
-                return self._run_protocols(placed, batch, pool), scored
+                outcomes = [o for p in self._protocols for o in p.run(batch, context)]
+                return outcomes, scored
 
-            for outcomes, scored in _in_order(evaluate, self._batches(placed, totals)):
+            for outcomes, scored in _in_order(evaluate, self._batches(predictor, totals)):
                 for dataset, ious in scored:
                     baseline_totals.add(dataset, ious)
                 for outcome in outcomes:
-                    kept = {m: iou for m, iou in outcome.ious.items() if m in self._measures}
-                    totals.add(outcome.target.image.dataset, kept)
+                    totals.add(outcome.target.image.dataset, outcome.ious)
                     gallery.offer(outcome)
         if self._baseline_totals is None:
             self._baseline_totals = baseline_totals
         totals.merge(self._baseline_totals)
         return self._report(gather_totals(totals), gallery, start)
 
-    def _batches(self, variables: dict, totals: IouTotals) -> Iterator[TargetBatch]:
-        waiting: list[EvalImage] = []
-        for image in self._images(totals):
-            waiting.append(image)
-            if len(waiting) == self._model.num_rows:
-                yield from make_batches(self._model, variables, waiting)
-                waiting = []
-        if waiting:
-            yield from make_batches(self._model, variables, waiting)
+    def _batches(self, predictor: Predictor, totals: IouTotals) -> Iterator[TargetBatch]:
+        images = self._images(totals)
+        while together := list(itertools.islice(images, self._num_rows)):
+            yield from make_batches(
+                predictor,
+                together,
+                num_rows=self._num_rows,
+                row_length=self._config.prompts_per_call,
+            )
 
     def _images(self, totals: IouTotals) -> Iterator[EvalImage]:
         """This host's share of the images; counts what it meets."""
@@ -259,69 +251,45 @@ class Evaluator:
         chosen = _draw(
             len(example.masks), config.max_masks_per_image, f"{config.seed}/{dataset}/{file}"
         )
-        resized_hw = fit_longest_side(example.image.shape[:2], self._model.image_size)
-        model_input = np.zeros((*self._model.image_size, 3), np.uint8)
-        model_input[: resized_hw[0], : resized_hw[1]] = resize_image(example.image, resized_hw)
         return EvalImage(
             dataset=dataset,
             name=example.name,
             pixels=example.image,
             masks=example.masks[chosen],
             mask_indices=tuple(chosen),
-            model_input=model_input,
-            resized_hw=resized_hw,
         )
 
-    def _run_protocols(self, variables: dict, batch: TargetBatch, pool: Executor) -> list[Outcome]:
-        outcomes = []
-        for protocol in self._config.protocols:
-            if protocol == BOX_PROTOCOL:
-                outcomes += run_boxes(self._model, variables, batch, pool=pool)
-            else:
-                outcomes += run_clicks(
-                    self._model, variables, batch, protocol, seed=self._config.seed, pool=pool
-                )
-        return outcomes
-
     def _run_baselines(self, batch: TargetBatch, pool: Executor) -> list[_Scored]:
-        def score(target: Target) -> _Scored:
+        def score(target: TargetMask) -> _Scored:
             ground_truth, pixels = target.ground_truth, target.image.pixels
             ious = {}
             for name in self._config.baselines:
                 if name in BOX_BASELINES:
-                    prediction = BOX_BASELINES[name](pixels, target.box_xyxy)
+                    prediction = BOX_BASELINES[name].mask(pixels, target.box_xyxy)
                     ious[name] = mask_iou(prediction, ground_truth)
                     continue
-                for first_click in self._first_clicks:
-                    click = (
-                        center_click(ground_truth)
-                        if first_click == "center"
-                        else random_click(ground_truth, f"{self._config.seed}/{target.key}")
-                    )
+                for rule in self._first_clicks:
+                    click = first_click(rule, ground_truth, f"{self._config.seed}/{target.key}")
                     for rate, iou in disk_ious(ground_truth, click).items():
-                        ious[_disk_measure(first_click, rate)] = iou
+                        ious[_disk_measure(rule, rate)] = iou
             return target.image.dataset, ious
 
-        return list(pool.map(score, batch.targets.values()))
-
-    def _ranking_measure(self) -> str:
-        first = self._config.protocols[0]
-        return first if first == BOX_PROTOCOL else f"{first}_{self._config.num_clicks[-1]}"
+        return list(pool.map(score, batch.targets))
 
     def _report(self, totals: IouTotals, gallery: Gallery, start: float) -> EvalReport:
         found, counts = totals.means(), totals.counts()
         means = {s.name: found[s.name] for s in self._sources if s.name in found}
         disk_radius_rates = {}
         if DISK_BASELINE in self._config.baselines and means:
-            for first_click in self._first_clicks:
+            for rule in self._first_clicks:
                 by_rate = [
-                    {rate: m.pop(_disk_measure(first_click, rate)) for rate in DISK_RADIUS_RATES}
+                    {rate: m.pop(_disk_measure(rule, rate)) for rate in DISK_RADIUS_RATES}
                     for m in means.values()
                 ]
                 rate = best_disk(by_rate)
-                disk_radius_rates[f"{DISK_BASELINE}_{first_click}"] = rate
+                disk_radius_rates[f"{DISK_BASELINE}_{rule}"] = rate
                 for miou, ious in zip(means.values(), by_rate, strict=True):
-                    miou[f"{DISK_BASELINE}_{first_click}"] = ious[rate]
+                    miou[f"{DISK_BASELINE}_{rule}"] = ious[rate]
         datasets = []
         for source in self._sources:
             events = counts.get(source.name, {})
@@ -349,6 +317,7 @@ class Evaluator:
             examples = gallery.picture()
             if examples is not None:
                 pictures["examples"] = examples
+            # Of a box there is a level, which alone makes no diagram.
             if self._first_clicks:
                 pictures["curves"] = report.curves()
         return dataclasses.replace(report, pictures=pictures)
@@ -411,5 +380,5 @@ def _in_order(
             yield under_way.popleft().result()
 
 
-def _disk_measure(first_click: str, rate: float) -> str:
-    return f"{DISK_BASELINE}_{first_click}@{rate}"
+def _disk_measure(rule: FirstClick, rate: float) -> str:
+    return f"{DISK_BASELINE}_{rule}@{rate}"

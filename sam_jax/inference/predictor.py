@@ -1,5 +1,6 @@
 """The predictor: any images, any prompts, a bounded number of compiled programs."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -26,7 +27,7 @@ from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import normalize_images
-from sam_jax.parallel import BATCH, Parallel
+from sam_jax.parallel import BATCH, Parallel, replicated
 from sam_jax.weights.load import load
 
 
@@ -149,7 +150,8 @@ class Predictor:
 
     Args:
       model: the model.
-      variables: its variables; every device gets a copy, once.
+      variables: its variables; every device gets a copy, once. Of several hosts, each has a
+        predictor on its own devices, and all must make it together.
       buckets: sizes that calls are padded to, on each device.
       devices: on which images and rows of prompts are spread; by default one.
       kernels: see ``ops.dispatch.Target``.
@@ -170,7 +172,7 @@ class Predictor:
         parallel = Parallel(mesh, ("image",), kernels=kernels)
         self._model = model
         self._encode_images = parallel.encode(model)
-        self._variables = jax.device_put(dict(variables), self._everywhere)
+        self._variables = replicated(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
         everywhere, by_image = PartitionSpec(), parallel.spec(BATCH)
@@ -196,6 +198,16 @@ class Predictor:
         """A predictor of any checkpoint; ``options`` and errors as ``weights.load.load``."""
         model, variables = load(path_or_name, **options)
         return cls(model, variables, buckets, devices=devices)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "Predictor":
+        """The predictor with other variables of the same model; both share what was compiled.
+
+        Args:
+          variables: see ``Predictor``.
+        """
+        other = copy.copy(self)
+        other._variables = replicated(dict(variables), self._everywhere)
+        return other
 
     @property
     def num_devices(self) -> int:

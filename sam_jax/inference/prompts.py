@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
-import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.arrays import Bool, Float
@@ -224,7 +223,7 @@ def pad_rows(
     num_points: int,
     low_res_hw: tuple[int, int] | None,
 ) -> Prompts:
-    """Rows as padded arrays with their validity.
+    """Rows as padded arrays with their validity, on the host: who places them copies them once.
 
     Args:
       rows: what to pad.
@@ -249,12 +248,13 @@ def pad_rows(
                 boxes[r, p], box_valid[r, p] = prompt.box, True
             if prompt.mask_logits is not None and logits is not None:
                 logits[r, p], mask_valid[r, p] = prompt.mask_logits, True
-    return Prompts(
-        point_coords=jnp.asarray(coords),
-        point_labels=jnp.asarray(labels),
-        point_valid=jnp.asarray(point_valid),
-        boxes_xyxy=jnp.asarray(boxes),
-        box_valid=jnp.asarray(box_valid),
-        mask_logits=None if logits is None else jnp.asarray(logits),
-        mask_valid=None if logits is None else jnp.asarray(mask_valid),
-    )
+    arrays: dict[str, Any] = {
+        "point_coords": coords,
+        "point_labels": labels,
+        "point_valid": point_valid,
+        "boxes_xyxy": boxes,
+        "box_valid": box_valid,
+    }
+    if logits is not None:
+        arrays |= {"mask_logits": logits, "mask_valid": mask_valid}
+    return Prompts(**arrays)

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from sam_jax.evaluation.clicks import Click
 from sam_jax.evaluation.gallery import Gallery
-from sam_jax.evaluation.protocols import EvalImage, Outcome, Target
+from sam_jax.evaluation.protocols.protocol import Outcome
 from sam_jax.evaluation.report import DatasetReport, EvalReport, results_folder
+from sam_jax.evaluation.targets import EvalImage, TargetMask
 
 
 def report(names=("coco", "cells"), protocols=("center", "random"), skipped=None):
@@ -122,12 +123,11 @@ def outcome(name, iou, index=0):
         pixels=np.full((20, 30, 3), 100, np.uint8),
         masks=np.ones((index + 1, 20, 30), bool),
         mask_indices=tuple(range(index + 1)),
-        model_input=np.zeros((32, 32, 3), np.uint8),
-        resized_hw=(21, 32),
     )
     prediction = np.zeros((20, 30), bool)
     clicks = (Click(3, 4, is_foreground=True),)
-    return Outcome(Target(image, index), {"center_2": iou, "center_1": 0.5}, prediction, clicks)
+    ious = {"center_2": iou, "center_1": 0.5}
+    return Outcome(TargetMask(image, index), ious, prediction, clicks)
 
 
 def chosen(gallery):

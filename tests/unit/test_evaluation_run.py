@@ -12,28 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam_jax import rle
 from sam_jax.configuration import from_mapping
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.protocols import (
-    CompiledModel,
-    EvalImage,
-    Target,
-    make_batches,
-    run_boxes,
-    run_clicks,
-)
+from sam_jax.evaluation.protocols import PROTOCOLS
+from sam_jax.evaluation.protocols.protocol import EvalProtocol, ProtocolContext
 from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.targets import EvalImage, NotFiniteError, TargetMask, make_batches
+from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 
-# 32 x 48 pixels of model input, cells of 16, low-resolution logits of 8 x 12: one for 4 x 4 pixels.
-CONFIG = SamConfig(ImageEncoderConfig(image_size=(32, 48)))
+# 32 x 48 pixels of model input, cells of 16, low-resolution logits of 8 x 12: one for 4 x 4 pixels,
+# whose colours are the channels of the embeddings.
+CONFIG = SamConfig(ImageEncoderConfig(image_size=(32, 48), output_dim=4 * 4 * 3))
 COLORS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [250, 250, 20]], np.uint8)
 ONE_DEVICE = jax.local_devices()[:1]
 
@@ -54,13 +51,12 @@ class ColorSam(Sam):
         pass
 
     def encode(self, images, path_scales=None):
-        return images[:, 2::4, 2::4]
+        return rearrange(images[:, 2::4, 2::4], "b (gh y) (gw x) c -> b gh gw (y x c)", y=4, x=4)
 
     def decode(self, image_embeddings, prompts, *, multimask_output, dropout_seeds=None):
-        if prompts.boxes_xyxy is not None:
-            found = self._inside(image_embeddings, prompts.boxes_xyxy)
-        else:
-            found = self._clicked(image_embeddings, prompts)
+        colors = rearrange(image_embeddings, "b gh gw (y x c) -> b (gh y) (gw x) c", y=4, x=4)
+        in_box = self._inside(colors, prompts.boxes_xyxy) & prompts.box_valid[..., None, None]
+        found = in_box | self._clicked(colors, prompts)
         logits = jnp.where(found, 1.0, -1.0)[:, :, None]
         if multimask_output:
             logits = jnp.concatenate(
@@ -106,38 +102,28 @@ def striped_image(widths, masks, name="image.png"):
     truth = np.stack(
         [np.broadcast_to(np.isin(stripes, mask), (32, len(stripes))) for mask in masks]
     )
-    model_input = np.zeros((32, 48, 3), np.uint8)
-    model_input[:, : len(stripes)] = pixels
     return EvalImage(
         dataset="stripes",
         name=name,
         pixels=np.ascontiguousarray(pixels),
         masks=np.ascontiguousarray(truth),
         mask_indices=tuple(range(len(masks))),
-        model_input=model_input,
-        resized_hw=(32, len(stripes)),
     )
 
 
-def compiled(model, images_per_call=1, prompts_per_call=3, max_clicks=4):
-    return CompiledModel(
-        model,
-        images_per_call=images_per_call,
-        prompts_per_call=prompts_per_call,
-        max_clicks=max_clicks,
-        devices=ONE_DEVICE,
-    )
-
-
-def click_scores(image, protocol="center", favourite=0, remembers=True, **shape):
-    model = compiled(ColorSam(CONFIG, remembers=remembers), **shape)
-    placed = model.place(variables(favourite))
+def outcomes_of(protocol, images, *, model=None, favourite=0, seed=0, num_rows=1, row_length=3):
+    """Outcomes of images that are embedded together."""
+    buckets = Buckets(images=(num_rows,), rows=(num_rows,), prompts=(row_length,), points=(1, 4))
+    predictor = Predictor(model or ColorSam(CONFIG), variables(favourite), buckets)
     with ThreadPoolExecutor(2) as pool:
-        return [
-            outcome
-            for batch in make_batches(model, placed, [image])
-            for outcome in run_clicks(model, placed, batch, protocol, seed=0, pool=pool)
-        ]
+        context = ProtocolContext(predictor, (1, 2, 3, 4), seed, pool)
+        batches = make_batches(predictor, images, num_rows=num_rows, row_length=row_length)
+        return [outcome for batch in batches for outcome in PROTOCOLS[protocol].run(batch, context)]
+
+
+def click_scores(image, protocol="center", remembers=True, **options):
+    model = ColorSam(CONFIG, remembers=remembers)
+    return outcomes_of(protocol, [image], model=model, **options)
 
 
 def test_a_model_that_is_right_scores_one():
@@ -206,68 +192,12 @@ def test_clicks_and_scores_are_at_the_original_resolution():
     assert outcome.clicks[0][:2] == (47, 15)
     assert outcome.ious["center_1"] == 1
     assert outcome.prediction.shape == (64, 64)
-    np.testing.assert_array_equal(
-        Target(large, 0).to_model(np.array([[47.0, 15.0]])), [[23.5, 7.5]]
-    )
-    # Sides are rounded to whole pixels, so the two scales may differ.
-    uneven = dataclasses.replace(large, resized_hw=(16, 32))
-    np.testing.assert_array_equal(
-        Target(uneven, 0).to_model(np.array([[47.0, 16.0]])), [[23.5, 4.0]]
-    )
-
-
-@pytest.mark.parametrize(
-    "resized_hw", [(32, 48), (64, 96), (96, 192), (128, 64), (24, 30), (7, 11)]
-)
-def test_boxes_are_those_that_training_makes(resized_hw: tuple[int, int]) -> None:
-    """The tight box of the resized mask, to the half pixel by which whole pixels miss it.
-
-    Of an object thinner than a pixel of the model's input there is no resized mask, or less of it.
-    """
-    limit = 0.5 if min(resized_hw[0] / 32, resized_hw[1] / 48) >= 0.5 else 1.0
-    rng = np.random.default_rng(0)
-    masks = np.zeros((40, 32, 48), bool)
-    for mask in masks:
-        (y0, y1), (x0, x1) = (np.sort(rng.integers(0, side + 1, 2)) for side in (32, 48))
-        mask[y0 : y1 + 1, x0 : x1 + 1] = True
-    image = dataclasses.replace(
-        striped_image([16, 16], [(1,)]),
-        pixels=np.zeros((32, 48, 3), np.uint8),
-        masks=masks,
-        resized_hw=resized_hw,
-    )
-    grid, compared = rle.Grid((32, 48), resized_hw), 0
-    for number, mask in enumerate(masks):
-        ours = Target(image, number).model_box_xyxy
-        assert (ours[:2] <= ours[2:]).all()
-        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-        resized = grid.resample(rle.run_lengths(encoded))
-        if not resized.any():
-            continue
-        ys, xs = np.nonzero(resized)
-        np.testing.assert_array_less(
-            np.abs(ours - [xs.min(), ys.min(), xs.max(), ys.max()]), limit + 1e-6
-        )
-        compared += 1
-    assert compared > 20
-
-
-def test_the_box_of_an_enlarged_mask_ends_where_the_mask_does() -> None:
-    image = striped_image([8, 16, 8], [(1,)])
-    image = dataclasses.replace(image, resized_hw=tuple(4 * x for x in image.masks.shape[1:]))
-    x0, y0, x1, y1 = Target(image, 0).box_xyxy
-    expected = [4 * x0, 4 * y0, 4 * x1 + 3, 4 * y1 + 3]
-    np.testing.assert_array_equal(Target(image, 0).model_box_xyxy, expected)
 
 
 def test_boxes_are_tight_and_answered_once():
     image = striped_image([8, 12, 16], [(1,), (0, 2)])
-    assert Target(image, 0).box_xyxy == (8, 0, 19, 31)
-    model = compiled(ColorSam(CONFIG))
-    placed = model.place(variables())
-    with ThreadPoolExecutor(2) as pool:
-        (batch,) = make_batches(model, placed, [image])
-        outcomes = run_boxes(model, placed, batch, pool=pool)
+    assert TargetMask(image, 0).box_xyxy == (8, 0, 19, 31)
+    outcomes = outcomes_of("box", [image])
     assert outcomes[0].ious == {"box": 1.0, "box_oracle": 1.0}
     # The box around the outer stripes holds the middle one too.
     assert outcomes[1].ious == {"box": 24 / 36, "box_oracle": 24 / 36}
@@ -283,24 +213,43 @@ def test_ragged_batches_are_exact(shape):
         masks = [tuple(np.flatnonzero(rng.random(6) < 0.5)) or (0,) for _ in range(num_masks)]
         images.append(striped_image([8, 4, 12, 8, 4, 8], masks, name=f"{index}.png"))
 
-    def scores(images_per_call, prompts_per_call):
-        model = compiled(ColorSam(CONFIG), images_per_call, prompts_per_call)
-        placed = model.place(variables())
+    def scores(num_rows, row_length):
         found = {}
-        with ThreadPoolExecutor(2) as pool:
-            for first in range(0, 3, images_per_call):
-                group = images[first : first + images_per_call]
-                for batch in make_batches(model, placed, group):
-                    for protocol in ("center", "random"):
-                        outcomes = run_clicks(model, placed, batch, protocol, seed=5, pool=pool)
-                        for outcome in outcomes:
-                            found[protocol, outcome.target.key] = (outcome.ious, outcome.clicks)
+        for first in range(0, 3, num_rows):
+            group = images[first : first + num_rows]
+            for protocol in ("center", "random"):
+                for outcome in outcomes_of(
+                    protocol, group, seed=5, num_rows=num_rows, row_length=row_length
+                ):
+                    found[protocol, outcome.target.key] = (outcome.ious, outcome.clicks)
         return found
 
     alone = scores(1, 1)
     assert len(alone) == 2 * 12
     assert len({ious["center_1"] for (p, _), (ious, _) in alone.items() if p == "center"}) > 4
     assert scores(*shape) == alone
+
+
+def test_answers_that_are_no_numbers_are_an_error():
+    image = striped_image([8, 16], [(1,)])
+
+    class Diverged(ColorSam):
+        def decode(self, *arguments, **options):
+            answer = super().decode(*arguments, **options)
+            return answer.replace(low_res_logits=jnp.nan * answer.low_res_logits)
+
+    for protocol in ("center", "box"):
+        with pytest.raises(NotFiniteError, match=r"stripes/image\.png/0: .* not finite"):
+            outcomes_of(protocol, [image], model=Diverged(CONFIG))
+
+
+def test_the_table_holds_protocols_by_their_names():
+    for name, protocol in PROTOCOLS.items():
+        assert isinstance(protocol, EvalProtocol)
+        assert protocol.name == name
+        assert protocol.columns((), (1, 2)) == {}
+        assert protocol.curves({}, (1, 2)) == []
+        assert protocol.headline((1, 2)).startswith(name)
 
 
 def test_random_first_clicks_depend_on_mask_and_seed_alone():
@@ -429,6 +378,23 @@ def test_second_call_compiles_nothing_and_depends_on_the_variables_alone(two_sou
     assert worse.mean["center_1"] == 0
     assert worse.mean["box_filled"] == first.mean["box_filled"]
     assert again == first
+
+
+@pytest.mark.parametrize("num_clicks", [(1, 2), (1, 3, 6)])
+def test_programs_are_as_many_as_kinds_of_prompts(two_sources, num_clicks):
+    """Whatever the images hold and however many clicks are made."""
+    evaluate = evaluator(
+        two_sources,
+        ColorSam(CONFIG, remembers=False),
+        protocols=tuple(PROTOCOLS),
+        num_clicks=num_clicks,
+        images_per_call=2,
+        prompts_per_call=2,
+    )
+    evaluate(variables())
+    assert evaluate._predictor._encode._cache_size() == 1
+    # First click or box; all clicks; all clicks and logits.
+    assert evaluate._predictor._decode._cache_size() == 3
 
 
 class _no_compilation:  # noqa: N801

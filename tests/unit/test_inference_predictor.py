@@ -172,6 +172,25 @@ def test_programs_are_as_few_as_documented(variables: dict[str, Any]) -> None:
     assert count_programs(predictor)[1] == before + 1
 
 
+def test_other_variables_share_what_is_compiled(
+    predictor: Predictor, variables: dict[str, Any]
+) -> None:
+    images, prompts = pictures((20, 24)), [[Prompt(points=[(7, 3)])]]
+
+    def answer(used: Predictor) -> np.ndarray:
+        (found,) = used.predict(used.embed(images), prompts)
+        return found.low_res_logits
+
+    before, programs = answer(predictor), count_programs(predictor)
+    halved = jax.tree.map(lambda leaf: leaf / 2, variables)
+    other = predictor.with_variables(halved)
+    np.testing.assert_array_equal(answer(other), answer(Predictor(MODEL, halved, BUCKETS)))
+    assert not np.allclose(answer(other), before)
+    assert count_programs(other) == count_programs(predictor) == programs
+    # The first one has kept its own.
+    np.testing.assert_array_equal(answer(predictor), before)
+
+
 def test_a_thousand_prompts_in_one_call(predictor: Predictor) -> None:
     embeddings = predictor.embed(pictures((40, 48)))
     rng = np.random.default_rng(0)
