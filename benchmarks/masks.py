@@ -31,11 +31,8 @@ from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions, generate
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.models.sam import init_variables
-from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
 from sam_jax.weights.load import load
-from sam_jax.weights.mobile_sam import unused_classifier
-from sam_jax.weights.names import from_native
 
 # Beyond this, two scores or boxes are not the same.
 SCORE_TOLERANCE = 1e-3
@@ -155,19 +152,9 @@ class _Peer:
     """The published model with our weights."""
 
     def __init__(self, config: Any, variables: Any, dtype: str):
-        import torch
-
         self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         self.dtype = dtype
-        self.model = published.build(config).to(self.device).requires_grad_(False)
-        tensors = from_native(jax.device_get(variables))
-        if isinstance(config.image_encoder, TinyViTConfig):
-            tensors |= unused_classifier(config.image_encoder)
-        self.model.load_state_dict(
-            {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
-        )
-        # Not before: that is when TinyViT takes its attention's biases from their tables.
-        self.model.eval()
+        self.model = published.with_weights(config, variables, self.device)
         self.predictor = published.segment_anything().SamPredictor(self.model)
 
     @contextlib.contextmanager

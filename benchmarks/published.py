@@ -11,9 +11,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -21,6 +23,8 @@ from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.tiny_vit import TinyViTConfig
+from sam_jax.weights.mobile_sam import unused_classifier
+from sam_jax.weights.names import from_native
 
 
 @functools.cache
@@ -129,6 +133,21 @@ def build(config: SamConfig) -> Any:
             iou_head_hidden_dim=decoder.iou_head_dim,
         ),
     )
+
+
+def with_weights(config: SamConfig, variables: Mapping[str, Any], device: str = "cpu") -> Any:
+    """The published model with our weights, for inference."""
+    import torch
+
+    model = build(config).to(device).requires_grad_(False)
+    tensors = from_native(jax.device_get(variables))
+    if isinstance(config.image_encoder, TinyViTConfig):
+        tensors |= unused_classifier(config.image_encoder)
+    model.load_state_dict(
+        {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+    )
+    # Not before: that is when TinyViT takes its attention's biases from their tables.
+    return model.eval()
 
 
 def generator_arguments(options: AutomaticOptions) -> dict[str, Any]:

@@ -123,6 +123,7 @@ class Evaluator:
       devices: of this host; by default all.
       kernels: see ``ops.dispatch.Target``.
       show_progress: whether to draw a bar on the terminal, if there is one.
+      predictor: which answers in place of the model's own, for comparisons.
 
     Raises:
       FileNotFoundError: a dataset is not where the config says.
@@ -137,6 +138,7 @@ class Evaluator:
         devices: Sequence[jax.Device] | None = None,
         kernels: Kernels = "auto",
         show_progress: bool = False,
+        predictor: Any = None,
     ):
         self._config = config
         self._shows_progress = show_progress and jax.process_index() == 0 and sys.stderr.isatty()
@@ -156,7 +158,9 @@ class Evaluator:
             points=sorted({1, max(config.num_clicks)}),
         )
         # Each call brings its variables.
-        self._predictor = Predictor(model, {}, buckets, devices=devices, kernels=kernels)
+        self._predictor = predictor or Predictor(
+            model, {}, buckets, devices=devices, kernels=kernels
+        )
         self._protocols = [PROTOCOLS[name] for name in config.protocols]
         first_clicks = dict.fromkeys(protocol.first_click for protocol in self._protocols)
         self._first_clicks = [rule for rule in first_clicks if rule is not None]
