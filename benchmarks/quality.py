@@ -170,10 +170,8 @@ def _publish(args: argparse.Namespace, reports: Mapping[str, EvalReport]) -> Non
     for side, result in reports.items():
         for key in (*rows, "mean"):
             miou = result.mean if key == "mean" else datasets[side][key]
-            cells = [
-                f"{100 * miou[name]:.1f}" if name in miou else ""
-                for name in (*measures, *baselines)
-            ]
+            columns = (*measures, *baselines)
+            cells = [f"{100 * miou[name]:.1f}" if name in miou else "" for name in columns]
             table.add_row(f"{side}: {rows.get(key, key)}", *cells)
     console.print(table)
     if args.out:

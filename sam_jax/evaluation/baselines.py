@@ -1,4 +1,4 @@
-"""What needs no model: the box, the ellipse in it, a disk around the click, and GrabCut.
+"""Baselines without a model: the box, the ellipse in it, a disk around the click, and GrabCut.
 
 They answer the same prompts for the same masks as the model does, so their IoUs say how much of a
 score the prompt alone is worth.
@@ -41,7 +41,7 @@ def ellipse_mask(pixels: UInt8[np.ndarray, "h w 3"], box_xyxy: Box) -> Bool[np.n
 
 
 def grabcut_mask(pixels: UInt8[np.ndarray, "h w 3"], box_xyxy: Box) -> Bool[np.ndarray, "h w"]:
-    """What GrabCut takes for the object in the box, after five iterations.
+    """GrabCut's mask of the object in the box, after five iterations.
 
     It sees the box and as much around it as the box is wide and high: colours far away say little
     about the background right here, and its time grows with the pixels. Where the box or what is

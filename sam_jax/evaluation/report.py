@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers for programs, a table and pictures for people."""
+"""The report of an evaluation: numbers for programs, a table and pictures for people."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ _BASELINE_LEVELS = (
 
 @dataclasses.dataclass(frozen=True)
 class DatasetReport:
-    """What was found on one dataset.
+    """The scores on one dataset.
 
     Attributes:
       name: of the dataset.
@@ -198,7 +198,7 @@ class EvalReport:
 
 
 def results_folder(checkpoint: str | os.PathLike[str]) -> Path:
-    """Where results go if nobody says: into a run or a folder of weights, or beside a file of them.
+    """The place of results if nobody names one: into a run or a folder of weights, or beside a file of them.
 
     Of a name on the Hugging Face Hub, into the current folder: a folder called like it would be
     taken for the weights the next time.

@@ -53,7 +53,7 @@ _Scored: TypeAlias = tuple[str, dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What to evaluate on, and how.
+    """Datasets, protocols and limits of an evaluation.
 
     Attributes:
       sources: the datasets, each under its own name. SourceConfigs; they may be given as mappings

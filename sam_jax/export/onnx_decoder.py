@@ -18,7 +18,7 @@ _ATTENTION_RATE = 2
 
 @dataclasses.dataclass(frozen=True)
 class DecoderOptions:
-    """What the graph answers; the published script has options of the same names.
+    """Outputs of the graph; the published script has options of the same names.
 
     Attributes:
       return_single_mask: one mask per prompt, the best for its number of points, instead of all

@@ -24,7 +24,7 @@ _NORM_EPSILON = 1e-6
 @no_type_check  # JAX's transformations fill a pytree with placeholders
 @flax.struct.dataclass
 class Prompts:
-    """What the user says about each object; every kind of prompt may be absent (None).
+    """Prompts for each object; every kind of prompt may be absent (None).
 
     Within a batch, an object without a certain kind has it marked invalid. Values at invalid
     places are ignored entirely: they change no output.

@@ -53,7 +53,7 @@ VARIANTS: dict[str, SamConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which model to build, and how it computes.
+    """The model to build, and how it computes.
 
     Attributes:
       variant: a key of ``VARIANTS``.

@@ -35,7 +35,7 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "sam", "teache
 
 
 class _Beside:
-    """What stands for a value of numpy's in a PyTorch file, which is no weight; it keeps nothing.
+    """A stand-in for a value of numpy's in a PyTorch file, which is no weight; it keeps nothing.
 
     Numbers such as the best score are pickled as calls of numpy's. In their place this is called,
     so that reading the file still runs nothing that the file names.

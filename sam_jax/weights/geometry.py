@@ -64,7 +64,7 @@ def detect_scheme(
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What tensors do not tell of a model's shape; None for what is not known.
+    """Facts of a model's shape that tensors do not tell; None for what is not known.
 
     Attributes:
       decoder_heads: heads of the decoder's attention.
@@ -79,7 +79,7 @@ class Hints:
 
 
 def hints_of(config: SamConfig) -> Hints:
-    """What tensors do not tell of a shape that is known."""
+    """Facts that tensors do not tell, of a shape that is known."""
     encoder, heads = config.image_encoder, config.mask_decoder.num_heads
     if isinstance(encoder, TinyViTConfig):
         return Hints(heads)
@@ -312,7 +312,7 @@ def closest_variant(tensors: Mapping[str, np.ndarray], scheme: Scheme) -> SamCon
 
 
 def _count(tensors: Mapping[str, np.ndarray], first: str, scheme: Scheme) -> int:
-    """How many layers like the first there are: its name holds one 0, the layer's number."""
+    """The number of layers like the first: its name holds one 0, the layer's number."""
     name = foreign_names(first, scheme)[0]
     # The first lone 0 is the layer's; a later one is a layer's within it.
     pattern = re.escape(name).replace(r"\.0\.", r"\.(\d+)\.", 1)
@@ -345,7 +345,7 @@ def _hashable(value: Any) -> Any:
 
 
 def to_hugging_face(config: SamConfig) -> dict[str, Any]:
-    """What ``config.json`` of a Hugging Face folder says of a model.
+    """The content of a Hugging Face folder's ``config.json``.
 
     Raises:
       WeightsError: if that library cannot express the shape.
@@ -407,7 +407,7 @@ def to_hugging_face(config: SamConfig) -> dict[str, Any]:
 
 
 def hugging_face_hints(config: Mapping[str, Any]) -> Hints:
-    """What Hugging Face's ``config.json`` says that no tensor's shape does."""
+    """Facts of Hugging Face's ``config.json`` that no tensor's shape tells."""
     decoder = config.get("mask_decoder_config") or {}
     encoder = config.get("vision_config") or {}
     blocks = encoder.get("global_attn_indexes")

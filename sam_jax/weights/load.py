@@ -377,7 +377,7 @@ def check_target(path: Path, target: Target | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint is.
+    """The description of a checkpoint.
 
     Attributes:
       path: where it is.
@@ -403,7 +403,7 @@ class Description:
 
     @property
     def dtypes(self) -> Mapping[str, int]:
-        """How many tensors there are of each type."""
+        """The number of tensors of each type."""
         return Counter(dtype for _, dtype in self.tensors.values())
 
 
@@ -491,7 +491,7 @@ def run_config(run: Path) -> SamConfig:
 
 
 def _hints_beside(path: Path) -> Hints | None:
-    """What the ``config.json`` in the folder of Hugging Face's weights says, if there is one."""
+    """Hints from the ``config.json`` beside Hugging Face's weights; None if there is none."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
         return hugging_face_hints(json.loads(config.read_text()))

@@ -1,4 +1,4 @@
-"""Where each native parameter lives in other people's checkpoints, and in which layout.
+"""The name and layout of each native parameter in other people's checkpoints.
 
 ``TABLE`` is the only place that knows. Both directions are generated from it, and only numpy is
 needed: reading and writing files is the business of others.

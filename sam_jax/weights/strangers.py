@@ -41,7 +41,7 @@ _TRUSTED = "give the weights themselves, a .pth or .safetensors file"
 
 
 def what_file_is(path: Path) -> str | None:
-    """What a file is that holds no weights, and what to do; None if it may hold some."""
+    """The nature of a file that holds no weights, and what to do; None if it may hold some."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
@@ -116,7 +116,7 @@ def _what_text_is(path: Path, head: bytes, size: int) -> str | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, whatever it is called."""
+    """True if a file begins as safetensors do, whatever it is called."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
@@ -124,7 +124,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def what_folder_is(folder: Path) -> str:
-    """What a folder holds instead of weights, and what to name instead."""
+    """The content of a folder without weights, and what to name instead."""
     names = sorted(entry.name for entry in folder.iterdir())
     if {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", "_sharding"} & set(names):
         return (
@@ -262,7 +262,7 @@ _TELLING = r"(neck|rel_pos_h|iou_token|mask_tokens|pe_layer|point_embeddings|mas
 
 
 def which_model(names: Iterable[str]) -> str | None:
-    """Which other model's tensors have these names, and what to do; None if it is not known."""
+    """The other model whose tensors have these names, and what to do; None if not known."""
     names = list(names)
     for pattern, what in _OTHERS:
         if sum(1 for name in names if re.search(pattern, name)) > 1:
@@ -271,7 +271,7 @@ def which_model(names: Iterable[str]) -> str | None:
 
 
 def which_part(names: Iterable[str]) -> str | None:
-    """Which part of the model all these tensors are of, and what to do; None if of none."""
+    """The part of the model that all these tensors are of, and what to do; None if none."""
     names = list(names)
     for pattern, what in _PARTS:
         all_fit = all(re.fullmatch(pattern, name) for name in names)

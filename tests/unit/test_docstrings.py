@@ -8,8 +8,6 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sam_jax"
 QUESTIONS = {"How", "Of", "What", "When", "Where", "Whether", "Which", "Why"}
-# Folders of the package that do not follow the rule yet.
-NOT_YET = ("evaluation", "export", "models", "weights")
 
 
 def questions(source: str) -> Iterator[str]:
@@ -25,7 +23,6 @@ def test_first_lines_name_things() -> None:
     wrong = [
         f"{path.relative_to(PACKAGE.parent)}:{question}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path.relative_to(PACKAGE).parts[0] not in NOT_YET
         for question in questions(path.read_text(encoding="utf-8"))
     ]
     assert not wrong, "name the thing, verb or noun:\n" + "\n".join(wrong)

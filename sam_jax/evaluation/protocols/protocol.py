@@ -19,7 +19,7 @@ ORACLE = "oracle"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """What came out of prompting for one mask.
+    """The result of prompting for one mask.
 
     Attributes:
       target: the mask.
@@ -36,7 +36,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProtocolContext:
-    """What protocols are run with.
+    """The surroundings that protocols run in.
 
     Attributes:
       predictor: of the model, with the variables that are evaluated.
