@@ -198,7 +198,7 @@ class EvalReport:
 
 
 def results_folder(checkpoint: str | os.PathLike[str]) -> Path:
-    """The place of results if nobody names one: into a run or a folder of weights, or beside a file of them.
+    """The default place of results: in a run or a folder of weights, or beside a file of them.
 
     Of a name on the Hugging Face Hub, into the current folder: a folder called like it would be
     taken for the weights the next time.
