@@ -63,14 +63,15 @@ def _grouped(x, kernel, *, stride):
 def _shifted(x, kernel, *, stride):
     _, height, width, _ = x.shape
     rows, columns = -(-height // stride), -(-width // stride)
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # Rounded like the factors of a convolution, which sums in float32, too.
+    # In float32 from here on, so that the gradient, too, is summed in it and rounded once.
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    # Rounded like the factors of a convolution.
     factors = kernel.astype(x.dtype).astype(jnp.float32)[:, :, 0]
     total = jnp.zeros((), jnp.float32)
     for i in range(3):
         for j in range(3):
             part = padded[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
-            total += part.astype(jnp.float32) * factors[i, j]
+            total += part * factors[i, j]
     return total.astype(x.dtype)
 
 
