@@ -31,10 +31,10 @@ from sam_jax.inference.prompts import Prompt
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.weights.load import load
 
-# An embedding [1, gh, gw, d], and of 64 points three candidates' logits and scores each.
+# An embedding [1, gh, gw, d], and of 16 points three candidates' logits and scores each.
 Encode = Callable[[np.ndarray], np.ndarray]
 Decode = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-POINTS_PER_SIDE = 8
+POINTS_PER_SIDE = 4
 
 
 @dataclasses.dataclass
@@ -194,7 +194,7 @@ def _publish(args: argparse.Namespace, ways: Sequence[Way], num_images: int) -> 
         "0.1 % of masks below",
         "IoU >= 0.99",
         "encode",
-        "64 points",
+        "16 points",
     ):
         table.add_column(heading, justify="right" if heading else "left")
     rows = []
