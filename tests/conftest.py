@@ -159,3 +159,16 @@ def mobile_sam() -> ModuleType:
     from benchmarks import published
 
     return published.mobile_sam()
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler() -> None:
+    """Lets JAX compile for TPUs that are elsewhere."""
+    # Where `make setup-tpu-compiler` puts it.
+    folder = Path(sys.prefix) / "tpu-compiler"
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    if importlib.util.find_spec("libtpu") is None:
+        if IN_CI:
+            pytest.fail("CI must compile the kernels, and there is no TPU compiler")
+        pytest.skip("needs the TPU compiler: make setup-tpu-compiler")
