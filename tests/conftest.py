@@ -1,7 +1,9 @@
 """Settings of every test: eight virtual CPU devices, full precision, no hidden skips in CI."""
 
+import gc
 import os
 import sys
+import tempfile
 
 # XLA and JAX read these when they start, in this process and in those that tests start.
 # SAM_JAX_TEST_PLATFORM=cuda runs the suite on an accelerator instead.
@@ -15,6 +17,12 @@ for flag in (
 ):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+# What is compiled twice in a session is compiled once: by workers of pytest-xdist and programs that
+# tests start, but never by another session.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="sam-jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import importlib.util  # noqa: E402
 from collections.abc import Generator  # noqa: E402
@@ -36,19 +44,39 @@ MISSING_FOR_PARITY = [
 hypothesis.settings.register_profile("sam_jax", deadline=None, derandomize=IN_CI)
 hypothesis.settings.load_profile("sam_jax")
 
+# Traces are many small objects that live: looking through all of them finds little.
+gc.set_threshold(100_000, 20, 50)
+
 
 # What is compared with frozen or published answers is compiled as users compile it.
 COMPILED_WELL = {"golden", "parity"}
+# Besides what JAX turns off: fusions by way of MLIR take half of a CPU's compile time.
+COMPILED_QUICKLY = (
+    ("xla_cpu_use_fusion_emitters", False),
+    ("xla_cpu_parallel_codegen_split_count", 1),
+)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Compiles quickly rather than well: most programs of the tests run once, on tiny arrays."""
     import jax
+    from jax._src import compiler
 
     is_quick = not COMPILED_WELL & set(item.path.parts)
     jax.config.update("jax_disable_most_optimizations", is_quick)
-    return (yield)
+    if not is_quick or os.environ["JAX_PLATFORMS"] != "cpu":
+        return (yield)
+    options_of = compiler.get_compile_options
+
+    def quick_options(*args: Any, **kwargs: Any) -> Any:
+        options = options_of(*args, **kwargs)
+        options.env_option_overrides = [*COMPILED_QUICKLY, *options.env_option_overrides]
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quick_options)
+        return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -131,3 +159,16 @@ def mobile_sam() -> ModuleType:
     from benchmarks import published
 
     return published.mobile_sam()
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler() -> None:
+    """Lets JAX compile for TPUs that are elsewhere."""
+    # Where `make setup-tpu-compiler` puts it.
+    folder = Path(sys.prefix) / "tpu-compiler"
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    if importlib.util.find_spec("libtpu") is None:
+        if IN_CI:
+            pytest.fail("CI must compile the kernels, and there is no TPU compiler")
+        pytest.skip("needs the TPU compiler: make setup-tpu-compiler")

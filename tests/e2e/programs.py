@@ -15,9 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_run.py")
-# A step is compiled once for each number of devices, not once for each run. Of several processes
-# only the first would find it there, and not wait for the others.
-CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
 # A few steps of a tiny model: compiling them well would take longer than running them.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
@@ -101,8 +98,9 @@ def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) ->
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
         "PYTHONPATH": str(ROOT),
     }
-    if not any(flag.startswith("--process=") for flag in flags):
-        environment["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    if any(flag.startswith("--process=") for flag in flags):
+        # Only the first would find what the session compiled, and not wait for the others.
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     command = [sys.executable, str(ROOT / program), "--config", str(config), *flags]
     return Program(command, environment)
 

@@ -1,9 +1,6 @@
 """TPU kernels without a TPU: each compiled by its compiler, and run in the strict simulator."""
 
 import functools
-import importlib.util
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +48,7 @@ def test_the_strict_simulator_finds_nothing(
 
 
 @pytest.fixture(scope="module")
-def v5e() -> Any:
-    # Where `make setup-tpu-compiler` puts it.
-    folder = Path(sys.prefix) / "tpu-compiler"
-    if folder.is_dir() and str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI must compile the kernels, and there is no TPU compiler")
-        pytest.skip("needs the TPU compiler: make setup-tpu-compiler")
+def v5e(tpu_compiler: None) -> Any:
     devices, _ = devices_of("v5e:1x1")
     return devices[0]
 
