@@ -26,7 +26,7 @@ from benchmarks import report
 from benchmarks.pictures import pictures_in
 from sam_jax.export.onnx import DECODER, ENCODER, export_onnx
 from sam_jax.inference.images import ImageEmbeddings, model_input
-from sam_jax.inference.predictor import Predictor
+from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.weights.load import load
@@ -100,7 +100,8 @@ class _JaxWay:
     """The model in a type, its embeddings as float32."""
 
     def __init__(self, model: Any, variables: Any):
-        self._predictor = Predictor(model, variables)
+        buckets = Buckets((1,), (1,), (POINTS_PER_SIDE**2,), (1,))
+        self._predictor = Predictor(model, variables, buckets)
         self._size_hw = model.image_size
 
     def encode(self, image: np.ndarray) -> np.ndarray:

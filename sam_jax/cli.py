@@ -85,10 +85,12 @@ class ExportTarget(enum.StrEnum):
 @app.command()
 def convert(
     source: Source,
-    target: Annotated[Path, typer.Argument(help="File (.pth) or new folder to write.")],
+    target: Annotated[
+        Path, typer.Argument(help="File (.pth, .pt, .safetensors) or new folder to write.")
+    ],
     to: Annotated[
         ConvertTarget | None,
-        typer.Option(help="What to write; a target that ends in .pth says it."),
+        typer.Option(help="What to write; a target that ends like a file of weights says it."),
     ] = None,
     step: Step = None,
     ema: Ema = True,
@@ -99,17 +101,19 @@ def convert(
     ] = None,
 ) -> None:
     """Writes a checkpoint in another form: for PyTorch, Hugging Face, or train.py and eval.py."""
+    from sam_jax.weights.load import OFFICIAL_SUFFIXES
     from sam_jax.weights.load import convert as convert_checkpoint
 
+    endings = ", ".join(OFFICIAL_SUFFIXES)
     if to is None:
-        if target.suffix != ".pth":
+        if target.suffix not in OFFICIAL_SUFFIXES:
             raise ConfigError(
-                f"{target} does not end in .pth: say what it shall be with --to, one of "
+                f"{target} does not end in {endings}: say what it shall be with --to, one of "
                 f"{', '.join(ConvertTarget)}"
             )
         to = ConvertTarget.official
-    if to is ConvertTarget.official and target.suffix != ".pth":
-        raise ConfigError(f"{target} must end in .pth, as PyTorch's users expect")
+    if to is ConvertTarget.official and target.suffix not in OFFICIAL_SUFFIXES:
+        raise ConfigError(f"{target} must end in one of {endings}")
     with _progress() as say:
         described = convert_checkpoint(
             source,

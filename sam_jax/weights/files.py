@@ -24,6 +24,7 @@ from sam_jax.weights.strangers import (
     what_folder_is,
 )
 
+SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -88,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return _read_shards(path)
     if what := what_file_is(path):
         raise WeightsError(f"{path} is {what}")
-    if path.suffix == ".safetensors" or is_safetensors(path):
+    if path.suffix == SAFETENSORS_SUFFIX or is_safetensors(path):
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)

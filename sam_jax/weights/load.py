@@ -31,11 +31,13 @@ from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.ops.resize import resize_positions
 from sam_jax.weights.files import (
     SAFETENSORS,
+    SAFETENSORS_SUFFIX,
     TORCH_SUFFIXES,
     WeightsError,
     failing_as_os_error,
     put_safetensors,
     read_tensors,
+    write_safetensors,
     write_torch,
     written_whole,
 )
@@ -58,6 +60,8 @@ from sam_jax.weights.names import NamesError, from_native, to_native
 Target = Literal["orbax", "official", "hugging-face"]
 Form = Literal["orbax", "official", "hugging_face", "mae"]
 
+# Endings of files with published names that are written, of which the last needs no PyTorch.
+OFFICIAL_SUFFIXES = (".pth", ".pt", SAFETENSORS_SUFFIX)
 _POSITIONS = re.compile(r"/(pos_embed|rel_pos_[hw])$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -319,7 +323,7 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
       path: file (official) or folder to write; a folder must be new or empty.
       config: the shape of the model.
       variables: ``{"params": ..., "constants": ...}``. Adapters must have been merged.
-      target: "official" (``.pth``, which the published code of Segment Anything, or of MobileSAM,
+      target: "official" (a file, ``.safetensors`` or for PyTorch, which the published code of Segment Anything, or of MobileSAM,
         loads strictly), "hugging-face" (a folder for
         ``transformers.SamModel.from_pretrained``), or "orbax" (a folder as ``train.py`` leaves it).
 
@@ -333,7 +337,8 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
         tensors = from_native(variables, "official")
         if isinstance(config.image_encoder, TinyViTConfig):
             tensors |= unused_classifier(config.image_encoder)
-        write_torch(path, tensors)
+        write = write_safetensors if path.suffix == SAFETENSORS_SUFFIX else write_torch
+        write(path, tensors)
     elif target == "hugging-face":
         settings = to_hugging_face(config)
         with written_whole(path) as folder:
@@ -363,7 +368,7 @@ def check_target(path: Path, target: Target | None = None) -> None:
     """
     if target == "official":
         if path.is_dir():
-            raise WeightsError(f"{path} is a folder; name the .pth file to write")
+            raise WeightsError(f"{path} is a folder; name the file to write")
         places.check_file(path)
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -531,7 +536,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _download(name: str) -> Path:
     """A folder with the files of a model on the Hugging Face Hub."""
-    is_path = name.startswith(".") or Path(name).suffix in (*TORCH_SUFFIXES, ".safetensors")
+    is_path = name.startswith(".") or Path(name).suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
     if is_path or not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         raise WeightsError(f"{name} does not exist")
     try:

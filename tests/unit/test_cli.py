@@ -93,7 +93,7 @@ def test_export_onnx(sam_jax, run: Path, tmp_path: Path) -> None:
     [
         (("convert", "no/such/file.pth", "x.pth"), "error: no/such/file.pth does not exist"),
         (("convert", "{run}", "x"), "say what it shall be with --to"),
-        (("convert", "{run}", "x.bin", "--to", "official"), "x.bin must end in .pth"),
+        (("convert", "{run}", "x.bin", "--to", "official"), "x.bin must end in one of .pth"),
         (("inspect", "{run}", "--step", "9"), "has no checkpoint of step 9; it has [0]"),
         (("export", "{run}", "{run}"), "is there already; give a new or an empty folder"),
     ],

@@ -101,10 +101,18 @@ def test_another_model_is_refused() -> None:
         geometry.detect_scheme({"patch_embed.proj.weight": np.zeros(3)}, "x")
 
 
-@pytest.mark.parametrize("target", ["orbax", "hugging-face", "official"])
-def test_every_form_leads_back_to_the_same(tmp_path: Path, variables, target) -> None:
-    path = tmp_path / ("x.pth" if target == "official" else "x")
-    if target == "official":
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("orbax", "x"),
+        ("hugging-face", "x"),
+        ("official", "x.pth"),
+        ("official", "x.safetensors"),
+    ],
+)
+def test_every_form_leads_back_to_the_same(tmp_path: Path, variables, target, name) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pth":
         pytest.importorskip("torch", reason="needs requirements-torch.lock")
     save(path, SQUARE, variables, target)
     assert list(tmp_path.iterdir()) == [path]
