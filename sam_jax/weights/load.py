@@ -323,8 +323,8 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
       path: file (official) or folder to write; a folder must be new or empty.
       config: the shape of the model.
       variables: ``{"params": ..., "constants": ...}``. Adapters must have been merged.
-      target: "official" (a file, ``.safetensors`` or for PyTorch, which the published code of Segment Anything, or of MobileSAM,
-        loads strictly), "hugging-face" (a folder for
+      target: "official" (a file, safetensors or PyTorch's, that the published code of Segment
+        Anything or of MobileSAM loads strictly), "hugging-face" (a folder for
         ``transformers.SamModel.from_pretrained``), or "orbax" (a folder as ``train.py`` leaves it).
 
     Raises:
