@@ -302,7 +302,7 @@ class Predictor:
             image_of_row = np.pad(image_of_row, (0, num_rows - len(part)))
             # Gathered here, so that programs do not depend on the number of images.
             features, padded = jax.device_put(
-                (embeddings.features[image_of_row], padded), self._by_image
+                (_gathered(embeddings.features, image_of_row), padded), self._by_image
             )
             answer = jax.device_get(
                 self._decode(self._variables, features, padded, multimask_output=multimask_output)
@@ -522,6 +522,14 @@ class Predictor:
     def _parts(self, count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
         """A count in parts ``(start, stop, size to pad to)``, where every device gets a bucket."""
         return _parts(count, [size * self.num_devices for size in sizes])
+
+
+@jax.jit
+def _gathered(
+    features: Float[Array, "b gh gw d"], images: Int[Any, "r"]
+) -> Float[Array, "r gh gw d"]:
+    """Embeddings by the number of their image; compiled, since indexing takes a millisecond."""
+    return features[images]
 
 
 def _points_in_cache(numbers_per_point: int) -> int:
