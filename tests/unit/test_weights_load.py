@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sam_jax.checkpoint import CheckpointError
 from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import VARIANTS, build_model, model_config_of
 from sam_jax.weights import files, geometry
 from sam_jax.weights import load as checkpoints
@@ -51,18 +52,16 @@ def variables():
 @pytest.mark.parametrize("scheme", ["official", "hugging_face"])
 @pytest.mark.parametrize("config", [*VARIANTS.values(), TINY], ids=[*VARIANTS, "tiny"])
 def test_the_shape_follows_from_the_tensors(config: SamConfig, scheme) -> None:
+    if scheme == "hugging_face" and isinstance(config.image_encoder, TinyViTConfig):
+        with pytest.raises(NamesError, match=r"stage_0_block_0.*hugging_face none"):
+            weightless(config, scheme)
+        return
     found_scheme, tensors = geometry.detect_scheme(weightless(config, scheme), "x")
     assert found_scheme == scheme
     hints = geometry.Hints(config.mask_decoder.num_heads)
     found = geometry.infer_config(tensors, scheme, "x", hints)
-    expected = dataclasses.replace(
-        config,
-        image_encoder=dataclasses.replace(
-            config.image_encoder,
-            global_attention_blocks=tuple(config.image_encoder.global_attention_blocks),
-        ),
-    )
-    assert found == expected
+    # Sequences may be lists in one and tuples in the other.
+    assert json.dumps(dataclasses.asdict(found)) == json.dumps(dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -71,7 +70,9 @@ def test_variants_are_recognised_at_any_size(name: str) -> None:
     assert geometry.variant_name(config) == name
     larger = dataclasses.replace(config.image_encoder, image_size=(320, 640))
     assert geometry.variant_name(dataclasses.replace(config, image_encoder=larger)) == name
-    deeper = dataclasses.replace(config.image_encoder, depth=99)
+    is_tiny_vit = isinstance(config.image_encoder, TinyViTConfig)
+    changes = {"depths": (2, 2, 6, 99)} if is_tiny_vit else {"depth": 99}
+    deeper = dataclasses.replace(config.image_encoder, **changes)
     assert geometry.variant_name(dataclasses.replace(config, image_encoder=deeper)) == "custom"
 
 
