@@ -157,23 +157,31 @@ def _tensor(values: Any) -> Any:
     return torch.as_tensor(np.asarray(values, np.float32))
 
 
+# Columns of the table, by measure.
+COLUMNS = {
+    **{f"center_{n}": str(n) for n in CLICKS},
+    "center_1_oracle": "best of 3",
+    "box": "box",
+    "box_grabcut": "GrabCut",
+    "box_ellipse": "ellipse",
+    "box_filled": "filled",
+    "disk_center": "disk",
+}
+
+
 def _publish(args: argparse.Namespace, reports: Mapping[str, EvalReport]) -> None:
-    measures = [*(f"center_{n}" for n in CLICKS), "center_1_oracle", "box"]
-    baselines = [name if name != "disk" else "disk_center" for name in BASELINES]
-    console = Console()
-    datasets = {name: {d.name: d.miou for d in r.datasets} for name, r in reports.items()}
-    ours = reports["sam_jax"]
-    rows = {d.name: f"{d.name} ({d.num_images} images, {d.num_masks} masks)" for d in ours.datasets}
-    table = Table(title=f"Mean IoU (%), {args.checkpoint}")
-    for heading in ("", *measures, *baselines):
+    table = Table(title=f"Mean IoU (%) by clicks and from boxes, {args.checkpoint}")
+    for heading in ("", "masks", *COLUMNS.values()):
         table.add_column(heading, justify="right" if heading else "left")
     for side, result in reports.items():
-        for key in (*rows, "mean"):
-            miou = result.mean if key == "mean" else datasets[side][key]
-            columns = (*measures, *baselines)
-            cells = [f"{100 * miou[name]:.1f}" if name in miou else "" for name in columns]
-            table.add_row(f"{side}: {rows.get(key, key)}", *cells)
-    console.print(table)
+        table.add_section()
+        table.add_row(side)
+        rows = [(dataset.name, dataset.num_masks, dataset.miou) for dataset in result.datasets]
+        rows.append(("mean", sum(number for _, number, _ in rows), result.mean))
+        for name, number, miou in rows:
+            cells = [f"{100 * miou[key]:.1f}" if key in miou else "" for key in COLUMNS]
+            table.add_row(name, str(number), *cells)
+    Console().print(table)
     if args.out:
         record = {
             side: {"mean": dict(r.mean), "datasets": [dataclasses.asdict(d) for d in r.datasets]}
