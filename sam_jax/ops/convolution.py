@@ -10,8 +10,6 @@ from sam_jax.arrays import Array, Float
 from sam_jax.ops import dispatch
 from sam_jax.ops.full_precision import add_bias
 
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-
 
 def conv(
     x: Float[Array, "b h w c"],
@@ -20,15 +18,7 @@ def conv(
     stride: int = 1,
 ) -> Float[Array, "b oh ow d"]:
     """A convolution in the type of ``x``, zero-padded by half its kernel, which has an odd side."""
-    half = kernel.shape[0] // 2
-    out = jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        (stride, stride),
-        ((half, half), (half, half)),
-        dimension_numbers=_DIMENSIONS,
-    )
-    return add_bias(out, bias)
+    return add_bias(_convolve(x, kernel, stride, groups=1), bias)
 
 
 def depthwise_conv(
@@ -49,15 +39,20 @@ def depthwise_conv(
     return add_bias(out, bias)
 
 
-def _grouped(x, kernel, *, stride):
+def _convolve(x, kernel, stride, *, groups):
+    half = kernel.shape[0] // 2
     return jax.lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
         (stride, stride),
-        ((1, 1), (1, 1)),
-        dimension_numbers=_DIMENSIONS,
-        feature_group_count=x.shape[-1],
+        ((half, half), (half, half)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
+
+
+def _grouped(x, kernel, *, stride):
+    return _convolve(x, kernel, stride, groups=x.shape[-1])
 
 
 def _shifted(x, kernel, *, stride):
