@@ -450,7 +450,8 @@ def describe(
 
 
 def _is_constant(name: str) -> bool:
-    return name.startswith("constants/") or "positional_e" in name
+    # Running statistics of normalisations are no parameters.
+    return name.startswith("constants/") or "positional_e" in name or ".running_" in name
 
 
 def _shapes(config: SamConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from benchmarks import published
 from sam_jax.export.onnx import export_onnx
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS, ModelConfig
-from sam_jax.weights.load import load, save
+from sam_jax.weights.load import describe, load, save
 from sam_jax.weights.mobile_sam import is_left_out
 from sam_jax.weights.names import from_native, to_native
 from tests.golden import tiny_mobile_sam as tiny
@@ -69,6 +69,9 @@ def test_a_file_goes_there_and_back(tmp_path: Path, theirs: Any, embeddings: np.
     torch.save(theirs.state_dict(), full)
     model, variables = load(full)
     assert model.config == SMALL
+    # Running statistics are tensors, and no parameters.
+    trained = {n: p.numel() for n, p in theirs.named_parameters() if not is_left_out(n)}
+    assert describe(full).num_parameters == sum(trained.values())
     save(tmp_path / "ours.pth", SMALL, variables, "official")
     again = published.build(SMALL).requires_grad_(False)
     # Strictly: with the classifier that segments nothing.
