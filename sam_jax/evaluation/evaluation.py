@@ -1,0 +1,90 @@
+"""What an evaluation is: examples, the record that each becomes, and what the records add up to.
+
+A record is all that is kept of an example: plain values, from which every table, plot and interval
+follows. So an evaluation that was stopped goes on where it was, hosts share the examples, and two
+checkpoints are compared, without any of them knowing what is evaluated.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from rich.console import Console
+
+from sam_jax.arrays import Float, UInt8
+from sam_jax.inference.predictor import Buckets, Predictor
+
+# What an example gave: values of JSON under names of the evaluation's own.
+Record: TypeAlias = dict[str, Any]
+# Measures by name, for records that count as often as the given numbers say.
+Measures: TypeAlias = Callable[[Float[np.ndarray, "n"]], dict[str, float]]
+
+
+class Report(Protocol):
+    """Numbers for programs; a table and pictures for people."""
+
+    @property
+    def pictures(self) -> Mapping[str, UInt8[np.ndarray, "_ _ 3"]]:
+        """RGB pictures by name."""
+        ...
+
+    def as_flat_dict(self) -> dict[str, float]:
+        """The numbers that a training run records, by name."""
+        ...
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the pictures, as values of JSON."""
+        ...
+
+    def print_table(self, console: Console | None = None) -> None:
+        """Prints what people want to know, within 100 columns."""
+        ...
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+    """Examples that a model is tried on; opened once, for any number of variables."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that records depend on besides the weights, as values of JSON."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of examples, usually images."""
+        ...
+
+    def buckets(self, num_devices: int) -> Buckets:
+        """The sizes of calls that the predictor compiles."""
+        ...
+
+    def records(self, predictor: Predictor, indices: Iterable[int]) -> Iterator[Record]:
+        """Records of these examples: one for each, in their order, whatever becomes of it.
+
+        An example that cannot be used gives a record that says so.
+        """
+        ...
+
+    def report(self, records: Sequence[Record], seconds: float) -> Report:
+        """The report of the records of all examples, in order.
+
+        Raises:
+          NoObjectsError: there is nothing to report on.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationKind:
+    """A kind of evaluation that configs can ask for.
+
+    Attributes:
+      config: dataclass of its options.
+      open: opens its data.
+      measures: what records add up to. Takes the records and the evaluation's settings.
+    """
+
+    config: type[Any]
+    open: Callable[[Any], Evaluation]
+    measures: Callable[[Sequence[Record], Mapping[str, Any]], Measures]
