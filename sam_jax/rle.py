@@ -10,7 +10,7 @@ A run list alternates background and foreground, starts with background
 (possibly 0 long) and walks the image column by column.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -80,6 +80,62 @@ def run_lengths(rle: Any) -> Int64[np.ndarray, "r"]:
     if (runs.size and runs.max() > h * w) or int(runs.sum()) != h * w:
         raise BadRleError(f"runs do not sum to {h} * {w}")
     return runs
+
+
+def run_lengths_of_all(rles: Sequence[Any]) -> list[Int64[np.ndarray, "_"]]:
+    """The runs of many RLEs, as `run_lengths` gives them one by one, several times as fast.
+
+    Args:
+      rles: as there; any number.
+
+    Raises:
+      BadRleError: one of them is bad; which one, `run_lengths` tells.
+    """
+    if not all(isinstance(rle, Mapping) and "size" in rle for rle in rles):
+        raise BadRleError("not a mapping with size and counts")
+    counts = [rle.get("counts") for rle in rles]
+    if not rles or not all(isinstance(text, (bytes, str)) and text for text in counts):
+        return [run_lengths(rle) for rle in rles]
+    try:
+        texts = [t if isinstance(t, bytes) else t.encode("ascii") for t in counts]
+    except UnicodeEncodeError:
+        raise BadRleError("counts holds a character outside ASCII") from None
+    values, num_runs = _decompress_all(texts)
+    sizes = [check_size(rle["size"]) for rle in rles]
+    pixels = np.array([h * w for h, w in sizes])
+    first = np.cumsum(num_runs) - num_runs
+    # Compared before summing, so that no sum can wrap around.
+    is_long = values > np.repeat(pixels, num_runs)
+    if values.min() < 0 or is_long.any() or (np.add.reduceat(values, first) != pixels).any():
+        raise BadRleError("runs do not sum to the size of their image")
+    return np.split(values, first[1:])
+
+
+def _decompress_all(
+    texts: Sequence[bytes],
+) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "k"]]:
+    """The values of several strings in COCO's form, none empty, and how many each has."""
+    chars = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
+    is_last = (chars & 32) == 0
+    ends = np.cumsum([len(text) for text in texts])
+    if chars.min() < 0 or chars.max() > 63 or not is_last[ends - 1].all():
+        raise BadRleError("counts holds characters outside the alphabet, or ends within a number")
+    last = np.flatnonzero(is_last)
+    first = np.concatenate([[0], last[:-1] + 1])
+    num_groups = last - first + 1
+    if num_groups.max() > _MAX_GROUPS:
+        raise BadRleError("a number in counts is out of range")
+    shift = 5 * (np.arange(chars.size) - np.repeat(first, num_groups))
+    values = np.add.reduceat((chars & 31) << shift, first)
+    values -= np.where((chars[last] & 16) != 0, np.int64(1) << (5 * num_groups), 0)
+    num_runs = np.diff(np.cumsum(is_last)[ends - 1], prepend=0)
+    place = np.arange(values.size) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
+    # Differences to the value two before: sums over all strings, less what came before each.
+    for is_chained in (place % 2 == 1, (place % 2 == 0) & (place > 0)):
+        sums = np.cumsum(np.where(is_chained, values, 0))
+        before = np.repeat(np.concatenate([[0], sums[np.cumsum(num_runs)[:-1] - 1]]), num_runs)
+        values = np.where(is_chained, sums - before, values)
+    return values, num_runs
 
 
 def _from_list(counts: list | tuple) -> Int64[np.ndarray, "r"]:
