@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sam_jax.cli_results import compare, fairness, stats
 from sam_jax.errors import ConfigError, readable_errors
 
 app = typer.Typer(
@@ -489,6 +490,10 @@ def plan(
         typer.echo(f"{json}: {len(plans)} plans")
     if any(made.memory.fits is False for made in plans):
         raise typer.Exit(1)
+
+
+for command in (stats, compare, fairness):
+    app.command()(command)
 
 
 def _options(known: Any, given: list[str]) -> dict[str, Any]:

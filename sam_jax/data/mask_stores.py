@@ -71,7 +71,7 @@ class MaskStore(Protocol):
     def __len__(self) -> int: ...
 
     def reader(self, index: int) -> MaskReader:
-        """What reads image number ``index``; it is small, and can be pickled."""
+        """The reader of image number ``index``; it is small, and can be pickled."""
         ...
 
 
@@ -220,7 +220,7 @@ def _open_source(config: SourceConfig) -> MaskStore:
 
 def _read_sa1b(file: AnnotationFile) -> ImageMasks:
     masks_rle, unusable = parse_annotation(file.name, file.read())
-    return ImageMasks(file.name, _most_common_size(masks_rle), masks_rle, unusable)
+    return ImageMasks(file.name, most_common_size(masks_rle), masks_rle, unusable)
 
 
 def _read_coco(image: CocoImage) -> ImageMasks:
@@ -232,7 +232,7 @@ def _read_coco(image: CocoImage) -> ImageMasks:
             unusable.append(f"annotations[{number}]: {error}")
         else:
             masks_rle.append(mask)
-    hw = image.hw or _most_common_size(masks_rle)
+    hw = image.hw or most_common_size(masks_rle)
     return ImageMasks(image.file_name, hw, tuple(masks_rle), tuple(unusable))
 
 
@@ -241,7 +241,7 @@ def _read_sample(source: Source, index: int) -> ImageMasks:
     return ImageMasks(sample.name, image_hw(sample), sample.masks_rle, sample.unusable_masks)
 
 
-def _most_common_size(masks_rle: Any) -> tuple[int, int] | None:
+def most_common_size(masks_rle: Any) -> tuple[int, int] | None:
     """The size of most masks, as far as it is one: what they are, they say themselves."""
     sizes = Counter(
         tuple(size)

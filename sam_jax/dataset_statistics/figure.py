@@ -44,7 +44,8 @@ def draw_statistics(report: DatasetReport, dpi: int = 144) -> UInt8[np.ndarray, 
     heights = [2.0 * map_rows, 2.9, 0.3 + 0.22 * legend_rows]
     figure = Figure(figsize=(_WIDTH_IN, sum(heights)), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    maps, curves, legend = figure.subfigures(3, 1, height_ratios=heights)
+    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
+    maps, curves, legend = parts
     _draw_maps(maps, report, map_rows)
     handles = _draw_curves(curves, report)
     labels = [

@@ -148,9 +148,7 @@ class DatasetReport:
             "masks_per_image": {
                 "mean": store.masks_per_image,
                 "image_rates": dict(zip(IMAGE_BINS, store.image_rates.tolist(), strict=True)),
-                "num_images": {
-                    str(n): k for n, k in sorted(counts.masks_per_image.items()) if n
-                },
+                "num_images": {str(n): k for n, k in sorted(counts.masks_per_image.items()) if n},
             },
             "relative_size": {
                 "mean": store.mean_size,
@@ -193,8 +191,8 @@ class DatasetReport:
             )
         console.print(table)
         console.print(
-            "<=10 ... >200: images by their number of masks. size: median of sqrt(mask area / image "
-            f"area). concavity: mean, {self.strata_text}.",
+            "<=10 ... >200: images by their number of masks. size: median of sqrt(mask area / "
+            f"image area). concavity: mean, {self.strata_text}.",
             highlight=False,
         )
         for store in self.stores:

@@ -132,7 +132,7 @@ class Sa1bSource:
         return Sample(image, masks_rle, self.name, name, unusable, self._orientation)
 
     def annotation_file(self, index: int) -> AnnotationFile:
-        """Where the json of a pair is, for those who want no image; nothing is read yet."""
+        """The place of a pair's json, for those who want no image; nothing is read yet."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
         return shard.annotation_file(index - int(self._ends[number]) + len(shard))
@@ -218,7 +218,7 @@ class _Shard(Protocol):
         ...
 
     def annotation_file(self, index: int) -> AnnotationFile:
-        """Where the json of a pair is."""
+        """The place of a pair's json."""
         ...
 
 
