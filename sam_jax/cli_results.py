@@ -32,7 +32,7 @@ def stats(
         typer.Argument(
             metavar="STORE...",
             help="A COCO JSON; SA-1B's files: a JSON, a tar, a folder, a pattern; what masks "
-            "wrote; a folder with images and masks; or kind=mask_folder,path=A,masks=B and the like.",
+            "wrote; a folder with images and masks; or kind=mask_folder,path=A,masks=B and so on.",
             show_default=False,
         ),
     ],

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.samples import image_hw
@@ -57,6 +57,7 @@ class ImageMasks(NamedTuple):
 MaskReader = Callable[[], ImageMasks]
 
 
+@runtime_checkable
 class MaskStore(Protocol):
     """The images of a data set by number, each of which may be read in another process.
 

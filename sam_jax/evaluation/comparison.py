@@ -60,7 +60,7 @@ class Difference:
 
     @property
     def dataset(self) -> str:
-        """What it is of, empty where the name does not say."""
+        """The data set that it is of, empty where the name does not say."""
         return self.measure.rpartition("/")[0]
 
     @property
