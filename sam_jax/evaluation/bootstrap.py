@@ -154,7 +154,7 @@ def two_sided_p_value(differences: Float[np.ndarray, "d"]) -> float:
     interval leaves zero out. 1 where no draw is a number.
     """
     finite = differences[np.isfinite(differences)]
-    fewer = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
+    fewer = min(int(np.count_nonzero(finite <= 0)), int(np.count_nonzero(finite >= 0)))
     return min(1.0, 2 * (1 + fewer) / (1 + finite.size))
 
 

@@ -18,17 +18,24 @@ def record(dataset, image, *masks):
 
 
 def many_records(rng, images=(9, 5), measures=("center_1", "box"), shift=0.0):
-    """Records of data sets ``d0``, ``d1``, ... with such numbers of images."""
-    records = []
+    """Records of data sets ``d0``, ``d1``, ... with such numbers of images.
+
+    Those of another shift are of the same images and masks, better by the shift and some chance.
+    """
+    records, chance = [], np.random.default_rng(1)
     for dataset, count in enumerate(images):
         for image in range(count):
             base = rng.uniform(0.2, 0.7)
             masks = [
-                {m: float(np.clip(base + shift + rng.uniform(-0.2, 0.2), 0, 1)) for m in measures}
+                {m: _iou(base + rng.uniform(-0.2, 0.2), shift, chance) for m in measures}
                 for _ in range(rng.integers(1, 5))
             ]
             records.append(record(f"d{dataset}", f"/data/d{dataset}/{image}.jpg", *masks))
     return records
+
+
+def _iou(value, shift, chance):
+    return float(np.clip(value + shift * chance.uniform(0.5, 1.5), 0, 1))
 
 
 def write_results(folder, records, *, settings=None, kind="prompts", weights="w"):
