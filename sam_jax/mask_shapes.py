@@ -109,7 +109,11 @@ def _column_runs(
     ends = bounds[is_object]
     begins = bounds[np.flatnonzero(is_object) - 1]
     column, top = np.divmod(begins, height)
-    num_columns = (ends - 1) // height - column + 1
+    is_long = ends - column * height > height
+    if not is_long.any():
+        mask, x = np.divmod(column, width)
+        return mask, x, top, ends - column * height
+    num_columns = np.where(is_long, (ends - 1) // height - column + 1, 1)
     run = np.repeat(np.arange(begins.size), num_columns)
     step = np.arange(run.size) - np.repeat(np.cumsum(num_columns) - num_columns, num_columns)
     column = column[run] + step

@@ -115,27 +115,40 @@ def _decompress_all(
     texts: Sequence[bytes],
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "k"]]:
     """The values of several strings in COCO's form, none empty, and how many each has."""
-    chars = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
-    is_last = (chars & 32) == 0
+    # Characters below the alphabet come out above it.
+    chars = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
     ends = np.cumsum([len(text) for text in texts])
-    if chars.min() < 0 or chars.max() > 63 or not is_last[ends - 1].all():
+    if chars.max() > 63 or (chars[ends - 1] > 31).any():
         raise BadRleError("counts holds characters outside the alphabet, or ends within a number")
-    last = np.flatnonzero(is_last)
+    last = np.flatnonzero(chars < 32)
     first = np.concatenate([[0], last[:-1] + 1])
     num_groups = last - first + 1
     if num_groups.max() > _MAX_GROUPS:
         raise BadRleError("a number in counts is out of range")
-    shift = 5 * (np.arange(chars.size) - np.repeat(first, num_groups))
-    values = np.add.reduceat((chars & 31) << shift, first)
-    values -= np.where((chars[last] & 16) != 0, np.int64(1) << (5 * num_groups), 0)
-    num_runs = np.diff(np.cumsum(is_last)[ends - 1], prepend=0)
-    place = np.arange(values.size) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
-    # Differences to the value two before: sums over all strings, less what came before each.
-    for is_chained in (place % 2 == 1, (place % 2 == 0) & (place > 0)):
-        sums = np.cumsum(np.where(is_chained, values, 0))
-        before = np.repeat(np.concatenate([[0], sums[np.cumsum(num_runs)[:-1] - 1]]), num_runs)
-        values = np.where(is_chained, sums - before, values)
-    return values, num_runs
+    values = (chars[first] & 31).astype(np.int64)
+    for group in range(1, num_groups.max()):
+        longer = np.flatnonzero(num_groups > group)
+        payload = (chars[first[longer] + group] & 31).astype(np.int64)
+        values[longer] += payload << (5 * group)
+    negative = np.flatnonzero(chars[last] & 16)
+    values[negative] -= np.int64(1) << (5 * num_groups[negative])
+    num_runs = np.diff(np.searchsorted(last, ends), prepend=0)
+    # Differences to the value two before, but for each string's first three: the odd and the even
+    # places are two chains, which begin anew with each string. An empty place at the end of a
+    # string of odd length lets all strings begin at an even one.
+    num_pairs = (num_runs + 1) // 2
+    begin = np.cumsum(num_pairs) - num_pairs
+    place = np.arange(values.size) + np.repeat(
+        2 * begin - (np.cumsum(num_runs) - num_runs), num_runs
+    )
+    pairs = np.zeros((num_pairs.sum(), 2), np.int64)
+    pairs.reshape(-1)[place] = values
+    heads = pairs[begin, 0]
+    pairs[begin, 0] = 0
+    sums = np.cumsum(pairs, axis=0)
+    sums -= np.repeat(sums[begin] - pairs[begin], num_pairs, axis=0)
+    sums[begin, 0] = heads
+    return sums.reshape(-1)[place], num_runs
 
 
 def _from_list(counts: list | tuple) -> Int64[np.ndarray, "r"]:
