@@ -16,8 +16,13 @@ from sam_jax.data.samples import (
     decode_image,
     decode_masks,
 )
-from sam_jax.data.sources.coco import PART_LEFT_OUT, CocoSource, segmentation_to_rle
-from sam_jax.data.sources.coco_file import CROWD, NO_SEGMENTATION, OF_NO_IMAGE, UNANNOTATED
+from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.coco_file import CROWD, NO_SEGMENTATION, OF_NO_IMAGE
+from sam_jax.data.sources.listed_images import (
+    PART_LEFT_OUT,
+    UNANNOTATED,
+    segmentation_to_rle,
+)
 from sam_jax.data.transforms import TrainTransform
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import box_mask, compress, encode_image, gradient_image

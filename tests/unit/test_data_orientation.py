@@ -14,7 +14,8 @@ from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.pipeline import DataConfig, eval_samples, train_iterator
 from sam_jax.data.samples import decode_image, decode_masks, is_turned
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import PART_LEFT_OUT, CocoSource
+from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.listed_images import PART_LEFT_OUT
 from sam_jax.data.sources.mask_folder import MaskFolderSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.errors import ConfigError

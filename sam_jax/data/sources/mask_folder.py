@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sam_jax import rle
-from sam_jax.data.label_maps import LabelMapError, read_label_map
-from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
+from sam_jax.data.label_maps import LabelMap, LabelMapError, read_label_map
+from sam_jax.data.samples import CorruptSampleError, Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -18,7 +18,7 @@ from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)
 # Lossy formats smear labels into each other at every outline.
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".npy")
 
 
 class MaskFolderSource:
@@ -48,7 +48,7 @@ class MaskFolderSource:
 
         Args:
           path: the folder (tree) of images.
-          masks: the folder (tree) of masks, in PNG, BMP or TIFF.
+          masks: the folder (tree) of masks, in PNG, BMP, TIFF or NumPy's NPY.
           name: what `Sample.dataset` says.
           background: the label that is no object: a grey value, palette index or colour 0xRRGGBB;
             None is black.
@@ -92,7 +92,7 @@ class MaskFolderSource:
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(
-                f"none of the {num_masks} masks (png, bmp, tif) in {masks} belongs "
+                f"none of the {num_masks} masks (png, bmp, tif, npy) in {masks} belongs "
                 f"to one of the {len(images)} images in {path}; for cat.jpg, "
                 f"cat.png, cat_*.png and cat/*.png would{left_out}"
             )
@@ -101,6 +101,7 @@ class MaskFolderSource:
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", path, line)
         self._pairs = [(images[stem], found[stem]) for stem in sorted(found)]
+        self._names = sorted(found)
 
     def _files(self, folder: str | Path, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
         """(path below the folder without suffix, path) of its files, sorted."""
@@ -122,6 +123,27 @@ class MaskFolderSource:
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def file_name(self, index: int) -> str:
+        """The image's path below the folder, without its ending."""
+        return self._names[index]
+
+    def num_masks(self, index: int) -> int:
+        """The number of masks; label maps are read for it.
+
+        Raises:
+          CorruptSampleError: none of the mask files can be read.
+        """
+        path, mask_files = self._pairs[index]
+        count, refused = 0, []
+        for is_label_map, file in mask_files:
+            try:
+                count += int(self._labels(file).labels.max()) if is_label_map else 1
+            except (LabelMapError, OSError) as error:
+                refused.append(f"{file}: {error}")
+        if len(refused) == len(mask_files):
+            raise CorruptSampleError(str(path), "no valid mask", refused[0])
+        return count
+
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its masks.
 
@@ -134,9 +156,7 @@ class MaskFolderSource:
         masks_rle, unusable, remarks = [], [], []
         for is_label_map, file in mask_files:
             try:
-                labels, decided = read_label_map(
-                    file, self._background, self._ignore_labels, self._orientation
-                )
+                labels, decided = self._labels(file)
             except (LabelMapError, OSError) as error:
                 unusable.append(f"{file}: {error}")
                 continue
@@ -147,6 +167,9 @@ class MaskFolderSource:
         return sample_of_file(
             path, image, self.name, self._orientation, masks_rle, unusable, remarks
         )
+
+    def _labels(self, file: Path) -> LabelMap:
+        return read_label_map(file, self._background, self._ignore_labels, self._orientation)
 
 
 def _owner(stem: str, images: Container[str]) -> str | None:
