@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -83,12 +83,6 @@ class PanopticSource:
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",
     ):
-        for key, value, known in (
-            ("stuff", stuff, get_args(Stuff)),
-            ("crowd", crowd, get_args(Crowd)),
-        ):
-            if value not in known:
-                raise ConfigError(f"{key} is {value!r}; expected one of {known}")
         path = Path(path)
         self.name = name
         self.left_out = Tally()

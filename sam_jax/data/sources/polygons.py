@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from sam_jax.data.sources.listed_images import ListedImagesSource
 from sam_jax.data.sources.polygon_files import PolygonForm, read_polygons
-from sam_jax.errors import ConfigError
 from sam_jax.images import Orientation
 
 
@@ -39,8 +37,6 @@ class PolygonSource(ListedImagesSource):
         skip_labels: Sequence[str] = (),
         orientation: Orientation = "upright",
     ):
-        if form not in get_args(PolygonForm):
-            raise ConfigError(f"form is {form!r}; expected one of {get_args(PolygonForm)}")
         path = Path(path)
         found, left_out = read_polygons(path, form, frozenset(skip_labels))
         super().__init__(
