@@ -40,7 +40,10 @@ def draw_until(source: Source, target_masks: int, key: str) -> Sequence[int]:
     Source: Kirillov et al. 2023, appendix D.1.
     Differs: the paper's own draw was not published, so the images are others than its.
     """
-    order = sorted(range(len(source)), key=lambda index: _place(source, index, key))
+    name = source.file_name if isinstance(source, ListingSource) else str
+    order = sorted(
+        range(len(source)), key=lambda index: (keyed_number(f"{key}/{name(index)}"), name(index))
+    )
     num_masks = 0
     num_drawn = None
     for position, count in enumerate(_counts(source, order), start=1):
@@ -52,18 +55,14 @@ def draw_until(source: Source, target_masks: int, key: str) -> Sequence[int]:
     return range(len(source))
 
 
-def _place(source: Source, index: int, key: str) -> tuple[int, str]:
-    name = source.file_name(index) if isinstance(source, ListingSource) else str(index)
-    return keyed_number(f"{key}/{name}"), name
-
-
 def _counts(source: Source, order: Sequence[int]) -> Iterator[int]:
     """Numbers of masks of these samples, of which some are counted at once."""
+    listing = source if isinstance(source, ListingSource) else None
 
     def count(index: int) -> int:
         try:
-            if isinstance(source, ListingSource):
-                return source.num_masks(index)
+            if listing is not None:
+                return listing.num_masks(index)
             return len(source[index].masks_rle)
         except SkippedSampleError:
             return 0

@@ -647,8 +647,8 @@ ZERO_SHOT_SETS: tuple[ZeroShotSet, ...] = (
         origin="nadavc220.github.io/ssiap (Cohen et al. 2022)",
         origin_verified=True,
         layout=(
-            ("test/*/*.jpg", "images, in folders of movements and artists"),
-            ("labels/*/*.png", "classes as Pascal VOC's, in the same folders"),
+            ("test/**/*.jpg", "images, in folders of movements and artists"),
+            ("labels/**/*.png", "classes as Pascal VOC's, in the same folders"),
         ),
         evidence="memory",
         parts=(

@@ -181,7 +181,7 @@ def _segment_ids(path: Path, orientation: Orientation) -> Int64[np.ndarray, "h w
 
 
 class _Rules(NamedTuple):
-    """Which segments are objects.
+    """The choice of segments that are objects.
 
     Attributes:
       is_thing: whether a category is one of things, by its id.
