@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from sam_jax.evaluation.draw import MOST_PER_TARGET
 from sam_jax.evaluation.zero_shot_sets import EVIDENCE, ZERO_SHOT_SETS, ZeroShotSet
 
 _UNVERIFIED = " (from memory, not verified)"
-_HEAD = f"""# The paper's 23 data sets
+_HEAD = """# The paper's 23 data sets
 
 Written by `sam-jax datasets --markdown`. The evaluation from clicks (Kirillov et al. 2023, appendix
 D.1) is the mean over the masks of each set, and then over the 23 sets:
@@ -23,10 +22,9 @@ the mean is over those that are; `configs/eval_clicks.py:FOLDER:LVIS,ADE20K` tak
 datasets NAME` says what to put where.
 
 - Nothing is loaded down here, and none of the licences was verified: read each set's own terms.
-- Images are drawn at random until they have 10,000 masks, of sets that have more than
-  {int(MOST_PER_TARGET * 10_000):,} (`sam_jax/evaluation/draw.py`). The order is a hash of seed, set
-  and file name, so everybody with the same files draws the same. The paper's own draw was not
-  published: its images were others.
+- Of sets that have more than 15,000 masks, images are drawn at random until they have 10,000
+  (`sam_jax/evaluation/draw.py`). The order is a hash of seed, set and file name, so everybody with
+  the same files draws the same. The paper's own draw was not published: its images were others.
 - The paper blurred people's faces. That is not done here.
 - Images, masks, splits and the last column, SAM's mean IoU less RITM's after one centre click, are
   the paper's.

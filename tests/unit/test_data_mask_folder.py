@@ -207,12 +207,12 @@ def test_masks_are_counted_without_the_picture(folders: tuple[Path, Path]) -> No
     add(masks, "sub/a.png", (LEFT * 3 + RIGHT * 9).astype(np.uint8))
     add(masks, "sub/a_1.png", (TOP * 255).astype(np.uint8))
     add(masks, "b_1.png", (TOP * 255).astype(np.uint8))
-    (masks / "b.png").write_bytes(b"no image")
+    (masks / "b_2.png").write_bytes(b"never read for it")
     (masks / "c.png").write_bytes(b"no image")
     source = MaskFolderSource(*folders)
     for path in images.rglob("*.jpg"):
         path.unlink()
     assert [source.file_name(i) for i in range(3)] == ["b", "c", "sub/a"]
-    assert (source.num_masks(0), source.num_masks(2)) == (1, 3)
+    assert (source.num_masks(0), source.num_masks(2)) == (2, 3)
     with pytest.raises(CorruptSampleError, match="no valid mask"):
         source.num_masks(1)

@@ -3,10 +3,8 @@
 import logging
 from pathlib import Path
 
-import numpy as np
-
-from sam_jax import rle
-from sam_jax.data.label_maps import LabelMapError, read_label_map
+from sam_jax.data.label_maps import LabelMap, read_label_map
+from sam_jax.data.mask_files import as_one_object, read_mask_files
 from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.sources.label_map_files import MASK_SUFFIXES, NO_MASK_FILE
 from sam_jax.data.tally import Tally
@@ -104,15 +102,8 @@ class ImageFoldersSource:
         """
         _, path, mask_files = self._entries[index]
         image = read_picture_file(path)
-        masks_rle, unusable, remarks = [], [], []
-        for file in mask_files:
-            try:
-                labels, decided = read_label_map(file, orientation=self._orientation)
-            except (LabelMapError, OSError) as error:
-                unusable.append(f"{file}: {error}")
-                continue
-            masks_rle += rle.from_labels((labels != 0).astype(np.uint8))
-            remarks += [(remark, str(file)) for remark in decided]
-        return sample_of_file(
-            path, image, self.name, self._orientation, masks_rle, unusable, remarks
-        )
+        found = read_mask_files(mask_files, self._read)
+        return sample_of_file(path, image, self.name, self._orientation, *found)
+
+    def _read(self, file: Path) -> LabelMap:
+        return as_one_object(read_label_map(file, orientation=self._orientation))

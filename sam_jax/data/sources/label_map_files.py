@@ -7,10 +7,10 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam_jax import rle
 from sam_jax.data.label_encodings import Encoding, components, read_encoded_labels
-from sam_jax.data.label_maps import LabelMap, LabelMapError, read_label_map
-from sam_jax.data.samples import CorruptSampleError, Sample, read_picture_file, sample_of_file
+from sam_jax.data.label_maps import LabelMap, read_label_map
+from sam_jax.data.mask_files import count_masks, read_mask_files
+from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -116,15 +116,7 @@ class LabelMapsSource:
           CorruptSampleError: none of the label maps can be read.
         """
         _, image, mask_files = self._pairs[index]
-        counts, refused = [], []
-        for file in mask_files:
-            try:
-                counts.append(int(self._read(file).labels.max()))
-            except (LabelMapError, OSError) as error:
-                refused.append(f"{file}: {error}")
-        if not counts:
-            raise CorruptSampleError(str(image), "no valid mask", refused[0])
-        return sum(counts)
+        return count_masks(mask_files, self._read, image)
 
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its objects.
@@ -134,18 +126,8 @@ class LabelMapsSource:
         """
         _, path, mask_files = self._pairs[index]
         image = read_picture_file(path)
-        masks_rle, unusable, remarks = [], [], []
-        for file in mask_files:
-            try:
-                labels, decided = self._read(file)
-            except (LabelMapError, OSError) as error:
-                unusable.append(f"{file}: {error}")
-                continue
-            masks_rle += rle.from_labels(labels)
-            remarks += [(remark, str(file)) for remark in decided]
-        return sample_of_file(
-            path, image, self.name, self._orientation, masks_rle, unusable, remarks
-        )
+        found = read_mask_files(mask_files, self._read)
+        return sample_of_file(path, image, self.name, self._orientation, *found)
 
     def _read(self, file: Path) -> LabelMap:
         if self._encoding is not None:

@@ -1,16 +1,15 @@
 """A folder of images beside a folder of mask images."""
 
 import collections
+import functools
 import logging
 import unicodedata
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from sam_jax import rle
-from sam_jax.data.label_maps import LabelMap, LabelMapError, read_label_map
-from sam_jax.data.samples import CorruptSampleError, Sample, read_picture_file, sample_of_file
+from sam_jax.data.label_maps import LabelMap, read_label_map
+from sam_jax.data.mask_files import as_one_object, count_masks, read_mask_files
+from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -72,8 +71,8 @@ class MaskFolderSource:
         folded: dict[str, list[str]] = collections.defaultdict(list)
         for stem in images:
             folded[stem.casefold()].append(stem)
-        # Per image: (is it a label map, the file).
-        found: dict[str, list[tuple[bool, Path]]] = collections.defaultdict(list)
+        # Per image, its files: whether each is a label map.
+        found: dict[str, dict[Path, bool]] = collections.defaultdict(dict)
         num_masks = 0
         for stem, mask in self._files(masks, _MASK_SUFFIXES):
             num_masks += 1
@@ -88,7 +87,7 @@ class MaskFolderSource:
             if owner is None:
                 self.left_out.add("mask files without an image", str(mask))
             else:
-                found[owner].append((stem.casefold() == owner.casefold(), mask))
+                found[owner][mask] = stem.casefold() == owner.casefold()
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(
@@ -128,21 +127,17 @@ class MaskFolderSource:
         return self._names[index]
 
     def num_masks(self, index: int) -> int:
-        """The number of masks; label maps are read for it.
+        """The number of masks; of files only label maps are read for it.
 
         Raises:
-          CorruptSampleError: none of the mask files can be read.
+          CorruptSampleError: the label map cannot be read.
         """
         path, mask_files = self._pairs[index]
-        count, refused = 0, []
-        for is_label_map, file in mask_files:
-            try:
-                count += int(self._labels(file).labels.max()) if is_label_map else 1
-            except (LabelMapError, OSError) as error:
-                refused.append(f"{file}: {error}")
-        if len(refused) == len(mask_files):
-            raise CorruptSampleError(str(path), "no valid mask", refused[0])
-        return count
+        label_maps = [file for file, is_label_map in mask_files.items() if is_label_map]
+        num_others = len(mask_files) - len(label_maps)
+        if not label_maps:
+            return num_others
+        return num_others + count_masks(label_maps, functools.partial(self._read, mask_files), path)
 
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its masks.
@@ -153,23 +148,12 @@ class MaskFolderSource:
         """
         path, mask_files = self._pairs[index]
         image = read_picture_file(path)
-        masks_rle, unusable, remarks = [], [], []
-        for is_label_map, file in mask_files:
-            try:
-                labels, decided = self._labels(file)
-            except (LabelMapError, OSError) as error:
-                unusable.append(f"{file}: {error}")
-                continue
-            if not is_label_map:
-                labels = (labels != 0).astype(np.uint8)
-            masks_rle += rle.from_labels(labels)
-            remarks += [(remark, str(file)) for remark in decided]
-        return sample_of_file(
-            path, image, self.name, self._orientation, masks_rle, unusable, remarks
-        )
+        found = read_mask_files(mask_files, functools.partial(self._read, mask_files))
+        return sample_of_file(path, image, self.name, self._orientation, *found)
 
-    def _labels(self, file: Path) -> LabelMap:
-        return read_label_map(file, self._background, self._ignore_labels, self._orientation)
+    def _read(self, is_label_map: Mapping[Path, bool], file: Path) -> LabelMap:
+        found = read_label_map(file, self._background, self._ignore_labels, self._orientation)
+        return found if is_label_map[file] else as_one_object(found)
 
 
 def _owner(stem: str, images: Container[str]) -> str | None:
