@@ -12,7 +12,7 @@ from sam_jax.data.samples import CorruptSampleError
 
 
 class MaskFiles(NamedTuple):
-    """What mask files hold, as the fields of `Sample` of these names have it.
+    """The content of mask files, as the fields of `Sample` of these names have it.
 
     Attributes:
       masks_rle: a mask for each object.
