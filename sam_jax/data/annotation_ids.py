@@ -5,8 +5,8 @@ from pathlib import Path
 
 from sam_jax import rle
 from sam_jax.data.mask_stores import most_common_size
-from sam_jax.data.sources.coco import segmentation_to_rle
-from sam_jax.data.sources.coco_file import CocoImage, read_coco
+from sam_jax.data.sources.coco_file import read_coco
+from sam_jax.data.sources.listed_images import ListedImage, segmentation_to_rle
 
 
 def mask_numbers(path: Path, *, keep_crowds: bool = False) -> dict[str, dict[str, int]]:
@@ -25,22 +25,23 @@ def mask_numbers(path: Path, *, keep_crowds: bool = False) -> dict[str, dict[str
     """
     images, _ = read_coco(path, keep_crowds)
     annotations = json.loads(path.read_bytes())["annotations"]
+    own_ids = {f"annotations[{n}]": one.get("id") for n, one in enumerate(annotations)}
     found = {}
     for image in images:
-        ids = [annotations[number].get("id") for number in _usable(image)]
+        ids = [own_ids[where] for where in _usable(image)]
         numbers = {str(own_id): place for place, own_id in enumerate(ids) if own_id is not None}
         found[image.file_name] = numbers
     return found
 
 
-def _usable(image: CocoImage) -> list[int]:
-    """The annotations of an image, by their numbers in the file, that become masks."""
+def _usable(image: ListedImage) -> list[str]:
+    """The annotations of an image, by their places in the file, that become masks."""
     read = []
-    for number, segmentation in image.segmentations:
+    for where, segmentation in image.segmentations:
         try:
             mask, _ = segmentation_to_rle(segmentation, image.hw)
-            read.append((number, mask, rle.run_lengths(mask)))
+            read.append((where, mask, rle.run_lengths(mask)))
         except rle.BadRleError:
             continue
     hw = image.hw or most_common_size([mask for _, mask, _ in read])
-    return [number for number, mask, runs in read if tuple(mask["size"]) == hw and runs[1::2].any()]
+    return [where for where, mask, runs in read if tuple(mask["size"]) == hw and runs[1::2].any()]

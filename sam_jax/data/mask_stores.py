@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.samples import image_hw
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import segmentation_to_rle
-from sam_jax.data.sources.coco_file import CocoImage, read_coco
+from sam_jax.data.sources.coco_file import read_coco
+from sam_jax.data.sources.listed_images import ListedImage, segmentation_to_rle
 from sam_jax.data.sources.sa1b import AnnotationFile, Sa1bSource, parse_annotation
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
@@ -25,14 +25,24 @@ from sam_jax.rle import BadRleError
 _ANNOTATIONS, _SETTINGS = "annotations", "settings.json"
 _IMAGES, _MASKS = "images", "masks"
 _KIND = "kind="
-# Fields of a source that are numbers, and several of them.
-_NUMBERS: dict[str, type] = {"background": int, "num_images": int, "seed": int, "weight": float}
+# Fields of a source that are no text, and those that are several of something.
+_OTHERS: dict[str, Callable[[str], Any]] = {
+    "background": int,
+    "num_images": int,
+    "seed": int,
+    "weight": float,
+    "components": {"true": True, "false": False}.__getitem__,
+}
 _SEVERAL: dict[str, type] = {
     "ignore_labels": int,
     "image_size": int,
     "num_objects": int,
     "radius_rates": float,
+    "skip_labels": str,
+    "mask_suffixes": str,
+    "include": str,
 }
+_BETWEEN = "+"
 # Annotations of one image are no larger; those of a data set may be, and are not parsed twice.
 _MAX_BYTES_OF_ONE_IMAGE = 1 << 26
 
@@ -189,7 +199,7 @@ def _annotation_of_one_image(path: Path) -> AnnotationFile | None:
 
 
 def _source_config(text: str, name: str | None) -> SourceConfig:
-    """The source that ``kind=...,path=...`` describes; lists have slashes between numbers."""
+    """The source that ``kind=...,path=...`` describes; what is several has a plus between."""
     values: dict[str, Any] = {}
     for part in text.split(","):
         field, separator, value = part.partition("=")
@@ -199,16 +209,15 @@ def _source_config(text: str, name: str | None) -> SourceConfig:
                 f"kind=mask_folder,path=A,masks=B; found {part!r}"
             )
         try:
-            if field in _NUMBERS:
-                values[field] = _NUMBERS[field](value)
+            if field in _OTHERS:
+                values[field] = _OTHERS[field](value)
             elif field in _SEVERAL:
-                values[field] = tuple(map(_SEVERAL[field], value.split("/")))
+                values[field] = tuple(map(_SEVERAL[field], value.split(_BETWEEN)))
             else:
                 values[field] = value
-        except ValueError:
-            raise ConfigError(
-                f"{text}: {field} is {value!r}; expected a number, several as in 0/255"
-            ) from None
+        except (ValueError, KeyError):
+            expected = "true or false" if field == "components" else "a number, several as in 0+255"
+            raise ConfigError(f"{text}: {field} is {value!r}; expected {expected}") from None
     return SourceConfig.from_dict(values | ({} if name is None else {"name": name}))
 
 
@@ -224,13 +233,13 @@ def _read_sa1b(file: AnnotationFile) -> ImageMasks:
     return ImageMasks(file.name, most_common_size(masks_rle), masks_rle, unusable)
 
 
-def _read_coco(image: CocoImage) -> ImageMasks:
+def _read_coco(image: ListedImage) -> ImageMasks:
     masks_rle, unusable = [], []
-    for number, segmentation in image.segmentations:
+    for where, segmentation in image.segmentations:
         try:
             mask, _ = segmentation_to_rle(segmentation, image.hw)
         except BadRleError as error:
-            unusable.append(f"annotations[{number}]: {error}")
+            unusable.append(f"{where}: {error}")
         else:
             masks_rle.append(mask)
     hw = image.hw or most_common_size(masks_rle)

@@ -313,16 +313,16 @@ def _identity(record: Record) -> dict[str, Any]:
 
 
 def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    sources = settings.get("sources")
-    if not isinstance(sources, list):
-        return dict(settings)
-    kept = [
-        {name: value for name, value in source.items() if name not in _PLACES}
-        if isinstance(source, dict)
-        else source
-        for source in sources
-    ]
-    return {**settings, "sources": kept}
+    return {**settings, "sources": _kept(settings.get("sources"))}
+
+
+def _kept(sources: Any) -> Any:
+    """Sources, and sources that they are joined from, without their places."""
+    if isinstance(sources, list):
+        return [_kept(source) for source in sources]
+    if isinstance(sources, Mapping):
+        return {name: _kept(of) for name, of in sources.items() if name not in _PLACES}
+    return sources
 
 
 def _differing(a: Any, b: Any, where: str = "") -> list[str]:

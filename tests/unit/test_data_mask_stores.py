@@ -12,6 +12,7 @@ from sam_jax.data.annotation_ids import mask_numbers
 from sam_jax.data.mask_stores import open_store
 from sam_jax.data.samples import CorruptSampleError
 from sam_jax.errors import ConfigError
+from sam_jax.mask_shapes import mask_shapes
 from tests.unit.data_fixtures import (
     box_mask,
     compress,
@@ -142,13 +143,13 @@ def test_folders_of_masks(tmp_path, spec):
     Image.fromarray(labels).save(tmp_path / "masks" / "cat.png")
     given = str(tmp_path)
     if spec == "kind":
-        given = f"kind=mask_folder,path={tmp_path}/images,masks={tmp_path}/masks,ignore_labels=2/9"
+        given = f"kind=mask_folder,path={tmp_path}/images,masks={tmp_path}/masks,ignore_labels=2+9"
     expected = [10, 6] if spec == "folder" else [10]
     assert read_all(open_store(given)) == {"cat.png": (hw, expected)}
 
 
 def test_made_up_images_are_a_store_too():
-    store = open_store("kind=synthetic,num_images=2,image_size=40/50,num_objects=1/3")
+    store = open_store("kind=synthetic,num_images=2,image_size=40+50,num_objects=1+3")
     assert len(store) == 2
     assert store.reader(1)().hw == (40, 50)
 
@@ -159,6 +160,7 @@ def test_made_up_images_are_a_store_too():
         ("kind=coco,path", "found 'path'"),
         ("kind=synthetic,num_images=two", "num_images is 'two'"),
         ("kind=synthetic,image_size=3x4", "image_size is '3x4'"),
+        ("kind=label_maps,components=yes", "components is 'yes'; expected true or false"),
         ("kind=coco,paht=x", "did you mean 'path'"),
         ("{folder}", "no image with annotations"),
         ("{folder}/x.json", "is not a COCO instance file"),
@@ -194,3 +196,30 @@ def test_numbers_of_masks_by_annotation_id(tmp_path):
         content["annotations"].append({"id": own_id, "image_id": 101, "segmentation": mask})
     path.write_text(json.dumps(content))
     assert mask_numbers(path) == {"0.png": {"0": 0}, "1.png": {"1": 0, "c": 1}}
+
+
+def test_kinds_whose_options_are_several_words(tmp_path):
+    hw = (9, 7)
+    write_files(tmp_path / "images", {"cat.png": encode_image(gradient_image(hw))})
+    square = [[1, 1], [4, 1], [4, 4], [1, 4]]
+    shapes = [
+        {"label": label, "points": square, "shape_type": "polygon"}
+        for label in ("cat", "void", "sky")
+    ]
+    drawn = {"imagePath": "cat.png", "imageHeight": 9, "imageWidth": 7, "shapes": shapes}
+    write_files(tmp_path / "json", {"cat.json": json.dumps(drawn).encode()})
+    given = f"kind=polygons,path={tmp_path}/json,form=labelme,skip_labels=void+sky"
+    assert read_all(open_store(given)) == {"cat.png": (hw, [9])}
+
+
+def test_released_annotations_are_what_their_files_say(shared_data):
+    path = shared_data / "sa1b" / "sa_226381_partial.json"
+    image = open_store(str(path)).reader(0)()
+    shapes = mask_shapes(rle.run_lengths_of_all(image.masks_rle), image.hw)
+    annotations = json.loads(path.read_bytes())["annotations"]
+    assert shapes.area_px.tolist() == [annotation["area"] for annotation in annotations]
+    for (x, y), annotation in zip(shapes.center_xy, annotations, strict=True):
+        # Boxes there are one pixel short.
+        left, top, width, height = annotation["bbox"]
+        assert left < x < left + width + 1
+        assert top < y < top + height + 1
