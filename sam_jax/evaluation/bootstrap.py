@@ -14,6 +14,9 @@ from sam_jax.evaluation.evaluation import Measures, Record
 LEVEL = 0.95
 # Draws of measures that take one matrix product, and of those that are worked out anew each time.
 NUM_DRAWS, NUM_SLOW_DRAWS = 10_000, 1_000
+# Of fewer examples a percentile interval of a mean is clearly too short. Beside Student's, it is
+# a tenth too short for 20 examples, a fifth for 10, and half for 4.
+FEW = 20
 # Numbers drawn at once: 32 MB.
 _AT_ONCE = 1 << 22
 # Slow draws between two reports of progress.

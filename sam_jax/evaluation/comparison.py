@@ -13,6 +13,7 @@ from rich.table import Table
 from sam_jax.arrays import UInt8
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.bootstrap import (
+    FEW,
     LEVEL,
     Interval,
     default_num_draws,
@@ -77,6 +78,7 @@ class Comparison:
       a, b: names of the results.
       kind: of the evaluation.
       num_examples: that both have.
+      num_fewest: the examples of the data set that has the fewest.
       num_draws: of the bootstrap.
       seed: of the draws.
       differences: by measure, in the order of the evaluation's report.
@@ -86,6 +88,7 @@ class Comparison:
     b: str
     kind: str
     num_examples: int
+    num_fewest: int
     num_draws: int
     seed: int
     differences: tuple[Difference, ...]
@@ -97,6 +100,7 @@ class Comparison:
             "b": self.b,
             "kind": self.kind,
             "num_examples": self.num_examples,
+            "num_fewest_examples": self.num_fewest,
             "num_draws": self.num_draws,
             "seed": self.seed,
             "level": LEVEL,
@@ -146,13 +150,19 @@ class Comparison:
             "measures, one in twenty does so by chance.",
             highlight=False,
         )
-        undefined = [d for d in self.differences if d.num_undefined]
-        for d in undefined:
+        if self.num_fewest < FEW:
             console.print(
-                f"{d.measure} is undefined in {d.num_undefined:,} draws, which are left out",
-                markup=False,
+                f"A data set has {self.num_fewest} examples: intervals of fewer than {FEW} are too "
+                "short.",
                 highlight=False,
             )
+        for d in self.differences:
+            if d.num_undefined:
+                console.print(
+                    f"{d.measure} is undefined in {d.num_undefined:,} draws, which are left out",
+                    markup=False,
+                    highlight=False,
+                )
 
     def drawable_measures(self) -> list[str]:
         """Measures that several data sets have, without those of the means."""
@@ -190,7 +200,7 @@ class Comparison:
         return draw_differences(
             bars,
             mean if len(bars) > 1 else None,
-            title=f"{measure}: B - A{', points of IoU' if unit else ''}",
+            title=f"{measure}: B - A{', percentage points' if unit else ''}",
             names=(self.a, self.b),
         )
 
@@ -236,11 +246,12 @@ def compare(
     values_a, values_b = of_a(ones), of_b(ones)
     names = _chosen([name for name in values_a if name in values_b], measures)
     num_draws = num_draws or default_num_draws(of_a)
+    strata = strata_of(of_a, a.records)
     draws_a, draws_b = paired_draws(
         [of_a, of_b],
         names,
         len(a.records),
-        strata_of(of_a, a.records),
+        strata,
         num_draws=num_draws,
         seed=seed,
         on_progress=on_progress,
@@ -263,6 +274,7 @@ def compare(
         b=str(b.folder),
         kind=a.kind,
         num_examples=len(a.records),
+        num_fewest=min(map(len, strata), default=0),
         num_draws=num_draws,
         seed=seed,
         differences=tuple(differences),

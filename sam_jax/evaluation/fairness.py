@@ -17,6 +17,7 @@ from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.attributes import AttributedMask, AttributedMasks, AttributeTable
 from sam_jax.evaluation.bootstrap import (
+    FEW,
     LEVEL,
     NUM_DRAWS,
     Interval,
@@ -173,12 +174,23 @@ class FairnessReport:
                     yield f"{attribute} {group.value}: no evaluated mask"
                 elif any(math.isnan(interval.low) for interval in group.intervals.values()):
                     yield f"{attribute} {group.value}: of one {alone} there is no interval"
+        few = [
+            f"{attribute} {group.value} ({number:,})"
+            for attribute, groups in self.groups.items()
+            for group in groups
+            if 1 < (number := self._number(group)) < FEW
+        ]
+        if few:
+            yield f"intervals of fewer than {FEW} {self.unit} are too short: {', '.join(few)}"
         if self.num_without_row:
             yield f"{self.num_without_row:,} evaluated masks have no row"
         for attribute, number in self.num_without_value.items():
             if number:
                 yield f"{number:,} masks have no value of {attribute}"
         yield from self.unmatched.lines()
+
+    def _number(self, group: Group) -> int:
+        return group.num_images if self.unit == "images" else group.num_masks
 
     def figure(self) -> UInt8[np.ndarray, "_ _ 3"]:
         """A mark with its interval for each group."""

@@ -146,6 +146,17 @@ def test_undefined_draws_are_counted(pair, monkeypatch):
     text = console.export_text()
     assert f"d0/ap is undefined in {d.num_undefined} draws" in text
     assert "In percent" not in text
+    assert "too short" not in text
+
+
+def test_few_examples_are_said(tmp_path):
+    pair = [
+        results_of(tmp_path / name, many_records(np.random.default_rng(0), (40, 19), shift=shift))
+        for name, shift in (("a", 0.0), ("b", 0.1))
+    ]
+    console = Console(width=100, record=True)
+    compare(*pair, num_draws=5).print_table(console)
+    assert "A data set has 19 examples: intervals of fewer than 20" in console.export_text()
 
 
 def difference(name, value, low=None, high=None):
@@ -156,7 +167,7 @@ def difference(name, value, low=None, high=None):
 
 
 def made_up(*differences):
-    return Comparison("a", "b", "prompts", 10, 100, 0, differences)
+    return Comparison("a", "b", "prompts", 10, 5, 100, 0, differences)
 
 
 def test_figures_are_of_measures_of_data_sets():

@@ -255,6 +255,7 @@ def test_one_image_gives_no_interval_and_no_disparity(write):
     assert group_of(report, "x").intervals["center_1"] == pytest.approx((0.9, 0.9))
     assert not report.disparities()
     assert "g alone: of one image there is no interval" in list(report.remarks())
+    assert "intervals of fewer than 20 images are too short: g x (4)" in list(report.remarks())
     measured = report.as_json()["groups"]["g"]["alone"]["measures"]["center_1"]
     assert (measured["low"], measured["high"]) == (None, None)
     assert report.figure().std() > 10
