@@ -17,14 +17,13 @@ from sam_jax.errors import ConfigError, UserError
 from sam_jax.evaluation.evaluation import Evaluation, Record, Report
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.evaluation.records import Records, RecordsInFolder, RecordsInMemory
+from sam_jax.evaluation.results import REPORT_NAME
 from sam_jax.inference.predictor import Predictor
 from sam_jax.models.sam import Sam
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.weights.files import written_whole
 from sam_jax.weights.load import load, variables_for
-
-REPORT_NAME = "report.json"
 
 
 class EvaluationInterruptedError(UserError):
