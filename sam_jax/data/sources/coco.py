@@ -1,6 +1,7 @@
 """Annotations in COCO's instance format: one JSON, a folder of images."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ from sam_jax.data.samples import (
     read_picture_file,
     sample_of_file,
 )
-from sam_jax.data.sources.coco_file import CROWD, CocoImage, read_coco
+from sam_jax.data.sources.coco_file import CROWD, CocoImage, LabelledImage, read_coco
 from sam_jax.errors import ConfigError
 from sam_jax.files import NamedFiles
 from sam_jax.images import Orientation
@@ -76,7 +77,7 @@ class CocoSource:
             raise ConfigError(f"{path} has no image with an annotation to use{found}{keep}")
         if self.left_out:
             _log.warning("%s: left out: %s%s", path, self.left_out, keep)
-        self._paths = _find(path, self._images, self._folder)
+        self._paths = find_pictures(path, self._images, self._folder)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -114,14 +115,21 @@ class CocoSource:
         )
 
 
-def _find(path: Path, images: list[CocoImage], folder: Path) -> list[Path | None]:
+def find_pictures(
+    path: Path, images: Sequence[CocoImage | LabelledImage], folder: Path
+) -> list[Path | None]:
     """The file of each image, None where there is none; says how many are missing or renamed.
+
+    Args:
+      path: the annotation file, for messages.
+      images: of the file.
+      folder: where pictures are.
 
     Raises:
       ConfigError: a name may mean several files, or two images are one file.
     """
     files, paths = NamedFiles(folder), []
-    owners: dict[Path, CocoImage] = {}
+    owners: dict[Path, CocoImage | LabelledImage] = {}
     missing, renamed = [], []
     for image in images:
         try:
