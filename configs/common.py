@@ -9,7 +9,7 @@ from ml_collections.config_dict import placeholder
 
 from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.data.config import DataConfig
-from sam_jax.evaluation.run import EvalConfig
+from sam_jax.evaluation.prompted import EvalConfig
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import ShardingConfig

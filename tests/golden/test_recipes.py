@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
-from sam_jax.evaluation.run import EvalConfig
+from sam_jax.evaluation.prompted import EvalConfig
 from sam_jax.losses import LossConfig
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.variants import ModelConfig, build_model
