@@ -157,7 +157,7 @@ def gather_matches(images: Sequence[Sequence[Any]]) -> dict[int, CategoryMatches
         numbers = np.concatenate([np.full(len(m[2]), number) for number, m in of_category])
         right, wrong = (
             np.concatenate(
-                [np.array(m[place], np.uint16).reshape(len(SIZES), -1) for _, m in of_category],
+                [np.array(m[place], np.int16).reshape(len(SIZES), -1) for _, m in of_category],
                 axis=1,
             )
             for place in (3, 4)
