@@ -18,6 +18,9 @@ from sam_jax.inference.predictor import Buckets, Prediction, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.inference.restore import restore_logits
 
+# A row of so many boxes has a program of its own: most images have no more, and on a CPU empty
+# places in a row cost as much as boxes.
+_FEW_BOXES = 4
 # How far the threshold moves for the stability, as in the published generator.
 _STABILITY_OFFSET = 1.0
 
@@ -45,9 +48,10 @@ class BoxOptions:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def buckets(self) -> Buckets:
-        """The sizes of calls that a predictor needs: two programs, one without ``refine``."""
+        """The sizes of calls that a predictor needs; an image may have few boxes or many."""
         images = (self.images_per_call,)
-        return Buckets(images=images, rows=images, prompts=(self.boxes_per_call,), points=(1,))
+        prompts = sorted({min(_FEW_BOXES, self.boxes_per_call), self.boxes_per_call})
+        return Buckets(images=images, rows=images, prompts=prompts, points=(1,))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
