@@ -60,9 +60,9 @@ class FiguresReport:
     def print_table(self, console: Console | None = None) -> None:
         """Prints the figures in percent, within 100 columns."""
         console = console or Console(width=None if sys.stdout.isatty() else 100)
-        table = Table(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-        )
+        # A title of the table's own would be broken to its width.
+        console.print(self.title, style="bold", markup=False, highlight=False)
+        table = Table(box=box.SIMPLE_HEAD)
         for name in self.figures:
             table.add_column(name.rpartition("_")[2], justify="right")
         table.add_row(

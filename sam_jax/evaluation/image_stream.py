@@ -49,7 +49,8 @@ def records_of_stream(
             while isinstance(waiting[0], Future):
                 scored.append(waiting.popleft())
             scored.append(pool.submit(score, waiting.popleft(), answered))
-            while len(scored) > _SCORED_AT_ONCE:
+            # As soon as they are ready, since what is recorded is not lost.
+            while scored and (len(scored) > _SCORED_AT_ONCE or scored[0].done()):
                 yield scored.popleft().result()
         # What is left cannot be used, or it would have been answered.
         for future in itertools.chain(scored, waiting):
