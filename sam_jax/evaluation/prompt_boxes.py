@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from sam_jax.arrays import Float
-from sam_jax.data.sources.coco_file import Id
+from sam_jax.data.sources.json_form import Id
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.average_precision import MAX_DETECTIONS, Rules, counted

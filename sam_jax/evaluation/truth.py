@@ -18,8 +18,13 @@ from sam_jax.data.samples import (
     image_hw,
     read_picture_file,
 )
-from sam_jax.data.sources.coco import find_pictures, segmentation_to_rle
-from sam_jax.data.sources.coco_file import Id, LabelledAnnotation, LabelledImage, read_labelled
+from sam_jax.data.sources.json_form import Id
+from sam_jax.data.sources.labelled_file import (
+    LabelledAnnotation,
+    LabelledImage,
+    read_labelled,
+)
+from sam_jax.data.sources.listed_images import ListedImage, find_pictures, segmentation_to_rle
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.rle import BadRleError
@@ -101,7 +106,8 @@ class InstanceTruth:
         self.is_federated = file.is_federated
         self.left_out = file.left_out
         self._folder = folder
-        paths = find_pictures(self.path, file.images, folder)
+        listed = [ListedImage(i.file_name, i.hw, [], i.other_names) for i in file.images]
+        paths = find_pictures(self.path, listed, folder)
         chosen = range(len(file.images))
         if max_images is not None and max_images < len(chosen):
             drawn = sorted(chosen, key=lambda i: keyed_number(f"{seed}/{file.images[i].file_name}"))

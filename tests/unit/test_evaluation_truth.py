@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam_jax.data.samples import CorruptSampleError
-from sam_jax.data.sources.coco_file import read_labelled
+from sam_jax.data.sources.labelled_file import read_labelled
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.truth import InstanceTruth
 
