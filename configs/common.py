@@ -99,3 +99,17 @@ def _empty(annotation: Any) -> Any:
     """None, of the type that ``X | None`` allows."""
     (kind,) = (arg for arg in typing.get_args(annotation) if arg is not type(None))
     return placeholder(typing.get_origin(kind) or kind)
+
+
+def eval_section(kind: str, cls: type, **options: Any) -> ConfigDict:
+    """An evaluation of some kind with every field of its dataclass, so that flags can set them.
+
+    Args:
+      kind: its name in ``sam_jax.evaluation.kinds``.
+      cls: the dataclass of its options.
+      **options: that differ from their defaults.
+    """
+    section = ConfigDict(options)
+    _complete_section(section, cls)
+    section.kind = kind
+    return section

@@ -345,6 +345,21 @@ def masks(
         list[str] | None,
         typer.Option(help="NAME=VALUE of any other of AutomaticOptions; may be repeated."),
     ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Boxes of a detector, of which masks are made in place of everything: COCO's "
+            "results JSON, or by file name as Hugging Face's pipelines answer.",
+            show_default="none",
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(help="With --boxes: leave out boxes of a lower score.", show_default="0"),
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="With --boxes: feed each mask back with its box.")
+    ] = False,
     coco: Annotated[
         bool, typer.Option("--coco", help="Write coco.json, of all pictures, as well.")
     ] = False,
@@ -360,16 +375,15 @@ def masks(
     decoder_heads: DecoderHeads = None,
     compilation_cache: CompilationCache = None,
 ) -> None:
-    """Segments everything in a picture or a folder, in the form of SA-1B's annotations.
+    """Segments everything in a picture or a folder, or what is in boxes, in SA-1B's form.
 
     A folder may be stopped at any time: the same command goes on where it was.
     """
-    import dataclasses
-
     import jax
 
     from sam_jax.inference import folder
-    from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions
+    from sam_jax.inference.box_masks import BoxOptions
+    from sam_jax.inference.picture_boxes import boxes_of_pictures
     from sam_jax.inference.predictor import Buckets, Predictor, use_compilation_cache
 
     named: dict[str, Any] = {
@@ -379,24 +393,28 @@ def masks(
         "crop_n_layers": crop_n_layers,
         "tile_px": tile_px,
     }
-    changes = {name: value for name, value in named.items() if value is not None}
-    start = SA1B_OPTIONS if preset is Preset.sa1b else AutomaticOptions()
-    others = _options(start, option or [])
-    if twice := changes.keys() & others.keys():
-        raise ConfigError(
-            f"{', '.join(sorted(twice))}: given as an option of its own and by --option"
-        )
-    options = dataclasses.replace(start, **changes, **others)
+    automatic = _automatic_options(preset, named, option or [])
+    if boxes is None and (refine or min_score is not None):
+        raise ConfigError("--refine and --min-score are for --boxes")
+    if boxes is not None and automatic != _automatic_options(Preset.released, {}, []):
+        raise ConfigError("--boxes takes no options of the grid: no grid is searched")
     # Before minutes are spent on loading.
-    folder.list_pictures(source)
+    pictures = folder.list_pictures(source)
     folder.check_target(source, out)
+    picture_boxes, box_options = None, BoxOptions(refine)
+    if boxes is not None:
+        root = source if source.is_dir() else source.parent
+        picture_boxes = boxes_of_pictures(boxes, pictures, root, min_score)
+        for remark in picture_boxes.remarks:
+            typer.echo(remark, err=True)
     if compilation_cache is not None:
         use_compilation_cache(compilation_cache)
+    buckets = Buckets(images=(automatic.regions_per_batch,))
     with _progress() as say:
         say(f"reading {checkpoint}")
         predictor = Predictor.load(
             checkpoint,
-            buckets=Buckets(images=(options.regions_per_batch,)),
+            buckets=buckets if boxes is None else box_options.buckets(),
             devices=jax.local_devices(),
             step=step,
             ema=ema,
@@ -408,7 +426,8 @@ def masks(
                 predictor,
                 source,
                 out,
-                options,
+                automatic if boxes is None else box_options,
+                boxes=picture_boxes,
                 coco=coco,
                 overlays=overlays,
                 label_maps=label_maps,
@@ -420,10 +439,11 @@ def masks(
         raise typer.Exit(130) from None
     before = f", {summary.num_before} were there before" if summary.num_before else ""
     typer.echo(f"{out}: {summary.num_masks} masks of {summary.num_annotated} pictures{before}")
-    if summary.num_annotated and not summary.num_masks:
+    if summary.num_annotated and not summary.num_masks and boxes is None:
         typer.echo(
-            f"no mask passed: pred_iou_thresh is {options.pred_iou_thresh}, stability_score_thresh "
-            f"{options.stability_score_thresh}, which a model of little training does not reach",
+            f"no mask passed: pred_iou_thresh is {automatic.pred_iou_thresh}, "
+            f"stability_score_thresh {automatic.stability_score_thresh}, which a model of "
+            "little training does not reach",
             err=True,
         )
     if summary.skipped:
@@ -490,6 +510,22 @@ def plan(
         typer.echo(f"{json}: {len(plans)} plans")
     if any(made.memory.fits is False for made in plans):
         raise typer.Exit(1)
+
+
+def _automatic_options(preset: Preset, named: dict[str, Any], others: list[str]) -> Any:
+    """Options of the generator of automatic masks: those of a preset, changed."""
+    import dataclasses
+
+    from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions
+
+    changes = {name: value for name, value in named.items() if value is not None}
+    start = SA1B_OPTIONS if preset is Preset.sa1b else AutomaticOptions()
+    given = _options(start, others)
+    if twice := changes.keys() & given.keys():
+        raise ConfigError(
+            f"{', '.join(sorted(twice))}: given as an option of its own and by --option"
+        )
+    return dataclasses.replace(start, **changes, **given)
 
 
 @app.command()

@@ -181,18 +181,25 @@ def generate_masks_of_many(
     options: Any = None,
     *,
     output_mode: Any = "coco_rle",
+    multimask_output: bool = True,
 ) -> Iterator[list[dict[str, Any]]]:
     """``generate_masks`` of a stream of images, in their order; of what ``embed`` takes.
 
     As many regions as ``options.regions_per_batch`` are embedded and prompted at once on each of
     the predictor's devices, of one image or of several; no more images than that are in memory.
 
+    Args:
+      predictor: see ``generate_masks``.
+      images: what ``Predictor.embed`` takes.
+      options: see ``generate_masks``.
+      output_mode: see ``generate_masks``.
+      multimask_output: three candidates of each point, or the single one.
+
     Raises:
       ImageError: if an image cannot be used; those before it have been answered.
     """
-    return _generate(
-        predictor, images_in(images), _checked(options, output_mode), output_mode, None
-    )
+    checked = _checked(options, output_mode)
+    return _generate(predictor, images_in(images), checked, output_mode, None, multimask_output)
 
 
 def _checked(options: Any, output_mode: Any) -> AutomaticOptions:
@@ -250,6 +257,7 @@ def _generate(
     options: AutomaticOptions,
     output_mode: OutputMode,
     embeddings: ImageEmbeddings | None,
+    multimask_output: bool = True,
 ) -> Iterator[list[dict[str, Any]]]:
     batch_size = options.regions_per_batch * predictor.num_devices
     open_searches: list[_Search] = []
@@ -269,7 +277,7 @@ def _generate(
             break
         if embeddings is not None:
             _check_embeddings(embeddings, batch[0][0])
-        _search(predictor, batch, options, embeddings)
+        _search(predictor, batch, options, embeddings, multimask_output)
         while open_searches and not open_searches[0].num_left:
             yield _finished(open_searches.pop(0), options, output_mode)
     if error is not None:
@@ -314,6 +322,7 @@ def _search(
     batch: Sequence[tuple[_Search, Region]],
     options: AutomaticOptions,
     embeddings: ImageEmbeddings | None,
+    multimask_output: bool,
 ) -> None:
     """Adds to each image what is found in its region."""
     if embeddings is None:
@@ -345,6 +354,7 @@ def _search(
             grids,
             points_per_batch=options.points_per_batch,
             iou_threshold=threshold,
+            multimask_output=multimask_output,
         ):
             for row, image in enumerate(found.images):
                 if len(in_line) >= _LINE_PER_WORKER * num_workers:

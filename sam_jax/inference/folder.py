@@ -1,4 +1,4 @@
-"""Automatic masks of a folder of pictures, which goes on where it was stopped."""
+"""Masks of a folder of pictures, automatic or from boxes; it goes on where it was stopped."""
 
 import dataclasses
 import errno
@@ -21,8 +21,12 @@ from sam_jax.arrays import UInt8, UInt16
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
 from sam_jax.images import PICTURE_SUFFIXES, ImageError, read_header, read_image, upright_copy
-from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
+from sam_jax.inference.automatic import AutomaticOptions
+from sam_jax.inference.box_masks import BoxOptions
 from sam_jax.inference.candidates import label_map
+from sam_jax.inference.detections import Name
+from sam_jax.inference.picture_boxes import PictureBoxes
+from sam_jax.inference.picture_masks import Picture, picture_masks
 from sam_jax.inference.predictor import Predictor
 from sam_jax.resizing import resize_image
 from sam_jax.visualize import overlay_masks, palette, save_picture
@@ -35,6 +39,8 @@ LABELS_FOLDER = "labels"
 SETTINGS_NAME = "settings.json"
 SKIPPED_NAME = "skipped.txt"
 COCO_NAME = "coco.json"
+# What automatic masks are masks of, in COCO's form.
+_OBJECT: Mapping[str, Any] = {"id": 1, "name": "object", "supercategory": "object"}
 # Overlays are pictures to look at: a larger image is shown at this size.
 _OVERLAY_SIDE_PX = 1600
 # Pictures that are read ahead of the model.
@@ -125,15 +131,16 @@ def annotate_folder(
     predictor: Predictor,
     source: Path,
     target: Path,
-    options: AutomaticOptions | None = None,
+    options: AutomaticOptions | BoxOptions | None = None,
     *,
+    boxes: PictureBoxes | None = None,
     coco: bool = False,
     overlays: bool = True,
     label_maps: bool = False,
     link_pictures: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Writes all masks of all pictures in the form of SA-1B's annotations, one file per picture.
+    """Writes the masks of all pictures in the form of SA-1B's annotations, one file per picture.
 
     A picture whose file is there is not looked at again, so a call that was stopped is finished by
     the same call. Pictures that cannot be read are skipped and named in ``skipped.txt``; the next
@@ -144,7 +151,9 @@ def annotate_folder(
       source: a picture, or a folder, sub-folders included.
       target: a folder outside of ``source``. Files in its ``annotations`` are named like the
         pictures.
-      options: how to search.
+      options: how to search; with ``boxes``, BoxOptions.
+      boxes: masks are made of these boxes, one each, in place of everything in a picture. Label
+        and score of each box stand beside its mask.
       coco: writes ``coco.json`` in COCO's form as well, of all pictures.
       overlays: writes pictures of the masks in ``overlays``.
       label_maps: writes maps without overlaps in ``labels``, see ``candidates.label_map``, as PNGs
@@ -159,13 +168,13 @@ def annotate_folder(
       ConfigError: if there is no picture, the target lies among them, or it holds masks that were
         made otherwise.
     """
-    options = options or AutomaticOptions()
+    masks = picture_masks(options, boxes)
     pictures = list_pictures(source)
     root = source if source.is_dir() else source.parent
     check_target(source, target)
     _check_endings(pictures if link_pictures else [])
     made_by = {"weights": predictor.fingerprint(), "source": str(root.resolve())}
-    _keep_settings(target, {**made_by, **dataclasses.asdict(options)})
+    _keep_settings(target, {**made_by, **masks.settings()})
     files = {
         path: (target / ANNOTATIONS_FOLDER / path.relative_to(root)).with_suffix(".json")
         for path in pictures
@@ -178,21 +187,19 @@ def annotate_folder(
         done = num_before + num_annotated + len(skipped)
         on_progress(Progress(done, len(pictures), path, count))
 
-    def readable() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    def readable() -> Iterator[Picture]:
         for path, pixels in _read_ahead(left):
             if isinstance(pixels, ImageError):
                 skipped.append(str(pixels))
                 report(path, None)
                 continue
             opened.append((path, pixels))
-            yield pixels
+            yield path, pixels
 
     try:
-        for found in generate_masks_of_many(predictor, readable(), options):
+        for records in masks.records(predictor, readable()):
             path, pixels = opened.popleft()
             relative = path.relative_to(root)
-            # Thresholds of 0 let masks pass that are empty.
-            records = [record for record in found if record["area"]]
             try:
                 if overlays:
                     _save_picture(target / OVERLAYS_FOLDER / relative, overlay_of(pixels, records))
@@ -212,9 +219,11 @@ def annotate_folder(
             num_masks, num_annotated = num_masks + len(records), num_annotated + 1
             report(path, len(records))
     finally:
+        skipped += masks.missing
         _write_skipped(target / SKIPPED_NAME, skipped)
     if coco:
-        write_coco([files[path] for path in pictures if _is_there(files[path])], target / COCO_NAME)
+        done = [files[path] for path in pictures if _is_there(files[path])]
+        write_coco(done, target / COCO_NAME, masks.categories)
     return Summary(num_annotated, num_before, num_masks, skipped)
 
 
@@ -259,24 +268,35 @@ def sa1b_annotation(
     }
 
 
-def write_coco(annotation_files: Sequence[Path], target: Path) -> None:
+def write_coco(
+    annotation_files: Sequence[Path],
+    target: Path,
+    categories: Mapping[Name, Mapping[str, Any]] | None = None,
+) -> None:
     """Puts SA-1B's annotation files together in one of COCO, the masks of one at a time in memory.
 
-    Images and masks are numbered anew, from 1. All masks are of one category, "object". Boxes are
-    COCO's: a mask one pixel wide has width 1, where SA-1B says 0.
+    Images and masks are numbered anew, from 1. Boxes are COCO's: a mask one pixel wide has width 1,
+    where SA-1B says 0.
+
+    Args:
+      annotation_files: by image.
+      target: the file to write.
+      categories: COCO's, by the ``label`` of a mask or, where it has none, its ``category_id``. By
+        default all masks are of one category, "object".
 
     Raises:
-      ConfigError: if a file is damaged.
+      ConfigError: if a file is damaged, or has a label that is none of the categories.
     """
+    listed = list((categories or {0: _OBJECT}).values())
     with written_whole(target) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        file.write('{"info": {"description": "automatic masks"}, "licenses": [],\n')
-        file.write('"categories": [{"id": 1, "name": "object", "supercategory": "object"}],\n')
+        file.write('{"info": {"description": "masks by sam_jax"}, "licenses": [],\n')
+        file.write(f'"categories": {json.dumps(listed)},\n')
         annotation_ids, images, separator = itertools.count(1), [], "\n"
         file.write('"annotations": [')
         for image_id, source in enumerate(annotation_files, start=1):
             content = _read_json(source)
             images.append(json.dumps(_coco_image(content, image_id), allow_nan=False))
-            for entry in _coco_annotations(content, image_id, annotation_ids):
+            for entry in _coco_annotations(content, source, image_id, annotation_ids, categories):
                 file.write(separator + json.dumps(entry, allow_nan=False))
                 separator = ",\n"
         file.write('\n],\n"images": [\n' + ",\n".join(images) + "\n]}\n")
@@ -453,19 +473,33 @@ def _coco_image(content: Mapping[str, Any], image_id: int) -> dict[str, Any]:
 
 
 def _coco_annotations(
-    content: Mapping[str, Any], image_id: int, ids: Iterator[int]
+    content: Mapping[str, Any],
+    source: Path,
+    image_id: int,
+    ids: Iterator[int],
+    categories: Mapping[Name, Mapping[str, Any]] | None,
 ) -> list[dict[str, Any]]:
     annotations = []
     for annotation in content["annotations"]:
+        category = _OBJECT
+        if categories:
+            name = annotation.get("label", annotation.get("category_id"))
+            if name not in categories:
+                raise ConfigError(
+                    f"{source}: a mask's label is {name!r}; expected one of "
+                    f"{', '.join(map(repr, list(categories)[:8]))}; remove the file and go on"
+                )
+            category = categories[name]
         x, y, width, height = annotation["bbox"]
+        is_empty = not annotation["area"]
         annotations.append(
             {
                 **annotation,
                 "id": next(ids),
                 "image_id": image_id,
-                "category_id": 1,
+                "category_id": category["id"],
                 "iscrowd": 0,
-                "bbox": [x, y, width + 1, height + 1],
+                "bbox": [x, y, 0, 0] if is_empty else [x, y, width + 1, height + 1],
             }
         )
     return annotations

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
@@ -176,13 +177,18 @@ class Predictor:
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
         everywhere, by_image = PartitionSpec(), parallel.spec(BATCH)
-        decode_points = parallel.on_each_device(
-            self._decode_points_on_device,
-            [everywhere, by_image, by_image, by_image, everywhere],
-            by_image,
-        )
         self._decode = jax.jit(parallel.decode(model), static_argnames="multimask_output")
-        self._decode_points = jax.jit(decode_points)
+        # By whether there are three masks of each point; compiled when they are called.
+        self._decode_points = {
+            multimask_output: jax.jit(
+                parallel.on_each_device(
+                    functools.partial(self._decode_points_on_device, multimask_output),
+                    [everywhere, by_image, by_image, by_image, everywhere],
+                    by_image,
+                )
+            )
+            for multimask_output in (True, False)
+        }
         # Not a slice, which would be compiled anew for each position.
         self._take = jax.jit(lambda rows, indices: rows[indices], out_shardings=self._everywhere)
 
@@ -329,8 +335,9 @@ class Predictor:
         *,
         points_per_batch: int,
         iou_threshold: float,
+        multimask_output: bool = True,
     ) -> Iterator[PointBatch]:
-        """Candidates of many lone points, three of each, some points of all images at a time.
+        """Candidates of many lone points, some points of all images at a time.
 
         Masks are drawn only where a candidate is good enough. While the caller looks at one batch,
         the next two are on their way; no more are in memory.
@@ -340,6 +347,7 @@ class Predictor:
           points: of each image, ``(x, y)`` in its pixels, a pixel's index meaning its centre.
           points_per_batch: of each image.
           iou_threshold: candidates need a higher predicted IoU.
+          multimask_output: three candidates of each point, or the single one.
 
         Raises:
           PromptError: if embeddings are another model's.
@@ -365,7 +373,7 @@ class Predictor:
                 arrays = jax.device_put((coords[:, part], valid[:, part]), self._by_image)
                 yield (
                     start,
-                    self._decode_points(
+                    self._decode_points[multimask_output](
                         self._variables, features, *arrays, np.float32(iou_threshold)
                     ),
                 )
@@ -471,6 +479,7 @@ class Predictor:
 
     def _decode_points_on_device(
         self,
+        multimask_output: bool,
         variables: Any,
         features: Float[Array, "b gh gw d"],
         coords: Float[Array, "b p 2"],
@@ -481,7 +490,7 @@ class Predictor:
         chunk = coords.shape[1]
         if jax.default_backend() == "cpu":
             chunk = math.gcd(chunk, _points_in_cache(math.prod(features.shape[1:])))
-        m, lh, lw = NUM_MULTIMASK, *self._model.low_res_size
+        m, lh, lw = NUM_MULTIMASK if multimask_output else 1, *self._model.low_res_size
 
         def one_chunk(coords_and_valid: Any) -> MaskPrediction:
             coords, valid = coords_and_valid
@@ -500,13 +509,20 @@ class Predictor:
                     point_valid=valid[..., None],
                 )
                 output: Any = self._model.apply(
-                    variables, features, prompts, multimask_output=True, method=Sam.run_transformer
+                    variables,
+                    features,
+                    prompts,
+                    multimask_output=multimask_output,
+                    method=Sam.run_transformer,
                 )
                 ious = output.iou_predictions
                 logits = jax.lax.cond(
                     jnp.any((ious > iou_threshold) & valid[..., None]),
                     lambda: self._model.apply(
-                        variables, output, multimask_output=True, method=Sam.predict_masks
+                        variables,
+                        output,
+                        multimask_output=multimask_output,
+                        method=Sam.predict_masks,
                     ),
                     no_masks,
                 )

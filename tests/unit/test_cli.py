@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 from pathlib import Path
 
@@ -266,6 +267,33 @@ def test_masks(sam_jax, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     stopped = sam_jax(*arguments, *options)
     assert stopped.code == 130
     assert "the same command goes on" in stopped.err
+
+
+def test_masks_of_boxes(sam_jax, run: Path, tmp_path: Path) -> None:
+    source, out, boxes = tmp_path / "in", tmp_path / "out", tmp_path / "boxes.json"
+    source.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(source / "one.jpg")
+    box = {"xmin": 1, "ymin": 2, "xmax": 11, "ymax": 22}
+    found = [{"score": score, "label": "cat", "box": box} for score in (0.2, 0.7)]
+    boxes.write_text(json.dumps({"one.jpg": found, "two.jpg": found}))
+    arguments = ("masks", source, "--checkpoint", run, "--out", out, "--boxes", boxes)
+    done = sam_jax(*arguments, "--min-score", 0.5, "--refine", "--coco")
+    assert done.code == 0, done.err
+    assert f"{out}: 1 masks of 1 pictures" in done.out
+    assert "2 of 4 boxes have a score below 0.5" in done.err
+    assert "1 boxes of file_name 'two.jpg', which is none of the pictures" in done.err
+    (category,) = json.loads((out / "coco.json").read_text())["categories"]
+    assert category["name"] == "cat"
+    for option, words in (
+        (("--points-per-side", 2), "--boxes takes no options of the grid"),
+        (("--preset", "sa1b"), "--boxes takes no options of the grid"),
+    ):
+        wrong = sam_jax(*arguments, *option)
+        assert (wrong.code, wrong.out) == (1, "")
+        assert words in wrong.err
+    wrong = sam_jax(*arguments[:-2], "--refine")
+    assert "--refine and --min-score are for --boxes" in wrong.err
 
 
 def test_datasets_are_listed_and_described(sam_jax, tmp_path: Path) -> None:

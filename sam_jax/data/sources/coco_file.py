@@ -58,7 +58,7 @@ def _read(content: Any, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
     ids = Ids("images", "give each image an id of its own, as when files are merged")
     for number, record in enumerate(image_records):
         where = f"images[{number}]"
-        name, *others = _file_names(record, where)
+        name, *others = file_names(record, where)
         image_id = ids.add(number, identifier(record, "id", where), repr(name))
         images[image_id] = ListedImage(name, image_size(record, where, name), [], tuple(others))
     _check_categories(content)
@@ -77,7 +77,7 @@ def _read(content: Any, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
                 f"{where}.image_id is {image_id!r}, but the image's id is "
                 f"{spelled_otherwise[image_id]!r}: write both as numbers, or both as strings"
             )
-        reason = _reason_to_leave_out(annotation, where, image_id in images, keep_crowds)
+        reason = reason_to_leave_out(annotation, where, image_id in images, keep_crowds)
         if reason:
             left_out.add(reason, f"{where} with image_id {image_id!r}")
         else:
@@ -85,9 +85,20 @@ def _read(content: Any, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
     return with_objects(images.values(), left_out), left_out
 
 
-def _reason_to_leave_out(
+def reason_to_leave_out(
     annotation: Mapping[str, Any], where: str, has_image: bool, keep_crowds: bool
 ) -> str | None:
+    """The reason why an annotation is not used; None if it is.
+
+    Args:
+      annotation: the annotation.
+      where: its place in the file.
+      has_image: whether its image is in the file.
+      keep_crowds: see ``read_coco``.
+
+    Raises:
+      FormError: it does not say whether it marks a crowd.
+    """
     is_crowd = flag(annotation, "iscrowd", where)
     if not has_image:
         return OF_NO_IMAGE
@@ -106,11 +117,14 @@ def _check_categories(content: Mapping[str, Any]) -> None:
         ids.add(number, category_id, repr(category.get("name")))
 
 
-def _file_names(record: Mapping[str, Any], where: str) -> list[str]:
+def file_names(record: Mapping[str, Any], where: str) -> list[str]:
     """The names that an image's file may have, the likeliest first.
 
     LVIS v1 has no file_name, but the address of COCO's picture, whose last folder tells the split;
     LVIS v0.5 has the names of 2014 for the pictures of 2017.
+
+    Raises:
+      FormError: it has none.
     """
     url = record.get("coco_url")
     if "file_name" in record or not isinstance(url, str):

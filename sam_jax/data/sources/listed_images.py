@@ -95,7 +95,7 @@ class ListedImagesSource:
         self._orientation = orientation
         self._folder = folder
         self._images = images
-        self._paths = _find(path, images, folder)
+        self._paths = find_pictures(path, images, folder)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -140,8 +140,13 @@ class ListedImagesSource:
         )
 
 
-def _find(path: Path, images: list[ListedImage], folder: Path) -> list[Path | None]:
+def find_pictures(path: Path, images: list[ListedImage], folder: Path) -> list[Path | None]:
     """The file of each image, None where there is none; says how many are missing or renamed.
+
+    Args:
+      path: the annotations, for messages.
+      images: what was read.
+      folder: where the images are.
 
     Raises:
       ConfigError: a name may mean several files, or two images are one file.
