@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from sam_jax.evaluation.edges.evaluation import EdgeEvalConfig, EdgeEvaluation
+from sam_jax.evaluation.edges.report import measures as edge_measures
 from sam_jax.evaluation.evaluation import EvaluationKind
 from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
 
@@ -9,4 +11,5 @@ DEFAULT_KIND = "prompts"
 # By the names that configs use.
 KINDS: Mapping[str, EvaluationKind] = {
     DEFAULT_KIND: EvaluationKind(EvalConfig, PromptedMasks),
+    "edges": EvaluationKind(EdgeEvalConfig, EdgeEvaluation, edge_measures),
 }
