@@ -76,7 +76,7 @@ def image_record(
     maps: Mapping[str, Mapping[str, Float[np.ndarray, "h w"]]],
     thresholds: Float[np.ndarray, "t"],
 ) -> dict[str, Any]:
-    """What is kept of an image: counts of its edge maps, by their source and suppression.
+    """The record of an image: counts of its edge maps, by their source and suppression.
 
     Args:
       name: the image's.
@@ -98,5 +98,5 @@ def image_record(
 
 
 def unusable_record(name: str, reason: Exception) -> dict[str, Any]:
-    """What is kept of an image that cannot be used."""
+    """The record of an image that cannot be used."""
     return {"image": name, "unusable": str(reason)}

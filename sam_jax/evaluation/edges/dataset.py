@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.io import loadmat, whosmat
 
 from sam_jax.arrays import Bool, Shaped, UInt8
 from sam_jax.errors import ConfigError, UserError
@@ -132,7 +133,8 @@ def read_boundaries(path: Path) -> list[Bool[np.ndarray, "h w"]]:
       AnnotationError: it is no such file, is damaged, or holds something else.
     """
     try:
-        content = _loaded(path)
+        content = loadmat(path, variable_names=[ANNOTATIONS])
+        names = [name for name, *_ in whosmat(path)]
     # Damaged bytes end in errors of every kind, of zlib and struct among them.
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -141,18 +143,11 @@ def read_boundaries(path: Path) -> list[Bool[np.ndarray, "h w"]]:
             f"({reason}); {_EXPECTED}"
         ) from None
     if ANNOTATIONS not in content:
-        names = [name for name in content if not name.startswith("__")]
         raise AnnotationError(f"{path} holds {names[:5]}; {_EXPECTED}")
     boundaries = [_marked(cell, path) for cell in np.ravel(content[ANNOTATIONS])]
     if not boundaries:
         raise AnnotationError(f"{path} has no annotator; {_EXPECTED}")
     return boundaries
-
-
-def _loaded(path: Path) -> dict[str, Any]:
-    from scipy.io import loadmat
-
-    return loadmat(path, variable_names=[ANNOTATIONS]) or loadmat(path)
 
 
 def _marked(cell: Any, path: Path) -> np.ndarray:

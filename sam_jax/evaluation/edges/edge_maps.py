@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,11 +12,9 @@ from scipy.special import expit
 from sam_jax.arrays import Float, UInt8
 from sam_jax.errors import ConfigError
 
-# What is a mask's outer boundary, and what lies beyond the image for the Sobel filter.
-Boundary: TypeAlias = Literal["band", "outer"]
-Frame: TypeAlias = Literal["zeros", "reflected"]
-
-_BORDER_TYPES: dict[str, int] = {
+_BOUNDARIES = ("band", "outer")
+# What lies beyond the image for the Sobel filter.
+_BORDER_TYPES = {
     "zeros": cv2.BORDER_CONSTANT,
     "reflected": cv2.BORDER_REFLECT_101,
 }
@@ -30,7 +28,7 @@ _LEVELS = 255
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EdgeMapOptions:
-    """How edge maps are made of masks.
+    """Options of edge maps.
 
     Attributes:
       points_per_side: points along each side of the grid; each gives three masks.
@@ -47,8 +45,8 @@ class EdgeMapOptions:
     points_per_side: int = 16
     points_per_batch: int = 64
     box_nms_thresh: float = 0.7
-    boundary: Boundary = "band"
-    frame: Frame = "zeros"
+    boundary: str = "band"
+    frame: str = "zeros"
     zeroed_frame_px: int = 0
 
     def __post_init__(self) -> None:
@@ -56,7 +54,7 @@ class EdgeMapOptions:
             raise ConfigError("points_per_side and points_per_batch must be at least 1")
         if not 0 <= self.box_nms_thresh <= 1:
             raise ConfigError(f"box_nms_thresh must be in [0, 1], got {self.box_nms_thresh}")
-        for name, known in (("boundary", get_args(Boundary)), ("frame", get_args(Frame))):
+        for name, known in (("boundary", _BOUNDARIES), ("frame", tuple(_BORDER_TYPES))):
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}"
@@ -151,4 +149,6 @@ def _sobel(values: np.ndarray, border: int) -> np.ndarray:
     dx, dy = (
         cv2.Sobel(values, cv2.CV_32F, *order, borderType=border) for order in ((1, 0), (0, 1))
     )
-    return cv2.magnitude(dx, dy)
+    # Not cv2.magnitude, whose last bit depends on where arrays lie in memory: suppression decides
+    # by it between pixels that are equally strong.
+    return np.sqrt(dx * dx + dy * dy)

@@ -21,7 +21,7 @@ def encode(levels: UInt8[np.ndarray, "h w"]) -> bytes:
 
 
 def decode(content: bytes) -> UInt8[np.ndarray, "h w"]:
-    """What ``encode`` was given."""
+    """A map that ``encode`` was given."""
     return np.asarray(Image.open(io.BytesIO(content)))
 
 

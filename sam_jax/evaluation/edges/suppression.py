@@ -75,6 +75,9 @@ def gradient_direction(edges: _Map) -> _Map:
 def smoothed_normal(edges: _Map) -> _Map:
     """Direction across the edges from second derivatives of the smoothed map, by differences.
 
+    Where the mixed derivative is exactly 0 it is that of the x axis, and so of an edge that is
+    level to the last bit nothing is suppressed; that is the published formula.
+
     Source: Dollár and Zitnick 2015, ``edgesDetect`` and ``edgesEvalDir``.
     """
     smooth = cv2.sepFilter2D(edges, -1, _TRIANGLE, _TRIANGLE, borderType=cv2.BORDER_REFLECT)
