@@ -22,6 +22,7 @@ from sam_jax.evaluation.baselines import (
     disk_measure,
 )
 from sam_jax.evaluation.clicks import first_click, keyed_number
+from sam_jax.evaluation.draw import draw_until
 from sam_jax.evaluation.evaluation import Record
 from sam_jax.evaluation.gallery import sheet
 from sam_jax.evaluation.metrics import mask_iou
@@ -53,7 +54,10 @@ class EvalConfig:
       num_clicks: after how many clicks there is a score.
       baselines: what else answers the prompts, of ``disk``, ``box_filled``, ``box_ellipse`` and
         ``box_grabcut``, which takes by far the longest. They are scored once per evaluator.
-      max_images: most images of each dataset, drawn by ``seed``; None takes all.
+      target_masks: of a dataset that has more than 1.5 times as many masks, images are drawn by
+        ``seed`` until they have so many (``draw.draw_until``); None takes all.
+      max_images: most images of each dataset, drawn by ``seed``; None takes all. With
+        ``target_masks``, of the images that it draws.
       max_masks_per_image: most masks of each image, drawn by ``seed``; None takes all.
       images_per_call: images that are encoded together, and rows that are decoded together.
       prompts_per_call: masks in a row, all of one image; an image with more takes several rows.
@@ -66,6 +70,7 @@ class EvalConfig:
     protocols: tuple[str, ...] = ("center", "random", "box")
     num_clicks: tuple[int, ...] = (1, 2, 3, 5, 9)
     baselines: tuple[str, ...] = ()
+    target_masks: int | None = None
     max_images: int | None = None
     max_masks_per_image: int | None = None
     images_per_call: int = 4
@@ -93,9 +98,11 @@ class EvalConfig:
             raise ValueError(f"num_clicks must rise from 1 or more, got {clicks}")
         if not self.protocols or min(self.images_per_call, self.prompts_per_call) < 1:
             raise ValueError("needs a protocol, and an image and a prompt per call")
-        limits = (self.max_images, self.max_masks_per_image)
+        limits = (self.target_masks, self.max_images, self.max_masks_per_image)
         if any(limit is not None and limit < 1 for limit in limits):
-            raise ValueError("max_images and max_masks_per_image must be at least 1, or None")
+            raise ValueError(
+                "target_masks, max_images and max_masks_per_image must be at least 1, or None"
+            )
 
 
 class PromptedMasks:
@@ -307,7 +314,11 @@ class _Drawn:
         self.name = source.name
         self.left_out = source.left_out
         self._source = source
-        self._indices = _draw(len(source), config.max_images, f"{config.seed}/{source.name}")
+        key = f"{config.seed}/{source.name}"
+        indices: Sequence[int] = range(len(source))
+        if config.target_masks is not None:
+            indices = draw_until(source, config.target_masks, key)
+        self._indices = [indices[at] for at in _draw(len(indices), config.max_images, key)]
 
     def __len__(self) -> int:
         return len(self._indices)
