@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sam_jax.arrays import Bool, Float
-from sam_jax.evaluation.edges.matching import Annotation
+from sam_jax.evaluation.edges.matching import EdgePixels
 from sam_jax.evaluation.edges.thinning import thin
 
 
@@ -28,13 +28,13 @@ class AnnotatedImage:
     """
 
     def __init__(self, boundaries: Sequence[Bool[np.ndarray, "h w"]], max_distance_rate: float):
-        reach_px = max_distance_rate * math.hypot(*boundaries[0].shape)
-        self._annotations = [Annotation(marked, reach_px) for marked in boundaries]
+        self._max_distance_px = max_distance_rate * math.hypot(*boundaries[0].shape)
+        self._annotations = [EdgePixels(marked, self._max_distance_px) for marked in boundaries]
 
     @property
     def num_annotated(self) -> int:
         """Marked pixels of all annotators."""
-        return sum(annotation.num_pixels for annotation in self._annotations)
+        return sum(map(len, self._annotations))
 
     def count(
         self, edges: Float[np.ndarray, "h w"], thresholds: Float[np.ndarray, "t"]
@@ -60,14 +60,14 @@ class AnnotatedImage:
         return counts
 
     def _match(self, lines: np.ndarray) -> tuple[int, int, int]:
-        rows, columns = np.nonzero(lines)
-        confirmed = np.zeros(len(rows), bool)
+        pixels = EdgePixels(lines, self._max_distance_px)
+        is_confirmed = np.zeros(len(pixels), bool)
         recalled = 0
         for annotation in self._annotations:
-            is_matched = annotation.match(rows, columns) >= 0
+            is_matched = pixels.match(annotation) >= 0
             recalled += int(np.count_nonzero(is_matched))
-            confirmed |= is_matched
-        return recalled, len(rows), int(np.count_nonzero(confirmed))
+            is_confirmed |= is_matched
+        return recalled, len(pixels), int(np.count_nonzero(is_confirmed))
 
 
 def image_record(
