@@ -248,11 +248,11 @@ def _threads(number: int) -> Iterator[ThreadPoolExecutor]:
 def _in_order(
     function: Callable[[_Item], _Result], items: Iterable[_Item], pool: Executor, num_ahead: int
 ) -> Iterator[_Result]:
-    """Results for all items, in order, while so many more are worked on."""
+    """Results for all items, in order, as they are there, while so many more are worked on."""
     under_way: deque[Future[_Result]] = deque()
     for item in items:
         under_way.append(pool.submit(function, item))
-        if len(under_way) > num_ahead:
+        while under_way and (len(under_way) > num_ahead or under_way[0].done()):
             yield under_way.popleft().result()
     while under_way:
         yield under_way.popleft().result()
