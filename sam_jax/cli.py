@@ -457,6 +457,63 @@ def masks(
 
 
 @app.command()
+def score_edges(
+    maps: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of grey pictures, white where edges are, named like the images.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Folder with images/ and groundTruth/, laid out as BSDS500.")
+    ],
+    split: Annotated[
+        str, typer.Option(help="Folder in each of these, as test.", show_default="none")
+    ] = "",
+    suppression: Annotated[
+        str, typer.Option(help="What is done to the maps first: canny, structured, opencv, none.")
+    ] = "none",
+    thresholds: Annotated[int, typer.Option(help="How many, evenly spaced.")] = 99,
+    max_distance_rate: Annotated[
+        float, typer.Option(help="How far off an edge may be, over the image's diagonal.")
+    ] = 0.0075,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and the curve, too.")
+    ] = None,
+) -> None:
+    """Scores edge maps of any method by the BSDS500 benchmark: ODS, OIS, AP and R50."""
+    import json
+
+    from sam_jax import places
+    from sam_jax.evaluation.edges.ready_made import score_maps
+    from sam_jax.visualize import save_picture
+    from sam_jax.weights.files import written_whole
+
+    if out is not None:
+        places.check_folder(out)
+    with _progress() as say:
+        report = score_maps(
+            maps,
+            data,
+            split=split,
+            suppression=suppression,
+            num_thresholds=thresholds,
+            max_distance_rate=max_distance_rate,
+            on_progress=lambda done, total: say(f"scored {done} of {total} images"),
+        )
+    report.print_table()
+    if out is not None:
+        text = json.dumps({"kind": "edges", **report.as_json()}, indent=2, allow_nan=False)
+        with written_whole(out / "report.json") as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
+        for name, picture in report.pictures.items():
+            with written_whole(out / f"{name}.png") as unfinished:
+                save_picture(unfinished, picture)
+        typer.echo(f"{out}: the numbers and the curve")
+
+
+@app.command()
 def plan(
     config: Annotated[str, typer.Option(help="As for train.py: FILE.py or FILE.py:ARGUMENT.")],
     topology: Annotated[

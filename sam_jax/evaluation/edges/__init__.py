@@ -1,0 +1,1 @@
+"""Edge detection on BSDS500: edge maps from masks, and the benchmark that scores them."""
