@@ -98,11 +98,11 @@ def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) ->
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
         "PYTHONPATH": str(ROOT),
     }
+    command = [str(ROOT / program), "--config", str(config), *flags]
     if any(flag.startswith("--process=") for flag in flags):
-        # Only the first would find what the session compiled, and not wait for the others.
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    command = [sys.executable, str(ROOT / program), "--config", str(config), *flags]
-    return Program(command, environment)
+        environment["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "true"
+        command.insert(0, str(Path(__file__).with_name("of_several.py")))
+    return Program([sys.executable, *command], environment)
 
 
 def run(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> str:
