@@ -17,6 +17,12 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_run.py")
 # A few steps of a tiny model: compiling them well would take longer than running them.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# A program that is compiled sooner, for runs of which no more is asked than that they train.
+ONE_ROUND = (
+    "--config.prompts.num_corrections=0",
+    "--config.prompts.random_mask_round=False",
+    "--config.prompts.final_mask_round=False",
+)
 
 # How long a test waits for one thing, on a machine that is busy with others.
 WAIT_SECONDS = 300

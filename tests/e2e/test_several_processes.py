@@ -10,18 +10,12 @@ import jax
 import numpy as np
 
 from sam_jax.checkpoint import restore_variables
-from tests.e2e.programs import Program, logged, run, runner_limit, saved_steps, start
+from tests.e2e.programs import ONE_ROUND, Program, logged, run, runner_limit, saved_steps, start
 
 pytestmark = runner_limit
 
-# One round, as it is processes that count here, and what stops a run is all that it is asked for.
-PLAIN = (
-    "--config.prompts.num_corrections=0",
-    "--config.prompts.random_mask_round=False",
-    "--config.prompts.final_mask_round=False",
-    "--config.train.log_every=1",
-    "--config.train.eval_every=0",
-)
+# It is processes that count here, and what stops a run is all that it is asked for.
+PLAIN = (*ONE_ROUND, "--config.train.log_every=1", "--config.train.eval_every=0")
 # The first half of the devices, and of the images of a step, is one process's.
 SHARDED = ("--config.sharding.data=2", "--config.sharding.fsdp=2", *PLAIN)
 RARE = "--config.checkpoint.every_steps=100000"
