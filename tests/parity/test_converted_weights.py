@@ -12,7 +12,7 @@ import pytest
 
 from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.models.sam import Sam, SamConfig
+from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.variants import VARIANTS
 from sam_jax.weights import load as checkpoints
 from sam_jax.weights.load import open_weights, save
@@ -204,7 +204,7 @@ def test_the_published_registry_loads_what_is_written(
 ) -> None:
     """At full size, strictly; every tensor is told apart by its number."""
     config = VARIANTS[variant]
-    template = jax.eval_shape(lambda: checkpoints.init_variables(Sam(config), jax.random.key(0)))
+    template = variable_shapes(config)
     leaves, structure = jax.tree.flatten(template)
     # Of one element each, and of half the size of a float: full size on disk alone.
     numbered = [
