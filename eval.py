@@ -1,6 +1,8 @@
 """Evaluates a run: python eval.py --config configs/demo.py --checkpoint runs/demo [--out FOLDER].
 
-Runs the evaluations of the config's section `evals`; prints and writes scores, curves, examples.
+Runs the evaluations of the config's section `evals`; prints and writes scores, plots, examples. The
+same command again continues one that stopped. A config without a section `model` takes the
+checkpoint's own.
 """
 
 from pathlib import Path
@@ -9,14 +11,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.report import results_folder
-from sam_jax.evaluation.run import build_evaluators
+from sam_jax.evaluation.run import build_evaluators, model_of
 from sam_jax.hosts import HostsConfig, start_devices
-from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.places import check_folder
-from sam_jax.weights.load import variables_for
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
@@ -39,20 +38,18 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value.to_dict()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
-    model_config = from_mapping(ModelConfig, config["model"], "model")
-    model = build_model(model_config)
-    kernels = model_config.kernels
+    model, variables, kernels = model_of(
+        config.get("model"), CHECKPOINT.value, step=STEP.value, ema=EMA.value
+    )
     evaluators = build_evaluators(config["evals"], model, kernels=kernels, show_progress=True)
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:
         check_folder(out / name)
-    variables = variables_for(model, CHECKPOINT.value, step=STEP.value, ema=EMA.value)
     variables = jax.device_put(variables)
     for name, evaluate in evaluators.items():
-        report = evaluate(variables)
+        report = evaluate(variables, out / name)
         if jax.process_index() == 0:
             report.print_table()
-            report.write(out / name)
 
 
 if __name__ == "__main__":

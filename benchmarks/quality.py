@@ -21,8 +21,8 @@ from rich.table import Table
 
 from benchmarks import published, report
 from configs.small_coco import sources
-from sam_jax.evaluation.report import EvalReport
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
+from sam_jax.evaluation.run import Evaluator
 from sam_jax.inference.images import model_input
 from sam_jax.inference.predictor import Prediction
 from sam_jax.inference.prompts import Prompt
@@ -32,7 +32,7 @@ CLICKS = (1, 3, 5)
 BASELINES = ("box_grabcut", "box_ellipse", "box_filled", "disk")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, EvalReport]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluates both and prints one table."""
     args = _parse(argv)
     model, variables = load(args.checkpoint)
@@ -48,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, EvalReport]:
         num_examples=0,
     )
     devices = jax.local_devices()[:1]
-    reports = {"sam_jax": Evaluator(model, config, devices=devices, show_progress=True)(variables)}
+    ours = Evaluator(model, PromptedMasks(config), devices=devices, show_progress=True)
+    reports = {"sam_jax": ours(variables)}
     if not args.alone:
         peer = PublishedPredictor(model.config, variables)
         without = dataclasses.replace(config, baselines=())
-        evaluator = Evaluator(model, without, show_progress=True, predictor=peer)
-        reports["published code"] = evaluator(variables)
+        theirs = Evaluator(model, PromptedMasks(without), show_progress=True, predictor=peer)
+        reports["published code"] = theirs(variables)
     _publish(args, reports)
     return reports
 
@@ -79,6 +80,8 @@ class _Embedded:
 
 class PublishedPredictor:
     """The published model behind the interface of ``Predictor`` that protocols use."""
+
+    num_devices = 1
 
     def __init__(self, config: Any, variables: Mapping[str, Any]):
         self._model = published.with_weights(config, variables)
@@ -169,7 +172,7 @@ COLUMNS = {
 }
 
 
-def _publish(args: argparse.Namespace, reports: Mapping[str, EvalReport]) -> None:
+def _publish(args: argparse.Namespace, reports: Mapping[str, Any]) -> None:
     table = Table(title=f"Mean IoU (%) by clicks and from boxes, {args.checkpoint}")
     for heading in ("", "masks", *COLUMNS.values()):
         table.add_column(heading, justify="right" if heading else "left")

@@ -9,7 +9,7 @@ from ml_collections.config_dict import placeholder
 
 from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.data.config import DataConfig
-from sam_jax.evaluation.run import EvalConfig
+from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.losses import LossConfig
 from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import ShardingConfig
@@ -66,9 +66,20 @@ def complete(config: ConfigDict) -> ConfigDict:
     """
     for name, cls in SECTIONS.items():
         _complete_section(config[name], cls)
-    for evaluation in config.evals.values():
-        _complete_section(evaluation, EvalConfig)
+    _complete_evals(config)
     return config
+
+
+def only_evals(evals: dict[str, dict[str, Any]]) -> ConfigDict:
+    """A config for ``eval.py`` alone, which takes the model that the checkpoint is of."""
+    config = ConfigDict({"evals": evals})
+    _complete_evals(config)
+    return config
+
+
+def _complete_evals(config: ConfigDict) -> None:
+    for evaluation in config.evals.values():
+        _complete_section(evaluation, KINDS[evaluation.get("kind", DEFAULT_KIND)].config)
 
 
 def _complete_section(section: ConfigDict, cls: type) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sam_jax.cli_results import compare, fairness, stats
 from sam_jax.errors import ConfigError, readable_errors
 
 app = typer.Typer(
@@ -489,6 +490,42 @@ def plan(
         typer.echo(f"{json}: {len(plans)} plans")
     if any(made.memory.fits is False for made in plans):
         raise typer.Exit(1)
+
+
+@app.command()
+def datasets(
+    name: Annotated[
+        str | None, typer.Argument(help="One of the sets: what to put where.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the sets are, to say which are there.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The page docs/datasets.md.")
+    ] = False,
+) -> None:
+    """Lists the data sets of the paper's evaluation from clicks, and how each must lie."""
+    from sam_jax.evaluation import zero_shot_sets, zero_shot_table
+
+    if markdown:
+        typer.echo(zero_shot_table.markdown(), nl=False)
+        return
+    if name is not None:
+        typer.echo(zero_shot_table.described(zero_shot_sets.find_set(name)))
+        return
+    missing = None
+    if folder is not None:
+        missing = [one.name for one in zero_shot_sets.sets_in(folder)[1]]
+    console = Console()
+    if not console.is_terminal:
+        # A file takes lines of any length.
+        console.width = max(console.width, 200)
+    console.print(zero_shot_table.rich_table(missing))
+    console.print("sam-jax datasets NAME says what to put where.", highlight=False)
+
+
+for command in (stats, compare, fairness):
+    app.command()(command)
 
 
 def _options(known: Any, given: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ A run list alternates background and foreground, starts with background
 (possibly 0 long) and walks the image column by column.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -80,6 +80,75 @@ def run_lengths(rle: Any) -> Int64[np.ndarray, "r"]:
     if (runs.size and runs.max() > h * w) or int(runs.sum()) != h * w:
         raise BadRleError(f"runs do not sum to {h} * {w}")
     return runs
+
+
+def run_lengths_of_all(rles: Sequence[Any]) -> list[Int64[np.ndarray, "_"]]:
+    """The runs of many RLEs, as `run_lengths` gives them one by one, several times as fast.
+
+    Args:
+      rles: as there; any number.
+
+    Raises:
+      BadRleError: one of them is bad; which one, `run_lengths` tells.
+    """
+    if not all(isinstance(rle, Mapping) and "size" in rle for rle in rles):
+        raise BadRleError("not a mapping with size and counts")
+    counts = [rle.get("counts") for rle in rles]
+    if not rles or not all(isinstance(text, (bytes, str)) and text for text in counts):
+        return [run_lengths(rle) for rle in rles]
+    try:
+        texts = [t if isinstance(t, bytes) else t.encode("ascii") for t in counts]
+    except UnicodeEncodeError:
+        raise BadRleError("counts holds a character outside ASCII") from None
+    values, num_runs = _decompress_all(texts)
+    sizes = [check_size(rle["size"]) for rle in rles]
+    pixels = np.array([h * w for h, w in sizes])
+    first = np.cumsum(num_runs) - num_runs
+    # Compared before summing, so that no sum can wrap around.
+    is_long = values > np.repeat(pixels, num_runs)
+    if values.min() < 0 or is_long.any() or (np.add.reduceat(values, first) != pixels).any():
+        raise BadRleError("runs do not sum to the size of their image")
+    return np.split(values, first[1:])
+
+
+def _decompress_all(
+    texts: Sequence[bytes],
+) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "k"]]:
+    """The values of several strings in COCO's form, none empty, and how many each has."""
+    # Characters below the alphabet come out above it.
+    chars = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
+    ends = np.cumsum([len(text) for text in texts])
+    if chars.max() > 63 or (chars[ends - 1] > 31).any():
+        raise BadRleError("counts holds characters outside the alphabet, or ends within a number")
+    last = np.flatnonzero(chars < 32)
+    first = np.concatenate([[0], last[:-1] + 1])
+    num_groups = last - first + 1
+    if num_groups.max() > _MAX_GROUPS:
+        raise BadRleError("a number in counts is out of range")
+    values = (chars[first] & 31).astype(np.int64)
+    for group in range(1, num_groups.max()):
+        longer = np.flatnonzero(num_groups > group)
+        payload = (chars[first[longer] + group] & 31).astype(np.int64)
+        values[longer] += payload << (5 * group)
+    negative = np.flatnonzero(chars[last] & 16)
+    values[negative] -= np.int64(1) << (5 * num_groups[negative])
+    num_runs = np.diff(np.searchsorted(last, ends), prepend=0)
+    # Differences to the value two before, but for each string's first three: the odd and the even
+    # places are two chains, which begin anew with each string. An empty place at the end of a
+    # string of odd length lets all strings begin at an even one.
+    num_pairs = (num_runs + 1) // 2
+    begin = np.cumsum(num_pairs) - num_pairs
+    place = np.arange(values.size) + np.repeat(
+        2 * begin - (np.cumsum(num_runs) - num_runs), num_runs
+    )
+    pairs = np.zeros((num_pairs.sum(), 2), np.int64)
+    pairs.reshape(-1)[place] = values
+    heads = pairs[begin, 0]
+    pairs[begin, 0] = 0
+    sums = np.cumsum(pairs, axis=0)
+    sums -= np.repeat(sums[begin] - pairs[begin], num_pairs, axis=0)
+    sums[begin, 0] = heads
+    return sums.reshape(-1)[place], num_runs
 
 
 def _from_list(counts: list | tuple) -> Int64[np.ndarray, "r"]:

@@ -433,7 +433,7 @@ def draw_curves(
     figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    ink, muted = _unit(INK), _unit(MUTED)
+    ink, muted = unit_color(INK), unit_color(MUTED)
     legend: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes, panels.items(), strict=False):
         for curve in curves:
@@ -471,7 +471,7 @@ def draw_curves(
 
 
 def _plot(axis: Any, curve: Curve) -> Any:
-    color = _unit(curve.color)
+    color = unit_color(curve.color)
     if curve.style == "level":
         for height in curve.y:
             line = axis.axhline(height, color=color, linewidth=1.3, linestyle=(0, (4, 2.5)))
@@ -608,7 +608,8 @@ def _write(sheet, text, middle, size_px, *, color=INK, max_width):
     ImageDraw.Draw(sheet).text(middle, text, fill=color, font=font, anchor="mm")
 
 
-def _unit(color: Color) -> tuple[float, float, float]:
+def unit_color(color: Color) -> tuple[float, float, float]:
+    """A colour in [0, 1], as matplotlib takes it."""
     red, green, blue = color
     return red / 255, green / 255, blue / 255
 

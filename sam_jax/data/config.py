@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from sam_jax.configuration import from_mapping
+from sam_jax.data.label_encodings import Encoding
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import CocoSource, Crowd
+from sam_jax.data.sources.coco import CocoSource, Crowd, VideoCocoSource
+from sam_jax.data.sources.image_folders import ImageFoldersSource
+from sam_jax.data.sources.joined import JoinedSource
+from sam_jax.data.sources.label_map_files import LabelMapsSource
 from sam_jax.data.sources.mask_folder import MaskFolderSource
+from sam_jax.data.sources.panoptic import PanopticSource, Stuff
+from sam_jax.data.sources.polygon_files import PolygonForm
+from sam_jax.data.sources.polygons import PolygonSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.data.sources.synthetic import SyntheticSource
 from sam_jax.data.sources.tfds import TfdsSource
@@ -16,14 +23,42 @@ from sam_jax.data.transforms import TrainTransform
 from sam_jax.errors import ConfigError
 from sam_jax.images import Orientation
 
-SourceKind = Literal["synthetic", "coco", "sa1b", "tfds", "mask_folder"]
+SourceKind = Literal[
+    "synthetic",
+    "coco",
+    "video_coco",
+    "polygons",
+    "panoptic",
+    "sa1b",
+    "tfds",
+    "mask_folder",
+    "label_maps",
+    "image_folders",
+    "joined",
+]
 
 _CLASSES: dict[str, type] = {
     "synthetic": SyntheticSource,
     "coco": CocoSource,
+    "video_coco": VideoCocoSource,
+    "polygons": PolygonSource,
+    "panoptic": PanopticSource,
     "sa1b": Sa1bSource,
     "tfds": TfdsSource,
     "mask_folder": MaskFolderSource,
+    "label_maps": LabelMapsSource,
+    "image_folders": ImageFoldersSource,
+    "joined": JoinedSource,
+}
+
+# What a field may say.
+_CHOICES: dict[str, Any] = {
+    "kind": SourceKind,
+    "crowd": Crowd,
+    "stuff": Stuff,
+    "form": PolygonForm,
+    "encoding": Encoding,
+    "orientation": Orientation,
 }
 
 
@@ -33,20 +68,34 @@ class SourceConfig:
 
     Attributes:
       kind: which reader.
-      path: coco: the annotation JSON. sa1b: a tar, a folder or a glob. tfds: the prepared data
-        set's version folder. mask_folder: the folder of images.
+      path: coco, video_coco, panoptic: the annotation JSON. polygons: a JSON or a folder of them.
+        sa1b: a tar, a folder or a glob. tfds: the prepared data set's version folder. mask_folder,
+        label_maps: the folder of images. image_folders: the folder of their folders.
       weight: how often to draw from this source, relative to the others; its size does not matter.
       name: what samples say they come from; None means the kind.
-      images: coco: the image folder.
-      crowd: coco: "skip" leaves annotations with iscrowd out, "keep" takes them for objects.
-      masks: mask_folder: the folder of masks.
-      background: mask_folder: the label of what is no object; see there.
-      ignore_labels: mask_folder: labels that are neither object nor background, such as outlines.
+      images: coco, video_coco, polygons, panoptic: the image folder. image_folders: the name of the
+        folder with the picture.
+      crowd: coco, video_coco, panoptic: "skip" leaves annotations with iscrowd out, "keep" takes
+        them for objects.
+      stuff: panoptic: "keep" takes regions of stuff for objects, "skip" leaves them out.
+      form: polygons: what wrote the files: "via", "labelme", "visor" or "woodscape".
+      skip_labels: polygons: labels of what is no object.
+      masks: mask_folder, label_maps, panoptic: the folder of masks. image_folders: the name of the
+        folder with the masks.
+      background: mask_folder, label_maps: the label of what is no object; see there.
+      ignore_labels: mask_folder, label_maps: labels that are neither object nor background, such as
+        outlines.
+      image_suffix: label_maps: the end of an image's name.
+      mask_suffixes: label_maps: what takes its place in the names of its label maps.
+      encoding: label_maps: "ade20k" or "cityscapes", where the files are theirs.
+      components: label_maps: whether each connected piece of a label is an object of its own.
+      include: label_maps: patterns of the images' paths.
+      parts: joined: the sources that make it up, SourceConfigs or mappings of their fields; their
+        names and weights are not read.
       split: tfds: which split, as in "train" or "train[:100]".
       cache_dir: sa1b: where tar indices are kept.
-      orientation: coco, sa1b, tfds, mask_folder: which way up pictures are that EXIF turns, where
-        the sizes of their masks do not tell: "upright" (the default) or "stored". Mask files
-        likewise.
+      orientation: of all that reads files: which way up pictures are that EXIF turns, where the
+        sizes of their masks do not tell: "upright" (the default) or "stored". Mask files likewise.
       num_images: synthetic: how many.
       image_size: synthetic: (h, w) in pixels.
       num_objects: synthetic: fewest and most objects in an image.
@@ -60,9 +109,18 @@ class SourceConfig:
     name: str | None = None
     images: str | None = None
     crowd: Crowd | None = None
+    stuff: Stuff | None = None
+    form: PolygonForm | None = None
+    skip_labels: tuple[str, ...] | None = None
     masks: str | None = None
     background: int | None = None
     ignore_labels: tuple[int, ...] | None = None
+    image_suffix: str | None = None
+    mask_suffixes: tuple[str, ...] | None = None
+    encoding: Encoding | None = None
+    components: bool | None = None
+    include: tuple[str, ...] | None = None
+    parts: tuple[Any, ...] | None = None
     split: str | None = None
     cache_dir: str | None = None
     orientation: Orientation | None = None
@@ -73,16 +131,19 @@ class SourceConfig:
     seed: int | None = None
 
     def __post_init__(self):
-        if self.crowd is not None and self.crowd not in get_args(Crowd):
-            raise ValueError(f"crowd must be one of {get_args(Crowd)}: {self.crowd!r}")
-        if self.kind not in get_args(SourceKind):
-            raise ValueError(f"kind must be one of {get_args(SourceKind)}: {self.kind}")
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in (None, *get_args(known)):
+                raise ValueError(
+                    f"{field} must be one of {get_args(known)}: {getattr(self, field)!r}"
+                )
         if not self.weight > 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
-        if self.orientation not in (None, *get_args(Orientation)):
-            raise ValueError(
-                f"orientation must be one of {get_args(Orientation)}: {self.orientation!r}"
+        if self.parts is not None:
+            parts = tuple(
+                part if isinstance(part, SourceConfig) else SourceConfig.from_dict(part)
+                for part in self.parts
             )
+            object.__setattr__(self, "parts", parts)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SourceConfig":
@@ -190,4 +251,9 @@ def build_source(config: SourceConfig) -> Source:
             f"a source of kind {config.kind!r} takes {list(parameters)}; "
             f"superfluous: {unknown}, missing: {missing}"
         )
+    if config.parts is not None:
+        name = config.name or config.kind
+        given["parts"] = [
+            build_source(dataclasses.replace(part, name=name)) for part in config.parts
+        ]
     return cls(**given)

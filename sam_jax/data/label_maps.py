@@ -100,7 +100,7 @@ def read_label_map(
     """The labels of each pixel of a file.
 
     Args:
-      path: a picture of one page.
+      path: a picture of one page, or a NumPy file (.npy) of a whole number for each pixel.
       background: the label that is no object: a grey value, palette index or colour 0xRRGGBB. None
         is black, which in a palette is index 0.
       ignore_labels: labels that are neither object nor background.
@@ -110,14 +110,10 @@ def read_label_map(
       LabelMapError: the file is damaged, or it is not clear which pixels belong together.
       OSError: the file cannot be read.
     """
-    content = path.read_bytes()
-    try:
-        header = read_header(content, str(path))
-        image = decode_in_own_mode(content, str(path), orientation)
-    except UnreadableImageError as error:
-        raise LabelMapError(error.detail) from error
-    _check_form(image, header)
-    stored = _stored(image, background)
+    if path.suffix.lower() == ".npy":
+        stored = _of_grey(_of_array(path), background, None)
+    else:
+        stored = _stored(_opened(path, orientation), background)
     remarks = list(stored.remarks)
     ignored = set(ignore_labels)
     values, ranks = _ranked(stored.labels)
@@ -143,6 +139,36 @@ def read_label_map(
     numbers = {label: number for number, label in enumerate(sorted(objects), start=1)}
     table = np.array([numbers.get(label, 0) for label in values.tolist()], np.uint16)
     return LabelMap(table[ranks], tuple(remarks))
+
+
+def _of_array(path: Path) -> Int64[np.ndarray, "h w"]:
+    """The whole numbers of a NumPy file; nothing is allocated for what a damaged one promises."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, TypeError, SyntaxError) as error:
+        raise LabelMapError(f"it is no array that can be read ({error})") from error
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
+        raise LabelMapError(
+            f"its array has the shape {array.shape} and the type {array.dtype}; expected a number "
+            "for each pixel, [h, w]"
+        )
+    values = np.asarray(array)
+    if array.dtype.kind == "f":
+        return _whole(values)
+    if array.dtype.kind == "u" and values.max() > np.iinfo(np.int64).max:
+        raise LabelMapError(f"it holds {values.max()}, which is no label")
+    return values.astype(np.int64)
+
+
+def _opened(path: Path, orientation: Orientation) -> Image.Image:
+    content = path.read_bytes()
+    try:
+        header = read_header(content, str(path))
+        image = decode_in_own_mode(content, str(path), orientation)
+    except UnreadableImageError as error:
+        raise LabelMapError(error.detail) from error
+    _check_form(image, header)
+    return image
 
 
 def _check_form(image: Image.Image, header: Header) -> None:

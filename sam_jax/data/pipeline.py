@@ -26,6 +26,7 @@ from sam_jax.data.corruption import (
 )
 from sam_jax.data.samples import (
     CorruptSampleError,
+    NoObjectError,
     Sample,
     SkippedSampleError,
     all_remarks,
@@ -382,10 +383,25 @@ class EvalExample(NamedTuple):
     name: str
 
 
+class ReadSample(NamedTuple):
+    """A sample as it was read for an evaluation.
+
+    Attributes:
+      name: the file.
+      example: its content; None if it cannot be used.
+      remarked: (reason, case) of what was left out or decided, by what it is: `images`, `images
+        without an object`, `masks` or `remarks`.
+    """
+
+    name: str
+    example: EvalExample | None
+    remarked: dict[str, list[tuple[str, str]]]
+
+
 class EvalSamples:
     """The samples of a source once, in order; see `eval_samples`."""
 
-    def __init__(self, source: Source, log: CorruptionLog, indices: range, is_all: bool):
+    def __init__(self, source: Source, log: CorruptionLog, indices: Sequence[int], is_all: bool):
         self._source = source
         self._log = log
         self._indices = indices
@@ -394,20 +410,36 @@ class EvalSamples:
     def __iter__(self) -> Iterator[EvalExample]:
         num_used = 0
         for index in self._indices:
-            try:
-                sample = self._source[index]
-                example, dropped = _decode(sample)
-            except SkippedSampleError as error:
-                self._log.record_skipped(error)
-                continue
-            self._log.record_good(sample.name, dropped, all_remarks(sample))
-            num_used += 1
-            yield example
+            example = self.read(index).example
+            if example is not None:
+                num_used += 1
+                yield example
         if self._is_all and not num_used:
             raise NoObjectsError(
                 f"{self._source.name}: none of {len(self._indices)} samples has a mask that can "
                 "be used. Skipped:" + "".join(f"\n  {line}" for line in self._log.lines())
             )
+
+    def read(self, index: int) -> ReadSample:
+        """One sample, whatever becomes of it.
+
+        Raises:
+          TooManyCorruptSamplesError: it is corrupt, and one too many.
+        """
+        try:
+            sample = self._source[index]
+            example, dropped = _decode(sample)
+        except SkippedSampleError as error:
+            self._log.record_skipped(error)
+            what = "images without an object" if isinstance(error, NoObjectError) else "images"
+            return ReadSample(error.name, None, {what: [(error.reason, str(error))]})
+        remarks = all_remarks(sample)
+        self._log.record_good(sample.name, dropped, remarks)
+        masks = [(mask.reason, f"{sample.name}: {mask.detail}") for mask in dropped]
+        others = [
+            (reason, f"{sample.name}: {text}" if text else sample.name) for reason, text in remarks
+        ]
+        return ReadSample(sample.name, example, {"masks": masks, "remarks": others})
 
     @property
     def corrupt_counts(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from sam_jax.arrays import Bool, UInt8
-from sam_jax.evaluation.clicks import Click
+from sam_jax.evaluation.clicks import Click, FirstClick
 
 # Radii of disks as rates of the square root of the image's area: 1 % to 42 % in steps of 1.2.
 DISK_RADIUS_RATES = tuple(0.01 * 1.2**step for step in range(21))
@@ -112,6 +112,11 @@ def disk_ious(ground_truth: Bool[np.ndarray, "h w"], click: Click) -> dict[float
         area = int(columns[dy2 <= radius_2].sum())
         ious[rate] = intersection / (area + ys.size - intersection)
     return ious
+
+
+def disk_measure(rule: FirstClick, rate: float | None = None) -> str:
+    """The measure of disks around a first click: of one radius, or of the best."""
+    return f"{DISK_BASELINE}_{rule}" + ("" if rate is None else f"@{rate}")
 
 
 def best_disk(mean_ious: Iterable[Mapping[float, float]]) -> float:

@@ -1,4 +1,4 @@
-"""What an evaluation is: examples, the record that each becomes, and what the records add up to.
+"""Evaluations: examples, the record that each becomes, and the report that records add up to.
 
 A record is all that is kept of an example: plain values, from which every table, plot and interval
 follows. So an evaluation that was stopped goes on where it was, hosts share the examples, and two
@@ -21,6 +21,7 @@ Record: TypeAlias = dict[str, Any]
 Measures: TypeAlias = Callable[[Float[np.ndarray, "n"]], dict[str, float]]
 
 
+@runtime_checkable
 class Report(Protocol):
     """Numbers for programs; a table and pictures for people."""
 
@@ -87,4 +88,4 @@ class EvaluationKind:
 
     config: type[Any]
     open: Callable[[Any], Evaluation]
-    measures: Callable[[Sequence[Record], Mapping[str, Any]], Measures]
+    measures: Callable[[Sequence[Record], Mapping[str, Any]], Measures] | None = None

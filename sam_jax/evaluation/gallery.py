@@ -1,108 +1,119 @@
-"""The few masks of an evaluation that are worth a picture, chosen while the masks stream by."""
+"""The few masks of an evaluation that are worth a picture, and the picture."""
 
 import dataclasses
 import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from sam_jax import rle
 from sam_jax.arrays import UInt8
+from sam_jax.data.pipeline import EvalExample
 from sam_jax.evaluation.clicks import keyed_number
-from sam_jax.evaluation.protocols.protocol import Outcome
+from sam_jax.evaluation.evaluation import Record
+from sam_jax.evaluation.targets import mask_key, tight_box
 from sam_jax.visualize import Example, example_sheet
 
 # The typical masks are those nearest to the median among so many drawn at random.
 _NUM_CANDIDATES = 16
 
 
-class Gallery:
-    """The worst, the most typical and the best outcomes by one measure, no image twice in a sort.
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A mask and its IoU.
 
-    Only what may still be shown is kept in memory. Ties are broken by the masks' names, so the
-    choice does not depend on the order in which they come.
-
-    Args:
-      measure: which IoU ranks the outcomes; others are ignored.
-      num_examples: how many of each sort.
+    Attributes:
+      iou: by which it is chosen.
+      key: names the mask, for ties and draws.
+      example: number of its image's example.
+      record: what is known of it.
     """
 
-    def __init__(self, measure: str, num_examples: int):
-        self._measure = measure
-        self._num_examples = num_examples
-        self._ious: list[float] = []
-        self._worst = _Lowest(num_examples)
-        self._best = _Lowest(num_examples)
-        self._drawn = _Lowest(_NUM_CANDIDATES if num_examples else 0)
-
-    def offer(self, outcome: Outcome) -> None:
-        """Looks at an outcome and keeps it if it is among the chosen so far."""
-        if self._measure not in outcome.ious:
-            return
-        iou = outcome.ious[self._measure]
-        self._ious.append(iou)
-        self._worst.offer(iou, iou, outcome)
-        self._best.offer(-iou, iou, outcome)
-        self._drawn.offer(keyed_number(outcome.target.key), iou, outcome)
-
-    def picture(self) -> UInt8[np.ndarray, "_ _ 3"] | None:
-        """The chosen ones with prompt, prediction and ground truth; None if there are none."""
-        if not self._worst.entries:
-            return None
-        median = statistics.median(self._ious)
-        typical = sorted(self._drawn.entries, key=lambda entry: abs(entry.iou - median))
-        sorts = {
-            "worst": self._worst.entries,
-            "typical": typical[: self._num_examples],
-            "best": self._best.entries[::-1],
-        }
-        examples = [
-            dataclasses.replace(entry.example, caption=f"{sort}\n{entry.example.caption}")
-            for sort, entries in sorts.items()
-            for entry in entries
-        ]
-        title = f"{self._measure}: IoU of {len(self._ious):,} masks, median {median:.1%}"
-        return example_sheet(examples, title=title)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    score: float | int
-    key: str
     iou: float
-    image: tuple[str, str]
-    example: Example
+    key: str
+    example: int
+    record: Mapping[str, Any]
 
 
-class _Lowest:
-    """The outcomes with the lowest scores, in ascending order, at most one of each image."""
+def sheet(
+    records: Sequence[Record], measure: str, num_each: int, read: Callable[[int], EvalExample]
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """The worst, most typical and best masks with prompt, prediction and ground truth.
 
-    def __init__(self, size: int):
-        self._size = size
-        self.entries: list[_Entry] = []
+    Args:
+      records: of images that were prompted for masks.
+      measure: whose IoU ranks the masks.
+      num_each: how many of each sort.
+      read: reads an example by its number, once more.
+    """
+    scored = [
+        Scored(
+            mask["ious"][measure],
+            mask_key(record["dataset"], record["image"], mask["mask"]),
+            number,
+            mask,
+        )
+        for number, record in enumerate(records)
+        for mask in record.get("masks", ())
+    ]
+    examples = [
+        _drawn(
+            mask.record,
+            read(mask.example),
+            f"{sort}\nIoU {mask.iou:.1%}\n{records[mask.example]['dataset']}",
+        )
+        for sort, chosen in choose(scored, num_each).items()
+        for mask in chosen
+    ]
+    median = statistics.median(mask.iou for mask in scored)
+    title = f"{measure}: IoU of {len(scored):,} masks, median {median:.1%}"
+    return example_sheet(examples, title=title)
 
-    def offer(self, score: float | int, iou: float, outcome: Outcome) -> None:
-        target = outcome.target
-        rank = (score, target.key)
-        if len(self.entries) == self._size and (
-            not self.entries or rank > (self.entries[-1].score, self.entries[-1].key)
-        ):
-            return
-        image = (target.image.dataset, target.image.name)
-        entry = _Entry(score, target.key, iou, image, _example(outcome, iou))
-        kept: dict[tuple[str, str], _Entry] = {}
-        for candidate in sorted([*self.entries, entry], key=lambda e: (e.score, e.key)):
-            kept.setdefault(candidate.image, candidate)
-        self.entries = list(kept.values())[: self._size]
+
+def choose(scored: Sequence[Scored], num_each: int) -> dict[str, list[Scored]]:
+    """The worst, the most typical and the best masks, no image twice in a sort.
+
+    Ties are broken by the masks' names, so the choice does not depend on the order.
+
+    Args:
+      scored: masks; may be none.
+      num_each: how many of each sort.
+    """
+    if not scored:
+        return {}
+    median = statistics.median(mask.iou for mask in scored)
+    drawn = _first_of_each_image(
+        sorted(scored, key=lambda mask: (keyed_number(mask.key), mask.key)), _NUM_CANDIDATES
+    )
+    best = sorted(scored, key=lambda mask: (-mask.iou, mask.key))
+    return {
+        "worst": _first_of_each_image(sorted(scored, key=lambda m: (m.iou, m.key)), num_each),
+        "typical": sorted(drawn, key=lambda mask: abs(mask.iou - median))[:num_each],
+        "best": _first_of_each_image(best, num_each)[::-1],
+    }
 
 
-def _example(outcome: Outcome, iou: float) -> Example:
-    target = outcome.target
+def _first_of_each_image(ranked: Iterable[Scored], number: int) -> list[Scored]:
+    chosen: dict[int, Scored] = {}
+    for mask in ranked:
+        if len(chosen) == number:
+            break
+        chosen.setdefault(mask.example, mask)
+    return list(chosen.values())
+
+
+def _drawn(mask: Mapping[str, Any], example: EvalExample, caption: str) -> Example:
+    """The example that a mask's record and its image make."""
+    ground_truth = example.masks[mask["mask"]]
+    size = (ground_truth.shape[0], ground_truth.shape[1])
+    clicks = np.array(mask["clicks"], int).reshape(-1, 3)
     return Example(
-        image=target.image.pixels,
-        # A copy, or all other masks of the image would be kept with it.
-        ground_truth=target.ground_truth.copy(),
-        prediction=outcome.prediction,
-        caption=f"IoU {iou:.1%}\n{target.image.dataset}",
-        point_coords=np.array([click[:2] for click in outcome.clicks], int).reshape(-1, 2),
-        point_labels=np.array([click.is_foreground for click in outcome.clicks], int),
-        box_xyxy=None if outcome.clicks else target.box_xyxy,
+        image=example.image,
+        ground_truth=ground_truth,
+        prediction=rle.decode(rle.run_lengths({"size": size, "counts": mask["counts"]}), size),
+        caption=caption,
+        point_coords=clicks[:, :2],
+        point_labels=clicks[:, 2],
+        box_xyxy=None if len(clicks) else tight_box(ground_truth),
     )

@@ -1,12 +1,9 @@
-"""IoU of masks and its means, the same to the last bit in any order and on any number of hosts."""
+"""IoU of masks and its means, the same to the last bit in any order."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sam_jax.arrays import Bool
 
@@ -25,16 +22,15 @@ def mask_iou(
 
 
 class IouTotals:
-    """Sums of IoUs per dataset and measure, and counts of what was met on the way.
+    """Sums of IoUs per dataset and measure.
 
-    A measure is a way of prompting, such as ``center_3``. Totals of different hosts or runs merge
-    without loss. Nothing is added for padding: callers add the IoUs of real masks, one by one.
+    A measure is a way of prompting, such as ``center_3``. Nothing is added for padding: callers add
+    the IoUs of real masks, one by one.
     """
 
     def __init__(self) -> None:
         self._units: Counter[tuple[str, str]] = Counter()
         self._num_ious: Counter[tuple[str, str]] = Counter()
-        self._events: Counter[tuple[str, str]] = Counter()
 
     def add(self, dataset: str, ious: Mapping[str, float]) -> None:
         """Adds one mask's IoU under each measure.
@@ -48,17 +44,6 @@ class IouTotals:
             self._units[dataset, measure] += round(iou * UNITS_PER_IOU)
             self._num_ious[dataset, measure] += 1
 
-    def count(self, dataset: str, event: str, number: int = 1) -> None:
-        """Adds to a count of the dataset, such as ``images``."""
-        self._events[dataset, event] += number
-
-    def merge(self, other: "IouTotals") -> None:
-        """Adds everything that another object holds."""
-        # Counter.update adds; the + operator would drop sums of zero.
-        self._units.update(other._units)
-        self._num_ious.update(other._num_ious)
-        self._events.update(other._events)
-
     def means(self) -> dict[str, dict[str, float]]:
         """Mean IoU per dataset and measure, datasets and measures in the order they came."""
         means: dict[str, dict[str, float]] = defaultdict(dict)
@@ -66,28 +51,6 @@ class IouTotals:
             number = self._num_ious[dataset, measure]
             means[dataset][measure] = units / number / UNITS_PER_IOU
         return dict(means)
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Counts per dataset and event."""
-        counts: dict[str, dict[str, int]] = defaultdict(dict)
-        for (dataset, event), number in self._events.items():
-            counts[dataset][event] = number
-        return dict(counts)
-
-    def to_json(self) -> str:
-        """Everything, as text that ``from_json`` reads."""
-        return json.dumps(
-            [list(counter.items()) for counter in (self._units, self._num_ious, self._events)]
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> "IouTotals":
-        """The object that ``to_json`` was called on."""
-        totals = cls()
-        counters = (totals._units, totals._num_ious, totals._events)
-        for counter, items in zip(counters, json.loads(text), strict=True):
-            counter.update({tuple(key): number for key, number in items})
-        return totals
 
 
 def mean_over_datasets(means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -97,20 +60,3 @@ def mean_over_datasets(means: Mapping[str, Mapping[str, float]]) -> dict[str, fl
     """
     shared = [m for m in next(iter(means.values()), {}) if all(m in d for d in means.values())]
     return {m: float(np.mean([d[m] for d in means.values()])) for m in shared}
-
-
-def gather_totals(totals: IouTotals) -> IouTotals:
-    """The totals of all hosts merged; every host must call this, and all get the same.
-
-    The sums exceed 32 bits, which is all that arrays hold without x64, so text is exchanged.
-    """
-    if jax.process_count() == 1:
-        return totals
-    text = np.frombuffer(totals.to_json().encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: text.size] = text
-    merged = IouTotals()
-    for row, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True):
-        merged.merge(IouTotals.from_json(bytes(row[:size]).decode()))
-    return merged

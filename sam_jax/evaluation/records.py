@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from sam_jax.weights.files import written_whole
 SETTINGS_NAME = "settings.json"
 
 
+@runtime_checkable
 class Records(Protocol):
     """Records by the number of their example."""
 

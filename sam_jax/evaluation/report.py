@@ -1,12 +1,12 @@
 """The report of an evaluation: numbers for programs, a table and pictures for people."""
 
 import dataclasses
-import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,12 @@ from rich.table import Table
 
 from sam_jax.arrays import UInt8
 from sam_jax.checkpoint import CHECKPOINTS
+from sam_jax.data.corruption import NoObjectsError
+from sam_jax.data.tally import Tally
+from sam_jax.evaluation.baselines import DISK_RADIUS_RATES, best_disk, disk_measure
+from sam_jax.evaluation.clicks import FirstClick
+from sam_jax.evaluation.evaluation import Record
+from sam_jax.evaluation.metrics import IouTotals, mean_over_datasets
 from sam_jax.evaluation.protocols import PROTOCOLS
 from sam_jax.evaluation.protocols.protocol import ReportTable
 from sam_jax.visualize import MUTED, Curve, draw_curves
@@ -85,9 +91,9 @@ class EvalReport:
             flat |= {f"{dataset.name}/{measure}": v for measure, v in dataset.miou.items()}
         return flat
 
-    def write_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes all numbers to a file that appears whole or not at all."""
-        content = {
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the pictures, as values of JSON."""
+        return {
             "mean": self.mean,
             "datasets": {
                 d.name: {k: v for k, v in dataclasses.asdict(d).items() if k != "name"}
@@ -97,17 +103,6 @@ class EvalReport:
             "settings": self.settings,
             "seconds": round(self.seconds, 1),
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{os.getpid()}.unfinished")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
-
-    def write(self, folder: Path) -> None:
-        """Writes ``report.json`` and a PNG for each picture."""
-        self.write_json(folder / "report.json")
-        for name, picture in self.pictures.items():
-            Image.fromarray(picture).save(folder / f"{name}.png")
 
     def print_table(self, console: Console | None = None) -> None:
         """Prints mean IoU in percent, a table for each kind of prompt, within 100 columns."""
@@ -195,6 +190,81 @@ class EvalReport:
 
     def _num_masks(self, row: str) -> str:
         return next((f"{d.num_masks:,}" for d in self.datasets if d.name == row), "")
+
+
+def summarize(
+    records: Sequence[Record],
+    left_out: Mapping[str, Tally],
+    num_clicks: tuple[int, ...],
+    *,
+    settings: dict[str, Any],
+    seconds: float,
+) -> EvalReport:
+    """The report of images that were prompted for masks.
+
+    Args:
+      records: see ``PromptedMasks``.
+      left_out: what each dataset leaves out by itself, by its name, in the order of the report.
+      num_clicks: see ``EvalReport``.
+      settings: see there.
+      seconds: see there.
+
+    Raises:
+      NoObjectsError: a dataset has no mask to evaluate on.
+    """
+    totals = IouTotals()
+    num_images, num_masks = Counter[str](), Counter[str]()
+    skipped = {name: Tally() for name in left_out}
+    for record in records:
+        dataset, masks = record["dataset"], record.get("masks", ())
+        num_images[dataset] += bool(masks)
+        num_masks[dataset] += len(masks)
+        for mask in masks:
+            totals.add(dataset, mask["ious"])
+        for what, cases in record.get("remarked", {}).items():
+            for reason, case in cases:
+                skipped[dataset].add(f"{what} ({reason})", case)
+    for name, tally in left_out.items():
+        skipped[name].update(tally)
+        if not num_masks[name]:
+            number = sum(record["dataset"] == name for record in records)
+            raise NoObjectsError(
+                f"{name}: none of {number} samples has a mask to evaluate on; "
+                f"skipped: {skipped[name]}"
+            )
+    means = totals.means()
+    disk_radius_rates = _choose_disks(means)
+    datasets = tuple(
+        DatasetReport(
+            name,
+            num_images[name],
+            num_masks[name],
+            dict(tally.counts),
+            means[name],
+            tally.examples,
+        )
+        for name, tally in skipped.items()
+    )
+    mean = mean_over_datasets({name: means[name] for name in left_out})
+    return EvalReport(datasets, mean, num_clicks, disk_radius_rates, settings, seconds)
+
+
+def _choose_disks(means: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """Replaces the means of disks of all radii by those of the best; says which that is."""
+    rates = {}
+    for rule in get_args(FirstClick):
+        measures = {rate: disk_measure(rule, rate) for rate in DISK_RADIUS_RATES}
+        by_rate = [
+            {rate: miou.pop(measure) for rate, measure in measures.items()}
+            for miou in means.values()
+            if all(measure in miou for measure in measures.values())
+        ]
+        if by_rate:
+            rate = best_disk(by_rate)
+            rates[disk_measure(rule)] = rate
+            for miou, ious in zip(means.values(), by_rate, strict=True):
+                miou[disk_measure(rule)] = ious[rate]
+    return rates
 
 
 def results_folder(checkpoint: str | os.PathLike[str]) -> Path:

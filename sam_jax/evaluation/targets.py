@@ -31,6 +31,7 @@ class EvalImage:
       pixels: RGB at the original size.
       masks: ground truth at the original size; none is empty.
       mask_indices: which of the sample's masks those are.
+      number: of its example in the evaluation.
     """
 
     dataset: str
@@ -38,6 +39,7 @@ class EvalImage:
     pixels: UInt8[np.ndarray, "oh ow 3"]
     masks: Bool[np.ndarray, "k oh ow"]
     mask_indices: tuple[int, ...]
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,17 +55,19 @@ class TargetMask:
         return self.image.masks[self.position]
 
     @property
+    def mask_index(self) -> int:
+        """The number of the mask among the sample's."""
+        return self.image.mask_indices[self.position]
+
+    @property
     def key(self) -> str:
-        """Names the mask, also for draws: the same wherever the dataset is kept."""
-        image = self.image
-        file = image.name.rpartition("/")[2]
-        return f"{image.dataset}/{file}/{image.mask_indices[self.position]}"
+        """Names the mask, also for draws; see ``mask_key``."""
+        return mask_key(self.image.dataset, self.image.name, self.mask_index)
 
     @property
     def box_xyxy(self) -> tuple[int, int, int, int]:
         """Tight box in indices of original pixels, both corners inside the mask."""
-        x, y, width, height = cv2.boundingRect(self.ground_truth.view(np.uint8))
-        return x, y, x + width - 1, y + height - 1
+        return tight_box(self.ground_truth)
 
     def prompt_box_xyxy(self, resized_hw: tuple[int, int]) -> Float[np.ndarray, "4"]:
         """The tight box as a prompt, which training takes from the resized mask.
@@ -146,6 +150,17 @@ class TargetBatch:
                     iou_predictions=prediction.iou_predictions[number : number + 1],
                 )
         return answers
+
+
+def mask_key(dataset: str, image: str, mask_index: int) -> str:
+    """A mask's name: the same wherever the dataset is kept."""
+    return f"{dataset}/{image.rpartition('/')[2]}/{mask_index}"
+
+
+def tight_box(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
+    """First and last column and row of a mask, as ``x0, y0, x1, y1``."""
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return x, y, x + width - 1, y + height - 1
 
 
 def make_batches(

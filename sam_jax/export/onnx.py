@@ -21,6 +21,10 @@ from sam_jax.weights.names import from_native
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 
 
+# Parts of the names of weights that are not quantised.
+_EXACT_WEIGHTS = ("positional_encoding_gaussian_matrix", "q_proj", "k_proj")
+
+
 def export_onnx(
     folder: str | Path,
     config: SamConfig,
@@ -87,12 +91,31 @@ def _import_quantizer() -> Callable[[Path, Path], None]:
                 # Products only: kernels of convolutions gain nothing, and runtimes differ in them.
                 op_types_to_quantize=["MatMul"],
                 weight_type=QuantType.QUInt8,
+                per_channel=True,
+                nodes_to_exclude=_exact_products(source),
                 # Where the library does not follow the shapes; there is nothing else to quantise.
                 extra_options={"DefaultTensorType": import_onnx().TensorProto.FLOAT},
                 use_external_data_format=source.with_name(f"{source.name}.data").exists(),
             )
 
     return quantize
+
+
+def _exact_products(path: Path) -> list[str]:
+    """Nodes of a graph that stay in float32 where the others are quantised.
+
+    Those are the product that makes positions of coordinates, whose sine and cosine follow, and the
+    decoder's queries and keys, whose products decide where a prompt looks: on trained weights they
+    are most of what 8 bits cost the decoder (docs/weights.md). So do tables of relative positions,
+    which are no matrices with channels of their own.
+    """
+    graph = import_onnx().load(path, load_external_data=False).graph
+    exact = {
+        weight.name
+        for weight in graph.initializer
+        if len(weight.dims) != 2 or any(part in weight.name for part in _EXACT_WEIGHTS)
+    }
+    return [node.name for node in graph.node if exact.intersection(node.input)]
 
 
 @contextlib.contextmanager

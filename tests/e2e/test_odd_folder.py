@@ -16,8 +16,9 @@ from PIL import Image
 from sam_jax import cli
 from sam_jax.data.config import SourceConfig
 from sam_jax.data.pipeline import DataConfig, train_iterator
+from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
 from sam_jax.evaluation.report import DatasetReport
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.run import Evaluator
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.weights.load import save, variables_for
 from tests.e2e import programs, tiny_run
@@ -188,7 +189,7 @@ def test_nothing_is_lost_and_nothing_is_silent(
     # What eval.py calls.
     evaluate = Evaluator(
         model,
-        EvalConfig(tuple(sources), ("box",), num_clicks=(1,), num_examples=0),
+        PromptedMasks(EvalConfig(tuple(sources), ("box",), num_clicks=(1,), num_examples=0)),
         devices=jax.devices()[:1],
     )
     report = evaluate(variables_for(model, run))

@@ -266,3 +266,20 @@ def test_masks(sam_jax, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     stopped = sam_jax(*arguments, *options)
     assert stopped.code == 130
     assert "the same command goes on" in stopped.err
+
+
+def test_datasets_are_listed_and_described(sam_jax, tmp_path: Path) -> None:
+    (tmp_path / "LVIS").mkdir()
+    listed = sam_jax("datasets")
+    assert listed.code == 0, listed.err
+    for words in ("Cityscapes", "172,653", "+9.24", "polygons (visor)"):
+        assert words in listed.out
+    there = sam_jax("datasets", "--folder", tmp_path).out
+    assert (there.count(" yes "), there.count(" no ")) == (1, 22)
+    described = sam_jax("datasets", "bbbc038v1").out
+    assert "stage1_train/*/masks/*.png" in described
+    assert "unverified" in described
+    wrong = sam_jax("datasets", "LVISS")
+    assert wrong.code == 1
+    assert "did you mean 'LVIS'?" in wrong.err
+    assert sam_jax("datasets", "--markdown").out.startswith("# The paper's 23 data sets")

@@ -16,8 +16,13 @@ from sam_jax.data.samples import (
     decode_image,
     decode_masks,
 )
-from sam_jax.data.sources.coco import PART_LEFT_OUT, CocoSource, segmentation_to_rle
-from sam_jax.data.sources.coco_file import CROWD, NO_SEGMENTATION, OF_NO_IMAGE, UNANNOTATED
+from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.coco_file import CROWD, NO_SEGMENTATION, OF_NO_IMAGE
+from sam_jax.data.sources.listed_images import (
+    PART_LEFT_OUT,
+    UNANNOTATED,
+    segmentation_to_rle,
+)
 from sam_jax.data.transforms import TrainTransform
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import box_mask, compress, encode_image, gradient_image
@@ -479,3 +484,52 @@ def test_the_real_pack(shared_data: Path) -> None:
     masks = decode_masks(sample, range(len(sample.masks_rle)))
     assert masks.any(axis=(1, 2)).all()
     assert masks.shape[1:] == decode_image(sample).shape[:2]
+
+
+def lvis(tmp_path: Path, file: str, **image: Any) -> CocoSource:
+    """LVIS annotations of a picture of COCO, which lies as that has it since 2017."""
+    path = write(tmp_path, [{"id": 1, "segmentation": [BOX_POLYGON]}], **image)
+    (tmp_path / "coco" / file).parent.mkdir(parents=True)
+    (tmp_path / "images" / "a.png").rename(tmp_path / "coco" / file)
+    return CocoSource(path, tmp_path / "coco")
+
+
+def test_lvis_v1_names_pictures_by_their_address(tmp_path: Path) -> None:
+    url = "http://images.cocodataset.org/val2017/000000397133.jpg"
+    path = write(tmp_path, [{"id": 1, "segmentation": [BOX_POLYGON]}])
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        del image["file_name"]
+        image["coco_url"] = url.replace("397133", f"{image['id']:06}")
+    path.write_text(json.dumps(content))
+    for folder in ("coco/val2017", "coco/train2017"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "images" / "a.png").rename(tmp_path / "coco/val2017/000000000007.jpg")
+    for folder in ("coco", "coco/val2017"):
+        source = CocoSource(path, tmp_path / folder)
+        assert source.file_name(0) == "val2017/000000000007.jpg"
+        np.testing.assert_array_equal(decode_masks(source[0], [0]), [BOX])
+    content["images"][0]["coco_url"] = ""
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"images\[0\]\.coco_url is ''; expected the address"):
+        CocoSource(path)
+
+
+def test_lvis_v05_has_the_names_of_2014(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "COCO_val2014_000000397133.jpg"
+    source = lvis(tmp_path, "000000397133.jpg", file_name=name, coco_url="http://x.org/y/z.jpg")
+    assert source.file_name(0) == name
+    np.testing.assert_array_equal(decode_masks(source[0], [0]), [BOX])
+    assert "file names are not those" not in caplog.text
+
+
+def test_a_picture_of_the_name_of_2014_is_taken_first(tmp_path: Path) -> None:
+    name = "COCO_val2014_000000397133.jpg"
+    source = lvis(tmp_path, name, file_name=name)
+    (tmp_path / "coco" / "000000397133.jpg").write_bytes(b"another")
+    assert source[0].name == str(tmp_path / "coco" / name)
+
+
+def test_masks_are_counted_without_decoding(tmp_path: Path) -> None:
+    source = CocoSource(write(tmp_path, [{"segmentation": [BOX_POLYGON]}, {"segmentation": "x"}]))
+    assert source.num_masks(0) == 2

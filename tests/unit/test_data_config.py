@@ -45,6 +45,10 @@ def test_configs_come_from_plain_values() -> None:
         (DataConfig, {**PLAIN, "sources": [{"kind": "coco", "pth": "x"}]}, "did you mean 'path'"),
         (SourceConfig, {"kind": "coco", "weigth": 1.0}, "did you mean 'weight'"),
         (SourceConfig, {"kind": "coco", "crowd": "drop"}, "crowd"),
+        (SourceConfig, {"kind": "polygons", "form": "coco"}, "form"),
+        (SourceConfig, {"kind": "panoptic", "stuff": "none"}, "stuff"),
+        (SourceConfig, {"kind": "label_maps", "encoding": "kitti"}, "encoding"),
+        (SourceConfig, {"kind": "cocoa"}, "kind"),
     ],
 )
 def test_unknown_keys_are_refused_with_a_suggestion(

@@ -198,3 +198,21 @@ def test_names_that_differ_in_case_belong_together_if_no_other_does(
     add_image(images, "cAt.jpg")
     with pytest.raises(ConfigError, match=r"cat\.png may belong to .*C?at\.jpg or "):
         MaskFolderSource(*folders)
+
+
+def test_masks_are_counted_without_the_picture(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    for name in ("sub/a", "b", "c"):
+        add_image(images, f"{name}.jpg")
+    add(masks, "sub/a.png", (LEFT * 3 + RIGHT * 9).astype(np.uint8))
+    add(masks, "sub/a_1.png", (TOP * 255).astype(np.uint8))
+    add(masks, "b_1.png", (TOP * 255).astype(np.uint8))
+    (masks / "b_2.png").write_bytes(b"never read for it")
+    (masks / "c.png").write_bytes(b"no image")
+    source = MaskFolderSource(*folders)
+    for path in images.rglob("*.jpg"):
+        path.unlink()
+    assert [source.file_name(i) for i in range(3)] == ["b", "c", "sub/a"]
+    assert (source.num_masks(0), source.num_masks(2)) == (2, 3)
+    with pytest.raises(CorruptSampleError, match="no valid mask"):
+        source.num_masks(1)

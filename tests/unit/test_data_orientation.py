@@ -14,8 +14,12 @@ from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.pipeline import DataConfig, eval_samples, train_iterator
 from sam_jax.data.samples import decode_image, decode_masks, is_turned
 from sam_jax.data.sources import Source
-from sam_jax.data.sources.coco import PART_LEFT_OUT, CocoSource
+from sam_jax.data.sources.coco import CocoSource
+from sam_jax.data.sources.image_folders import ImageFoldersSource
+from sam_jax.data.sources.label_map_files import LabelMapsSource
+from sam_jax.data.sources.listed_images import PART_LEFT_OUT
 from sam_jax.data.sources.mask_folder import MaskFolderSource
+from sam_jax.data.sources.panoptic import PanopticSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import compress, encode_image, gradient_image, sa1b_json, write_tar
@@ -52,7 +56,45 @@ def write_shard(folder: Path, content: bytes, mask: np.ndarray, **options: Any) 
     return Sa1bSource(write_tar(folder / "x.tar", files), **options)
 
 
-WRITERS = (write_coco, write_masks, write_pair, write_shard)
+def write_label_maps(folder: Path, content: bytes, mask: np.ndarray, **options: Any) -> Source:
+    (folder / "a_rgb.png").write_bytes(content)
+    (folder / "a_label.png").write_bytes(encode_image(mask.astype(np.uint8) * 3))
+    suffixes: dict[str, Any] = {"image_suffix": "_rgb.png", "mask_suffixes": ("_label.png",)}
+    return LabelMapsSource(folder, **suffixes, **options)
+
+
+def write_folder(folder: Path, content: bytes, mask: np.ndarray, **options: Any) -> Source:
+    for name, file in (("images", content), ("masks", encode_image(mask.astype(np.uint8) * 255))):
+        (folder / "a" / name).mkdir(parents=True)
+        (folder / "a" / name / "a.png").write_bytes(file)
+    return ImageFoldersSource(folder, **options)
+
+
+def write_panoptic(folder: Path, content: bytes, mask: np.ndarray, **options: Any) -> Source:
+    for name in ("images", "x"):
+        (folder / name).mkdir()
+    (folder / "images" / "a.png").write_bytes(content)
+    segments = np.stack([mask * 5, mask * 0, mask * 0], axis=-1).astype(np.uint8)
+    (folder / "x" / "a.png").write_bytes(encode_image(segments))
+    record = {"id": 1, "file_name": "a.png", "segments_info": [{"id": 5, "category_id": 1}]}
+    records = {
+        "images": [record],
+        "categories": [{"id": 1, "isthing": 1}],
+        "annotations": [{**record, "image_id": 1}],
+    }
+    (folder / "x.json").write_text(json.dumps(records))
+    return PanopticSource(folder / "x.json", **options)
+
+
+WRITERS = (
+    write_coco,
+    write_masks,
+    write_pair,
+    write_shard,
+    write_label_maps,
+    write_folder,
+    write_panoptic,
+)
 
 
 def picture_and_mask(hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

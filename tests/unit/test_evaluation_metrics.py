@@ -1,14 +1,9 @@
-import json
-import threading
-
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
-from sam_jax.evaluation.metrics import IouTotals, gather_totals, mask_iou, mean_over_datasets
+from sam_jax.evaluation.metrics import IouTotals, mask_iou, mean_over_datasets
 
 scores = st.lists(
     st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["x", "y"]), st.floats(0, 1)),
@@ -20,7 +15,6 @@ def totals_of(items):
     totals = IouTotals()
     for dataset, measure, iou in items:
         totals.add(dataset, {measure: iou})
-        totals.count(dataset, "masks")
     return totals
 
 
@@ -62,15 +56,11 @@ def test_what_is_no_iou_is_refused(iou):
         IouTotals().add("a", {"box": iou})
 
 
-@hypothesis.given(scores, st.integers(0, 30), st.randoms(use_true_random=False))
-def test_order_and_split_change_nothing(items, cut, rng):
-    whole = totals_of(items)
+@hypothesis.given(scores, st.randoms(use_true_random=False))
+def test_order_changes_nothing(items, rng):
     shuffled = items.copy()
     rng.shuffle(shuffled)
-    merged = totals_of(shuffled[:cut])
-    merged.merge(totals_of(shuffled[cut:]))
-    assert merged.means() == whole.means()
-    assert merged.counts() == whole.counts()
+    assert totals_of(shuffled).means() == totals_of(items).means()
 
 
 @hypothesis.given(scores)
@@ -81,55 +71,3 @@ def test_means_equal_the_plain_ones(items):
             plain = [iou for d, m, iou in items if (d, m) == (dataset, measure)]
             assert mean == pytest.approx(np.mean(plain), abs=1e-12)
     assert sum(len(m) for m in means.values()) == len({(d, m) for d, m, _ in items})
-
-
-@hypothesis.given(scores)
-def test_json_holds_everything(items):
-    totals = totals_of(items)
-    again = IouTotals.from_json(totals.to_json())
-    assert again.means() == totals.means()
-    assert again.counts() == totals.counts()
-    assert json.loads(again.to_json()) == json.loads(totals.to_json())
-
-
-def test_zero_scores_survive_a_merge():
-    merged = totals_of([("a", "x", 0.0)])
-    merged.merge(totals_of([("a", "x", 0.0)]))
-    assert merged.means() == {"a": {"x": 0.0}}
-
-
-def test_hosts_gather_the_same_sums(monkeypatch):
-    """Three hosts with shares of different length, as threads that exchange arrays."""
-    barrier, arrays = threading.Barrier(3), {}
-
-    def allgather(array):
-        host = threading.current_thread().name
-        arrays[host] = np.asarray(array)
-        barrier.wait(30)
-        gathered = np.stack([arrays[name] for name in ("host0", "host1", "host2")])
-        barrier.wait(30)
-        return gathered
-
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
-    # More than 2^32 units of sums in all, which 32-bit arrays would not hold.
-    items = [("a" if i % 3 else "é", "x", 1 - i / 3000) for i in range(3000)]
-    shares = [items[:1], items[1:2000], items[2000:]]
-    found = {}
-
-    def run(host):
-        found[host] = gather_totals(totals_of(shares[host]))
-
-    threads = [threading.Thread(target=run, args=(h,), name=f"host{h}") for h in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    expected = totals_of(items)
-    assert [found[host].means() for host in range(3)] == [expected.means()] * 3
-    assert found[1].counts() == expected.counts()
-
-
-def test_one_host_keeps_its_totals():
-    totals = totals_of([("a", "x", 0.5)])
-    assert gather_totals(totals) is totals

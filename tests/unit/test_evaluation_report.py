@@ -2,16 +2,15 @@ import dataclasses
 import io
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from sam_jax.evaluation.clicks import Click
-from sam_jax.evaluation.gallery import Gallery
-from sam_jax.evaluation.protocols.protocol import Outcome
+from sam_jax.evaluation.gallery import Scored, choose
 from sam_jax.evaluation.report import DatasetReport, EvalReport, results_folder
-from sam_jax.evaluation.targets import EvalImage, TargetMask
 
 
 def report(names=("coco", "cells"), protocols=("center", "random"), skipped=None):
@@ -48,11 +47,8 @@ def test_flat_dict_names_dataset_and_measure():
     assert len(flat) == 3 * len(report().mean)
 
 
-def test_json_holds_all_numbers_and_replaces_the_old_file(tmp_path):
-    path = tmp_path / "new" / "report.json"
-    report(names=("other",)).write_json(path)
-    report(skipped={"masks (empty)": 2}).write_json(path)
-    content = json.loads(path.read_text())
+def test_json_holds_all_numbers():
+    content = json.loads(json.dumps(report(skipped={"masks (empty)": 2}).as_json()))
     assert list(content["datasets"]) == ["coco", "cells"]
     assert content["datasets"]["cells"]["miou"]["random_9"] == pytest.approx(0.91)
     assert content["datasets"]["cells"]["num_masks"] == 34567
@@ -60,18 +56,6 @@ def test_json_holds_all_numbers_and_replaces_the_old_file(tmp_path):
     assert content["mean"] == report().mean
     assert content["settings"]["seed"] == 3
     assert content["disk_radius_rates"] == {"disk_center": 0.0625}
-    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "report.json"
-    report().write_json(path)
-    before = path.read_text()
-    broken = report()
-    broken.settings["sources"] = object()
-    with pytest.raises(TypeError):
-        broken.write_json(path)
-    assert path.read_text() == before
 
 
 def test_table_fits_and_shows_percent():
@@ -116,69 +100,34 @@ def test_plot_draws_what_there_is(tmp_path):
         assert image.size[0] < several[0]
 
 
-def outcome(name, iou, index=0):
-    image = EvalImage(
-        dataset="d",
-        name=name,
-        pixels=np.full((20, 30, 3), 100, np.uint8),
-        masks=np.ones((index + 1, 20, 30), bool),
-        mask_indices=tuple(range(index + 1)),
-    )
-    prediction = np.zeros((20, 30), bool)
-    clicks = (Click(3, 4, is_foreground=True),)
-    ious = {"center_2": iou, "center_1": 0.5}
-    return Outcome(TargetMask(image, index), ious, prediction, clicks)
+def scored(ious):
+    """Masks as ``(image, IoU)``, numbered."""
+    return [
+        Scored(iou, f"d/{image}/{index}", ord(image), {}) for index, (image, iou) in enumerate(ious)
+    ]
 
 
-def chosen(gallery):
-    return [[entry.iou for entry in kept.entries] for kept in (gallery._worst, gallery._best)]
+def chosen(masks, num_each):
+    return {sort: [mask.iou for mask in found] for sort, found in choose(masks, num_each).items()}
 
 
-def test_gallery_keeps_the_extremes_one_of_each_image():
-    gallery = Gallery("center_2", 2)
-    for name, iou, index in [
-        ("a", 0.5, 0),
-        ("b", 0.1, 0),
-        ("b", 0.05, 1),
-        ("c", 0.2, 0),
-        ("d", 0.9, 0),
-        ("d", 0.95, 1),
-        ("e", 0.9, 0),
-    ]:
-        gallery.offer(outcome(name, iou, index))
-    assert chosen(gallery) == [[0.05, 0.2], [0.95, 0.9]]
+def test_the_extremes_are_chosen_one_of_each_image():
+    masks = [("a", 0.5), ("b", 0.1), ("b", 0.05), ("c", 0.2), ("d", 0.9), ("d", 0.95), ("e", 0.9)]
+    found = chosen(scored(masks), 2)
+    assert found["worst"] == [0.05, 0.2]
+    assert found["best"] == [0.9, 0.95]
+    # The median of all seven is 0.5.
+    assert found["typical"][0] == 0.5
 
 
-def test_gallery_does_not_depend_on_the_order():
-    offers = [outcome(f"{i}.png", iou) for i, iou in enumerate([0.0, 0.5, 0.0, 0.0, 1.0, 1.0, 0.7])]
-    pictures = []
-    for order in (offers, offers[::-1]):
-        gallery = Gallery("center_2", 2)
-        for offered in order:
-            gallery.offer(offered)
-        pictures.append(gallery.picture())
-    assert pictures[0] is not None
-    np.testing.assert_array_equal(pictures[0], pictures[1])
+@hypothesis.given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.sampled_from([0.0, 0.5, 1.0]))))
+def test_the_choice_does_not_depend_on_the_order(masks):
+    assert choose(scored(masks), 2) == choose(scored(masks)[::-1], 2)
 
 
-def test_gallery_holds_no_other_masks_of_its_images():
-    gallery = Gallery("center_2", 1)
-    gallery.offer(outcome("a", 0.5, index=7))
-    for kept in (gallery._worst, gallery._best, gallery._drawn):
-        assert kept.entries[0].example.ground_truth.base is None
-
-
-def test_gallery_without_examples():
-    gallery = Gallery("center_2", 0)
-    gallery.offer(outcome("a", 0.5))
-    assert gallery.picture() is None
-    assert Gallery("center_2", 3).picture() is None
-
-
-def test_gallery_ignores_other_protocols():
-    gallery = Gallery("box", 1)
-    gallery.offer(outcome("a", 0.5))
-    assert gallery.picture() is None
+def test_nothing_is_chosen_of_nothing():
+    assert choose([], 3) == {}
+    assert chosen(scored([("a", 0.5)]), 1) == {"worst": [0.5], "typical": [0.5], "best": [0.5]}
 
 
 @pytest.mark.parametrize(

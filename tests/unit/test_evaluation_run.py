@@ -19,9 +19,10 @@ from pycocotools import mask as coco_mask
 from sam_jax.configuration import from_mapping
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
+from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
 from sam_jax.evaluation.protocols import PROTOCOLS
 from sam_jax.evaluation.protocols.protocol import EvalProtocol, ProtocolContext
-from sam_jax.evaluation.run import EvalConfig, Evaluator
+from sam_jax.evaluation.run import EvaluationInterruptedError, Evaluator, build_evaluators
 from sam_jax.evaluation.targets import EvalImage, NotFiniteError, TargetMask, make_batches
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.image_encoder import ImageEncoderConfig
@@ -304,7 +305,7 @@ def two_sources(tmp_path):
 def evaluator(sources, model=None, devices=ONE_DEVICE, **changes):
     fields = {"sources": sources, "num_clicks": (1, 2, 3), "num_examples": 0} | changes
     config = from_mapping(EvalConfig, fields, "evals.test")
-    return Evaluator(model or ColorSam(CONFIG), config, devices=devices)
+    return Evaluator(model or ColorSam(CONFIG), PromptedMasks(config), devices=devices)
 
 
 def test_what_a_source_leaves_out_is_in_the_report(two_sources):
@@ -326,7 +327,10 @@ def test_a_dataset_without_any_mask_is_an_error(two_sources):
     content = json.loads(path.read_text())
     content["annotations"] = content["annotations"][1:]
     path.write_text(json.dumps(content))
-    with pytest.raises(NoObjectsError, match=r"(?s)others: none of 1 samples .*1 only empty masks"):
+    with pytest.raises(
+        NoObjectsError,
+        match=r"(?s)others: none of 1 samples .*1 images without an object \(only empty masks\)",
+    ):
         evaluator(two_sources)(variables())
 
 
@@ -411,6 +415,77 @@ class _no_compilation:  # noqa: N801
     def __exit__(self, *exception):
         jax.monitoring.unregister_event_duration_listener(self._listen)
         assert not self.compiled
+
+
+class Stops(Predictor):
+    """A predictor that fails after some calls of its encoder."""
+
+    num_calls_left = 0
+
+    def embed(self, images):
+        if not self.num_calls_left:
+            raise KeyboardInterrupt
+        self.num_calls_left -= 1
+        return super().embed(images)
+
+
+@pytest.mark.parametrize("num_images_first", range(5))
+def test_an_evaluation_that_was_stopped_goes_on(two_sources, tmp_path, num_images_first):
+    """At any point; nothing is done twice, and all that is written is the same."""
+    config = from_mapping(EvalConfig, {"sources": two_sources, "images_per_call": 1}, "evals.test")
+    evaluation = PromptedMasks(config)
+    predictor = Stops(ColorSam(CONFIG), variables(), evaluation.buckets(1), devices=ONE_DEVICE)
+    evaluate = Evaluator(ColorSam(CONFIG), evaluation, predictor=predictor)
+    predictor.with_variables = lambda variables: predictor
+    predictor.num_calls_left = 4
+    whole = evaluate(variables(), tmp_path / "whole")
+    predictor.num_calls_left = num_images_first
+    if num_images_first < 4:
+        with pytest.raises(EvaluationInterruptedError, match="of 4 examples are recorded"):
+            evaluate(variables(), tmp_path / "stopped")
+    records = list((tmp_path / "stopped").glob("records-*/*.jsonl"))
+    num_done = sum(len(file.read_text().splitlines()) for file in records)
+    predictor.num_calls_left = 4 - num_done
+    resumed = evaluate(variables(), tmp_path / "stopped")
+    assert predictor.num_calls_left == 0
+    assert resumed == whole
+    contents = [
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped")
+    ]
+    for content in contents:
+        del content["seconds"]
+    assert contents[0] == contents[1]
+    for name in ("examples.png", "curves.png"):
+        assert len({(tmp_path / f / name).read_bytes() for f in ("whole", "stopped")}) == 1
+
+
+def test_reports_say_what_they_are_of(two_sources, tmp_path):
+    evaluate = evaluator(two_sources, protocols=("box",))
+    evaluate(variables(), tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["kind"] == "prompts"
+    records = tmp_path / content["records"] / "host-00000.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [len(line["masks"]) for line in lines] == [2, 1, 4, 1]
+    assert [line["dataset"] for line in lines] == ["stripes"] * 3 + ["others"]
+    reason, case = lines[3]["remarked"]["masks"][0]
+    assert (reason, case.rpartition("/")[2]) == ("empty", "a.png: mask 1")
+    # Other weights do not find these records, nor lose them.
+    evaluate(variables(favourite=2), tmp_path)
+    assert len(list(tmp_path.glob("records-*"))) == 2
+    assert json.loads((tmp_path / "report.json").read_text())["records"] != content["records"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "edge"}, r"evals\.x\.kind is 'edge'; there are prompts"),
+        ({"source": ()}, r"evals\.x has no field 'source'; did you mean 'sources'"),
+    ],
+)
+def test_sections_that_name_nothing_are_refused(section, message):
+    with pytest.raises(ConfigError, match=message):
+        build_evaluators({"x": section}, ColorSam(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -503,20 +578,23 @@ def test_the_real_model_is_evaluated():
 
 TWO_HOSTS = """
 import sys
+from pathlib import Path
 import jax
-index, port = map(int, sys.argv[1:])
+index, port = map(int, sys.argv[1:3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tests.unit.test_evaluation_run import SHARED, ColorSam, CONFIG, Evaluator, variables
+from sam_jax.evaluation import Evaluator, PromptedMasks
+from tests.unit.test_evaluation_run import SHARED, ColorSam, CONFIG, variables
 
 mesh = Mesh(np.array([jax.local_devices(process_index=host)[0] for host in (0, 1)]), ("host",))
 halves = NamedSharding(mesh, PartitionSpec("host"))
 whole = np.asarray(variables()["params"]["favourite"])
 sharded = jax.make_array_from_callback(whole.shape, halves, lambda part: whole[part])
 assert not sharded.is_fully_addressable
-evaluate = Evaluator(ColorSam(CONFIG), SHARED, devices=jax.local_devices()[:1])
-report = evaluate({"params": {"favourite": sharded}, "constants": {}})
+evaluate = Evaluator(ColorSam(CONFIG), PromptedMasks(SHARED), devices=jax.local_devices()[:1])
+folder = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+report = evaluate({"params": {"favourite": sharded}, "constants": {}}, folder)
 print("REPORT", sorted(report.as_flat_dict().items()), report.datasets)
 """
 
@@ -529,14 +607,22 @@ SHARED = EvalConfig(
 
 
 @pytest.mark.slow
-def test_two_hosts_find_what_one_finds():
-    """Each evaluates its own images with variables of which it holds one half."""
+def test_two_hosts_find_what_one_finds(tmp_path):
+    """Each evaluates its own images with variables of which it holds one half.
+
+    A third of what they share is done already.
+    """
+    evaluate = Evaluator(ColorSam(CONFIG), PromptedMasks(SHARED), devices=ONE_DEVICE)
+    alone = evaluate(variables(), tmp_path)
+    (records,) = tmp_path.glob("records-*/host-00000.jsonl")
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[1:3]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_HOSTS, str(index), str(port)],
+            [sys.executable, "-c", TWO_HOSTS, str(index), str(port), str(tmp_path)],
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -544,9 +630,12 @@ def test_two_hosts_find_what_one_finds():
         )
         for index in (0, 1)
     ]
-    alone = Evaluator(ColorSam(CONFIG), SHARED, devices=ONE_DEVICE)(variables())
     expected = f"REPORT {sorted(alone.as_flat_dict().items())} {alone.datasets}"
     for process in processes:
         output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         assert expected in output.splitlines()
+    found = [file.read_text().splitlines(True) for file in sorted(records.parent.glob("*.jsonl"))]
+    # Of the examples 0, 3 and 4, each process did its own.
+    assert [len(of_host) for of_host in found] == [4, 1]
+    assert sorted(found[0] + found[1]) == sorted(lines)

@@ -18,6 +18,7 @@ BASE = LEAVES | {"ops"}
 LOWER = BASE | {
     "checkpoint",
     "data",
+    "dataset_statistics",
     "export",
     "files",
     "flop_counts",
@@ -25,6 +26,7 @@ LOWER = BASE | {
     "hosts",
     "images",
     "losses",
+    "mask_shapes",
     "models",
     "parallel",
     "resizing",
@@ -47,6 +49,8 @@ MAY_IMPORT = {
     "models": BASE,
     "parallel": BASE | {"models", "sharding"},
     "losses": BASE,
+    "mask_shapes": {"arrays"},
+    "dataset_statistics": BASE | {"data", "mask_shapes", "rle", "visualize"},
     "data": BASE | {"files", "images", "resizing", "rle"},
     "simulated_user": BASE,
     "sharding": LEAVES,
@@ -63,7 +67,8 @@ MAY_IMPORT = {
     | {"files", "images", "models", "parallel", "resizing", "rle", "visualize", "weights"},
     "evaluation": LOWER | {"inference"},
     "cost_report": LOWER | {"training"},
-    "cli": LOWER | {"cost_report", "evaluation", "inference", "training"},
+    "cli": LOWER | {"cli_results", "cost_report", "evaluation", "inference", "training"},
+    "cli_results": LOWER | {"evaluation"},
     # sam_jax/__init__.py: the public names
     "__init__": LOWER | {"evaluation", "inference", "training"},
 }

@@ -227,3 +227,38 @@ def test_a_part_is_encoded_as_the_whole(
     box = (left, top, left + part.shape[1], top + part.shape[0])
     runs = rle.run_lengths(encoded)
     np.testing.assert_array_equal(rle.decode_part(runs, whole.shape, box), part)
+
+
+@hypothesis.given(st.lists(masks, max_size=5))
+def test_many_are_read_as_one_by_one(drawn: list[np.ndarray]) -> None:
+    rles = [compress(mask) for mask in drawn]
+    for given in (rles, [{**r, "counts": r["counts"].encode()} for r in rles]):
+        for found, one in zip(rle.run_lengths_of_all(given), rles, strict=True):
+            np.testing.assert_array_equal(found, rle.run_lengths(one))
+
+
+@hypothesis.given(st.lists(st.binary(max_size=9), min_size=1, max_size=3))
+def test_any_strings_are_refused_together_as_alone(texts: list[bytes]) -> None:
+    rles = [{"size": [3, 4], "counts": text} for text in texts]
+    try:
+        expected = [rle.run_lengths(one).tolist() for one in rles]
+    except rle.BadRleError:
+        with pytest.raises(rle.BadRleError):
+            rle.run_lengths_of_all(rles)
+    else:
+        assert [found.tolist() for found in rle.run_lengths_of_all(rles)] == expected
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_a_bad_one_among_many_is_found(bad: Any, place: int) -> None:
+    rles: list[Any] = [compress(np.eye(4, dtype=bool)), compress(np.ones((4, 4), bool))]
+    with pytest.raises(rle.BadRleError):
+        rle.run_lengths_of_all([*rles[:place], bad, *rles[place:]])
+
+
+def test_lists_of_runs_are_read_among_many() -> None:
+    mask = np.eye(3, dtype=bool)
+    (listed,) = rle.from_labels(mask.astype(int))
+    for found in rle.run_lengths_of_all([listed, compress(mask)]):
+        np.testing.assert_array_equal(rle.decode(found, (3, 3)), mask)

@@ -32,3 +32,24 @@ class Source(Protocol):
           NoObjectError: nothing is marked in it.
         """
         ...
+
+
+@runtime_checkable
+class ListingSource(Source, Protocol):
+    """A source that can tell its samples apart, and count their masks, without their pictures."""
+
+    def file_name(self, index: int) -> str:
+        """The name of the picture below the data set's folder.
+
+        Different for all samples, and the same wherever the data set lies, and in whatever order
+        its files are found.
+        """
+        ...
+
+    def num_masks(self, index: int) -> int:
+        """The number of masks, unusable and empty ones included where telling takes decoding.
+
+        Raises:
+          SkippedSampleError: the annotation cannot be read.
+        """
+        ...

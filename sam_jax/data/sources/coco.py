@@ -1,38 +1,42 @@
-"""Annotations in COCO's instance format: one JSON, a folder of images."""
+"""Annotations in COCO's instance format, and LVIS's: one JSON, a folder of images."""
 
-import logging
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from pycocotools import mask as coco_mask
-
-from sam_jax.data.samples import (
-    CorruptSampleError,
-    Sample,
-    image_hw,
-    picture_remarks,
-    read_picture_file,
-    sample_of_file,
-)
-from sam_jax.data.sources.coco_file import CROWD, CocoImage, read_coco
+from sam_jax.data.sources.coco_file import CROWD, read_coco
+from sam_jax.data.sources.listed_images import ListedImagesSource
+from sam_jax.data.sources.video_coco_file import read_video_coco
 from sam_jax.errors import ConfigError
-from sam_jax.files import NamedFiles
 from sam_jax.images import Orientation
-from sam_jax.rle import BadRleError, check_size
-
-_log = logging.getLogger(__name__)
-# The reason under which a part of a polygon is counted that is left out of its object.
-PART_LEFT_OUT = "polygon part left out"
 
 Crowd = Literal["skip", "keep"]
 
+_KEEP_CROWDS = '; crowd="keep" takes annotations with iscrowd for objects'
 
-class CocoSource:
+
+class CocoSource(ListedImagesSource):
     """Images of a COCO instance file with their polygons or RLEs.
 
     Images without an annotation in use are left out. Classes are not read. `docs/annotations.md`
     has the whole of what is used and what is not.
+
+    Args:
+      path: the JSON.
+      images: the folder of the images; None means `images` beside the JSON. A file_name may repeat
+        the folder's own name.
+      name: what `Sample.dataset` says.
+      crowd: what becomes of annotations with iscrowd: COCO means groups by it, which are no
+        objects, and CVAT all that was painted with a brush. "skip" leaves them out, "keep" takes
+        them as objects.
+      orientation: see `Sample`.
+
+    Raises:
+      FileNotFoundError: the JSON or the folder does not exist.
+      ConfigError: the JSON is not in COCO form, holds no usable image, or a file_name may mean
+        several files.
     """
+
+    _read = staticmethod(read_coco)
 
     def __init__(
         self,
@@ -42,164 +46,39 @@ class CocoSource:
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",
     ):
-        """Reads the annotation file, and looks up where its images are.
-
-        Args:
-          path: the JSON.
-          images: the folder of the images; None means `images` beside the JSON. A file_name may
-            repeat the folder's own name.
-          name: what `Sample.dataset` says.
-          crowd: what becomes of annotations with iscrowd: COCO means groups by it, which are no
-            objects, and CVAT all that was painted with a brush. "skip" leaves them out, "keep"
-            takes them as objects.
-          orientation: see `Sample`.
-
-        Raises:
-          FileNotFoundError: the JSON or the folder does not exist.
-          ConfigError: the JSON is not in COCO form, holds no usable image, or a file_name may mean
-            several files.
-        """
         if crowd not in get_args(Crowd):
             raise ConfigError(f"crowd is {crowd!r}; expected one of {get_args(Crowd)}")
         path = Path(path)
-        self.name = name
-        self._orientation = orientation
-        self._folder = Path(images) if images is not None else path.parent / "images"
-        if not self._folder.is_dir():
-            raise FileNotFoundError(f"no image folder {self._folder}; say where with images=")
-        self._images, self.left_out = read_coco(path, crowd == "keep")
-        keep = ""
-        if self.left_out.counts[CROWD]:
-            keep = '; crowd="keep" takes annotations with iscrowd for objects'
-        if not self._images:
-            found = f": {self.left_out}" if self.left_out else ""
-            raise ConfigError(f"{path} has no image with an annotation to use{found}{keep}")
-        if self.left_out:
-            _log.warning("%s: left out: %s%s", path, self.left_out, keep)
-        self._paths = _find(path, self._images, self._folder)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The image and its masks.
-
-        Raises:
-          CorruptSampleError: the image file is missing.
-        """
-        record = self._images[index]
-        path = self._paths[index]
-        if path is None:
-            raise CorruptSampleError(str(self._folder / record.file_name), "missing image")
-        image = read_picture_file(path)
-        masks_rle, unusable, remarks = [], [], list[tuple[str, str]]()
-        size: Any = record.hw
-        if size is None and any(isinstance(mask, list) for _, mask in record.segmentations):
-            # Polygons have no size, so which way up they were drawn only the others tell.
-            runs = tuple(mask for _, mask in record.segmentations if isinstance(mask, dict))
-            drawn_on = Sample(image, runs, self.name, str(path), orientation=self._orientation)
-            size = image_hw(drawn_on)
-            remarks += picture_remarks(drawn_on)
-        for number, segmentation in record.segmentations:
-            where = f"annotations[{number}]"
-            try:
-                mask, bad_parts = segmentation_to_rle(segmentation, size)
-            except BadRleError as error:
-                unusable.append(f"{where}: {error}")
-                continue
-            masks_rle.append(mask)
-            remarks += [(PART_LEFT_OUT, f"{where}: {part}") for part in bad_parts]
-        return sample_of_file(
-            path, image, self.name, self._orientation, masks_rle, unusable, remarks
+        folder = Path(images) if images is not None else path.parent / "images"
+        if not folder.is_dir():
+            # Said before the file is read, which may take a minute.
+            raise FileNotFoundError(f"no image folder {folder}; say where with images=")
+        found, left_out = self._read(path, crowd == "keep")
+        super().__init__(
+            found,
+            left_out,
+            path=path,
+            folder=folder,
+            name=name,
+            orientation=orientation,
+            advice=_KEEP_CROWDS if left_out.counts[CROWD] else "",
         )
 
 
-def _find(path: Path, images: list[CocoImage], folder: Path) -> list[Path | None]:
-    """The file of each image, None where there is none; says how many are missing or renamed.
+class VideoCocoSource(CocoSource):
+    """Frames of a YouTube-VIS or OVIS file, each with the RLEs or polygons of what is in it.
 
-    Raises:
-      ConfigError: a name may mean several files, or two images are one file.
+    Frames in which nothing is marked are left out; otherwise as `CocoSource`.
     """
-    files, paths = NamedFiles(folder), []
-    owners: dict[Path, CocoImage] = {}
-    missing, renamed = [], []
-    for image in images:
-        try:
-            found = files.find(image.file_name)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        paths.append(found)
-        if found is None:
-            missing.append(image.file_name)
-            continue
-        if found != folder / image.file_name:
-            renamed.append((image.file_name, str(found)))
-        if (other := owners.setdefault(found, image)) is not image:
-            raise ConfigError(
-                f"{path}: two images, {other.file_name!r} and {image.file_name!r}, are both the "
-                f"file {found}; give each picture a name of its own, or put the annotations of one "
-                "picture under one id"
-            )
-    if missing:
-        _log.warning(
-            "%s: %d of %d pictures are not in %s, e.g. %r",
-            *(path, len(missing), len(images), folder, missing[0]),
-        )
-    if renamed:
-        _log.warning(
-            "%s: %d file names are not those of the files found for them, e.g. %r is %s",
-            *(path, len(renamed), *renamed[0]),
-        )
-    return paths
 
+    _read = staticmethod(read_video_coco)
 
-def segmentation_to_rle(segmentation: Any, size: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A COCO `segmentation` as an RLE: {"size": [h, w], "counts": ...}.
-
-    RLEs pass through as they are (and are validated where they are decoded);
-    the polygons of one object are rasterised and united.
-
-    Args:
-      segmentation: an RLE mapping, or a list of polygons [x0, y0, x1, y1, ...] in pixels.
-      size: [h, w] of the image; only polygons need it.
-
-    Returns:
-      The RLE, and what was wrong with each polygon that was left out of it.
-
-    Raises:
-      BadRleError: it is neither, or none of its polygons makes sense.
-    """
-    if isinstance(segmentation, dict):
-        return segmentation, ()
-    if not isinstance(segmentation, list) or not segmentation:
-        raise BadRleError(f"segmentation is {segmentation!r:.80}")
-    h, w = check_size(size)
-    polygons, bad = [], []
-    for number, polygon in enumerate(segmentation, start=1):
-        try:
-            _check_polygon(polygon, max(h, w))
-        except BadRleError as error:
-            bad.append(f"part {number} of {len(segmentation)}: {error}")
-        else:
-            polygons.append(polygon)
-    if not polygons:
-        raise BadRleError("; ".join(bad[:3]))
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, h, w)), tuple(bad)
-
-
-def _check_polygon(polygon: Any, side: int) -> None:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        raise BadRleError(
-            f"a polygon is a list [x, y, x, y, ...] of 3 points or more: {polygon!r:.80}"
-        )
-    for value in polygon:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BadRleError(f"a polygon holds {value!r:.80}")
-        # The rasteriser (C) allocates in proportion to the outline. False for what is no number.
-        if not abs(value) <= 4 * side:
-            raise BadRleError(f"a polygon reaches far outside the image: {value!r:.40}")
-    if side > 1 and all(0 <= value <= 1 for value in polygon):
-        raise BadRleError(
-            "a polygon lies within the first pixel; coordinates are pixels, not rates of the "
-            f"image's size: {polygon!r:.80}"
-        )
+    def __init__(
+        self,
+        path: str | Path,
+        images: str | Path | None = None,
+        name: str = "video_coco",
+        crowd: Crowd = "skip",
+        orientation: Orientation = "upright",
+    ):
+        super().__init__(path, images, name, crowd, orientation)

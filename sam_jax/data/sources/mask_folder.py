@@ -1,15 +1,14 @@
 """A folder of images beside a folder of mask images."""
 
 import collections
+import functools
 import logging
 import unicodedata
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from sam_jax import rle
-from sam_jax.data.label_maps import LabelMapError, read_label_map
+from sam_jax.data.label_maps import LabelMap, read_label_map
+from sam_jax.data.mask_files import as_one_object, count_masks, read_mask_files
 from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
@@ -18,7 +17,7 @@ from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)
 # Lossy formats smear labels into each other at every outline.
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".npy")
 
 
 class MaskFolderSource:
@@ -48,7 +47,7 @@ class MaskFolderSource:
 
         Args:
           path: the folder (tree) of images.
-          masks: the folder (tree) of masks, in PNG, BMP or TIFF.
+          masks: the folder (tree) of masks, in PNG, BMP, TIFF or NumPy's NPY.
           name: what `Sample.dataset` says.
           background: the label that is no object: a grey value, palette index or colour 0xRRGGBB;
             None is black.
@@ -72,8 +71,8 @@ class MaskFolderSource:
         folded: dict[str, list[str]] = collections.defaultdict(list)
         for stem in images:
             folded[stem.casefold()].append(stem)
-        # Per image: (is it a label map, the file).
-        found: dict[str, list[tuple[bool, Path]]] = collections.defaultdict(list)
+        # Per image, its files: whether each is a label map.
+        found: dict[str, dict[Path, bool]] = collections.defaultdict(dict)
         num_masks = 0
         for stem, mask in self._files(masks, _MASK_SUFFIXES):
             num_masks += 1
@@ -88,11 +87,11 @@ class MaskFolderSource:
             if owner is None:
                 self.left_out.add("mask files without an image", str(mask))
             else:
-                found[owner].append((stem.casefold() == owner.casefold(), mask))
+                found[owner][mask] = stem.casefold() == owner.casefold()
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(
-                f"none of the {num_masks} masks (png, bmp, tif) in {masks} belongs "
+                f"none of the {num_masks} masks (png, bmp, tif, npy) in {masks} belongs "
                 f"to one of the {len(images)} images in {path}; for cat.jpg, "
                 f"cat.png, cat_*.png and cat/*.png would{left_out}"
             )
@@ -101,6 +100,7 @@ class MaskFolderSource:
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", path, line)
         self._pairs = [(images[stem], found[stem]) for stem in sorted(found)]
+        self._names = sorted(found)
 
     def _files(self, folder: str | Path, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
         """(path below the folder without suffix, path) of its files, sorted."""
@@ -122,6 +122,23 @@ class MaskFolderSource:
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def file_name(self, index: int) -> str:
+        """The image's path below the folder, without its ending."""
+        return self._names[index]
+
+    def num_masks(self, index: int) -> int:
+        """The number of masks; of files only label maps are read for it.
+
+        Raises:
+          CorruptSampleError: the label map cannot be read.
+        """
+        path, mask_files = self._pairs[index]
+        label_maps = [file for file, is_label_map in mask_files.items() if is_label_map]
+        num_others = len(mask_files) - len(label_maps)
+        if not label_maps:
+            return num_others
+        return num_others + count_masks(label_maps, functools.partial(self._read, mask_files), path)
+
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its masks.
 
@@ -131,22 +148,12 @@ class MaskFolderSource:
         """
         path, mask_files = self._pairs[index]
         image = read_picture_file(path)
-        masks_rle, unusable, remarks = [], [], []
-        for is_label_map, file in mask_files:
-            try:
-                labels, decided = read_label_map(
-                    file, self._background, self._ignore_labels, self._orientation
-                )
-            except (LabelMapError, OSError) as error:
-                unusable.append(f"{file}: {error}")
-                continue
-            if not is_label_map:
-                labels = (labels != 0).astype(np.uint8)
-            masks_rle += rle.from_labels(labels)
-            remarks += [(remark, str(file)) for remark in decided]
-        return sample_of_file(
-            path, image, self.name, self._orientation, masks_rle, unusable, remarks
-        )
+        found = read_mask_files(mask_files, functools.partial(self._read, mask_files))
+        return sample_of_file(path, image, self.name, self._orientation, *found)
+
+    def _read(self, is_label_map: Mapping[Path, bool], file: Path) -> LabelMap:
+        found = read_label_map(file, self._background, self._ignore_labels, self._orientation)
+        return found if is_label_map[file] else as_one_object(found)
 
 
 def _owner(stem: str, images: Container[str]) -> str | None:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +36,34 @@ _SCAN_THREADS = 8
 _MAX_OPEN_TARS = 128
 # Bytes of a tar's name in the name of its index, which has some 45 bytes more.
 _MAX_LABEL_BYTES = 200
+
+
+class AnnotationFile(NamedTuple):
+    """The json of a pair, on its own or within a tar.
+
+    Attributes:
+      name: of the pair, for messages and results.
+      path: the file that holds it.
+      extent: its first byte there and its size; None for the whole file, a negative start where
+        there is no json.
+    """
+
+    name: str
+    path: Path
+    extent: tuple[int, int] | None = None
+
+    def read(self) -> bytes:
+        """The contents.
+
+        Raises:
+          CorruptSampleError: there is none, or the tar ends before it does.
+        """
+        if self.extent is not None:
+            return _read_extent(self.path, self.name, "json", self.extent)
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError as error:
+            raise CorruptSampleError(self.name, "missing json") from error
 
 
 class Sa1bSource:
@@ -103,6 +131,12 @@ class Sa1bSource:
         masks_rle, unusable = parse_annotation(name, annotation)
         return Sample(image, masks_rle, self.name, name, unusable, self._orientation)
 
+    def annotation_file(self, index: int) -> AnnotationFile:
+        """The place of a pair's json, for those who want no image; nothing is read yet."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        return shard.annotation_file(index - int(self._ends[number]) + len(shard))
+
 
 def parse_annotation(
     name: str, content: bytes
@@ -117,9 +151,12 @@ def parse_annotation(
       CorruptSampleError: it is not JSON of that form.
     """
     try:
-        annotations = json.loads(content)["annotations"]
+        parsed = json.loads(content)
+        annotations = parsed["annotations"]
         if not isinstance(annotations, list):
             raise TypeError(f"annotations is {annotations!r:.80}, not a list")
+        if "images" in parsed:
+            raise TypeError("it has images, so it is a COCO file of many and not of one")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptSampleError(name, "malformed json", repr(error)) from error
     usable, unusable = [], []
@@ -180,6 +217,10 @@ class _Shard(Protocol):
         """
         ...
 
+    def annotation_file(self, index: int) -> AnnotationFile:
+        """The place of a pair's json."""
+        ...
+
 
 class _FolderShard:
     """Extracted pairs, in `folder` or below it."""
@@ -212,6 +253,12 @@ class _FolderShard:
             except FileNotFoundError as error:
                 raise CorruptSampleError(present, f"missing {what}") from error
         return present, contents[0], contents[1]
+
+    def annotation_file(self, index: int) -> AnnotationFile:
+        image, json_name = self._pairs[index].tolist()
+        name = str(self._folder / (image or json_name))
+        extent = None if json_name else (-1, 0)
+        return AnnotationFile(name, self._folder / json_name, extent)
 
 
 def _pair_up(
@@ -251,15 +298,31 @@ class _TarShard:
         image = self._read(name, "image", entry["image"])
         return name, image, self._read(name, "json", entry["json"])
 
+    def annotation_file(self, index: int) -> AnnotationFile:
+        entry = _load_index(self._index_path)[index]
+        name = f"{self._path}::{os.fsdecode(entry['name'])}"
+        offset, size = entry["json"].tolist()
+        return AnnotationFile(name, self._path, (offset, size))
+
     def _read(self, name: str, what: str, extent: np.ndarray) -> bytes:
         offset, size = extent.tolist()
-        if offset < 0:
-            raise CorruptSampleError(name, f"missing {what}")
-        content = _open_tar(self._path).read(offset, size)
-        if len(content) < size:
-            detail = f"{what} has {len(content)} of {size} bytes"
-            raise CorruptSampleError(name, "truncated tar", detail)
-        return content
+        return _read_extent(self._path, name, what, (offset, size))
+
+
+def _read_extent(path: Path, name: str, what: str, extent: tuple[int, int]) -> bytes:
+    """A part of a tar.
+
+    Raises:
+      CorruptSampleError: it is not, or not all, there.
+    """
+    offset, size = extent
+    if offset < 0:
+        raise CorruptSampleError(name, f"missing {what}")
+    content = _open_tar(path).read(offset, size)
+    if len(content) < size:
+        detail = f"{what} has {len(content)} of {size} bytes"
+        raise CorruptSampleError(name, "truncated tar", detail)
+    return content
 
 
 class _Handle:

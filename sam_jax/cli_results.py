@@ -1,0 +1,238 @@
+"""The sub-commands that look at data and results and need no model: stats, compare, fairness."""
+
+import contextlib
+import enum
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sam_jax.errors import ConfigError
+
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for the numbers as JSON and the figure as PNG.")
+]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+Draws = Annotated[int | None, typer.Option(help="Draws of the bootstrap.", min=1)]
+
+
+class Resampled(enum.StrEnum):
+    """Units that the bootstrap can draw."""
+
+    images = "images"
+    masks = "masks"
+
+
+def stats(
+    stores: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STORE...",
+            help="A COCO JSON; SA-1B's files: a JSON, a tar, a folder, a pattern; what masks "
+            "wrote; a folder with images and masks; or kind=mask_folder,path=A,masks=B and so on.",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name of a store, in their order; may be repeated.")
+    ] = None,
+    max_images: Annotated[
+        int | None, typer.Option(help="Most images of each store, drawn by --seed.", min=1)
+    ] = None,
+    seed: Seed = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; by default one for each core.", min=1)
+    ] = None,
+) -> None:
+    """Statistics of data sets' masks: centres, masks per image, relative size, concavity.
+
+    Several data sets are set side by side. Pictures are not read where annotations say their size.
+    """
+    from sam_jax.data.mask_stores import open_store
+    from sam_jax.dataset_statistics.counting import count_masks
+    from sam_jax.dataset_statistics.figure import draw_statistics
+    from sam_jax.dataset_statistics.report import DatasetReport, StoreStatistics
+
+    names: list[str | None] = [*(name or [])]
+    if len(names) not in (0, len(stores)):
+        raise ConfigError(f"{len(stores)} stores need as many --name, or none; got {len(names)}")
+    _check_out(out)
+    found: list[StoreStatistics] = []
+    for path, chosen in zip(stores, names or [None] * len(stores), strict=True):
+        store = open_store(path, chosen)
+        if store.name in [other.name for other in found]:
+            raise ConfigError(f"two stores are called {store.name}: give them names by --name")
+        start = time.monotonic()
+        with _bar(store.name) as advance:
+            counts = count_masks(
+                store, max_images=max_images, seed=seed, num_workers=workers, on_progress=advance
+            )
+        if not counts.num_masks:
+            skipped = "; ".join(str(t) for t in (counts.skipped_images, counts.skipped_masks) if t)
+            raise ConfigError(f"{path} has no mask that can be used: {skipped or 'all are empty'}")
+        seconds = time.monotonic() - start
+        found.append(StoreStatistics(store.name, counts, store.left_out, seconds))
+    report = DatasetReport(tuple(found), max_images, seed)
+    report.print_table(_console())
+    if out is not None:
+        _write(out, "stats", report.as_json(), draw_statistics(report))
+
+
+def compare(
+    a: Annotated[
+        Path, typer.Argument(help="report.json of eval.py, or its folder.", show_default=False)
+    ],
+    b: Annotated[Path, typer.Argument(help="The same of another checkpoint.", show_default=False)],
+    out: Out = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="Which measures; may be repeated; by default all.")
+    ] = None,
+    draws: Draws = None,
+    seed: Seed = 0,
+) -> None:
+    """Sets two checkpoints side by side: differences with paired bootstrap intervals.
+
+    Both must have been evaluated with the same config on the same data, which need not be here.
+    """
+    from sam_jax.evaluation.comparison import compare as compare_results
+    from sam_jax.evaluation.results import read_results
+
+    _check_out(out)
+    results = [read_results(path) for path in (a, b)]
+    with _bar("draws") as advance:
+        comparison = compare_results(
+            *results,
+            measures=measure or (),
+            num_draws=draws,
+            seed=seed,
+            on_progress=advance,
+        )
+    comparison.print_table(_console())
+    if out is not None:
+        picture = comparison.figure(measure[0] if measure else None)
+        _write(out, "comparison", comparison.as_json(), picture)
+
+
+def fairness(
+    results: Annotated[
+        Path, typer.Argument(help="report.json of eval.py, or its folder.", show_default=False)
+    ],
+    attributes: Annotated[
+        Path,
+        typer.Option(
+            help="CSV: a column image; dataset, mask or annotation_id if wanted; attributes."
+        ),
+    ],
+    out: Out = None,
+    attribute: Annotated[
+        list[str] | None, typer.Option(help="Which columns; may be repeated; by default all.")
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which measures; may be repeated; by default one and three clicks, and the box."
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO JSON that was evaluated on, for annotation_id.")
+    ] = None,
+    resample: Annotated[
+        Resampled, typer.Option(help="What the bootstrap draws.")
+    ] = Resampled.images,
+    draws: Draws = None,
+    seed: Seed = 0,
+) -> None:
+    """Mean IoU by group, with bootstrap intervals, from an evaluation's records and a table."""
+    from sam_jax.data.annotation_ids import mask_numbers
+    from sam_jax.evaluation.attributes import join_attributes, read_attributes
+    from sam_jax.evaluation.bootstrap import NUM_DRAWS
+    from sam_jax.evaluation.fairness import mean_iou_by_group
+    from sam_jax.evaluation.kinds import DEFAULT_KIND
+    from sam_jax.evaluation.results import read_results
+
+    _check_out(out)
+    table = read_attributes(attributes, attribute or ())
+    evaluated = read_results(results)
+    if evaluated.kind != DEFAULT_KIND:
+        raise ConfigError(
+            f"{results} is of kind {evaluated.kind!r}; groups need the IoUs of prompted masks, "
+            f"kind {DEFAULT_KIND!r}"
+        )
+    numbers = None if annotations is None else mask_numbers(annotations)
+    joined = join_attributes(table, evaluated.records, numbers)
+    with _bar("groups") as advance:
+        report = mean_iou_by_group(
+            table,
+            joined,
+            measures=measure or (),
+            unit=resample.value,
+            num_draws=draws or NUM_DRAWS,
+            seed=seed,
+            on_progress=advance,
+        )
+    report.print_table(_console())
+    if out is not None:
+        content = {"results": str(evaluated.folder), "attributes": str(attributes)}
+        _write(out, "fairness", content | report.as_json(), report.figure())
+
+
+def _check_out(out: Path | None) -> None:
+    from sam_jax import places
+
+    if out is not None:
+        places.check_folder(out)
+
+
+def _write(out: Path, name: str, content: Mapping[str, Any], picture: Any) -> None:
+    """Writes ``name.json`` and ``name.png``; without a picture, says that there is none."""
+    import json
+
+    from sam_jax.visualize import save_picture
+    from sam_jax.weights.files import written_whole
+
+    with written_whole(out / f"{name}.json") as unfinished:
+        unfinished.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    written = [out / f"{name}.json"]
+    if picture is not None:
+        with written_whole(out / f"{name}.png") as unfinished:
+            save_picture(unfinished, picture)
+        written.append(out / f"{name}.png")
+    typer.echo(f"wrote {' and '.join(map(str, written))}")
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=100, highlight=False)
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's error stream, nothing if it is none."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
