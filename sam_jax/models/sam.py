@@ -198,3 +198,16 @@ def init_variables(model: Sam, key: Array) -> dict:
     )
     # With JAX's 64 bits turned on, Flax makes float64.
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
+
+
+# Each config is traced once in a process. By its text, as a config may hold lists.
+_TRACED: dict[str, Any] = {}
+
+
+def variable_shapes(config: SamConfig) -> dict:
+    """Shapes and types of a model's variables, as a tree of ``jax.ShapeDtypeStruct``."""
+    text = repr(config)
+    if text not in _TRACED:
+        _TRACED[text] = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+    # The caller's own, to change as it likes.
+    return jax.tree.map(lambda leaf: leaf, _TRACED[text])

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from sam_jax.hosts import is_first
 
@@ -34,7 +33,7 @@ class Reporter:
         self._num_steps = num_steps
         self._first_step = first_step
         self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -60,6 +59,9 @@ class Reporter:
         if self._speaks and self._writer is None:
             # Absolute, since what stands before a colon would be taken for a scheme.
             folder = str(self._workdir.absolute() / "tensorboard")
+            # It imports PyTorch where there is one, which the other processes need not wait for.
+            from tensorboardX import SummaryWriter
+
             self._writer = SummaryWriter(folder, purge_step=self._first_step + 1)
 
     def say(self, text: str) -> None:

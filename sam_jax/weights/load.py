@@ -24,7 +24,7 @@ from sam_jax.checkpoint import (
 )
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
-from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import ModelConfig, build_model, model_config_of
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
@@ -159,7 +159,7 @@ def variables_for(
             f"{weights.path} is not of the model that the config describes; {len(found)} "
             f"differences:\n  {lines}"
         )
-    return _with_positions_of(_shapes(model.config), variables)
+    return _with_positions_of(variable_shapes(model.config), variables)
 
 
 def _with_positions_of(template: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def native_variables(weights: Weights) -> dict[str, Any]:
       NamesError: if tensors are missing, unexpected or misshapen.
       WeightsError: if they are only an encoder's.
     """
-    template = _shapes(weights.config)
+    template = variable_shapes(weights.config)
     if weights.form == "orbax":
         return _checked(weights.tensors, template, weights.path)
     if weights.form == "mae":
@@ -307,7 +307,7 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
         if closest is None:
             raise
         try:
-            to_native(tensors, _shapes(closest), scheme)
+            to_native(tensors, variable_shapes(closest), scheme)
         except NamesError as problems:
             raise NamesError(
                 f"{error}. Compared with {variant_name(closest)}, {problems}"
@@ -452,10 +452,6 @@ def describe(
 def _is_constant(name: str) -> bool:
     # Running statistics of normalisations are no parameters.
     return name.startswith("constants/") or "positional_e" in name or ".running_" in name
-
-
-def _shapes(config: SamConfig) -> dict[str, Any]:
-    return jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
 
 
 def _checked(variables: Mapping[str, Any], template: Mapping[str, Any], where: Any) -> dict:

@@ -17,6 +17,12 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_run.py")
 # A few steps of a tiny model: compiling them well would take longer than running them.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# A program that is compiled sooner, for runs of which no more is asked than that they train.
+ONE_ROUND = (
+    "--config.prompts.num_corrections=0",
+    "--config.prompts.random_mask_round=False",
+    "--config.prompts.final_mask_round=False",
+)
 
 # How long a test waits for one thing, on a machine that is busy with others.
 WAIT_SECONDS = 300
@@ -98,11 +104,11 @@ def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) ->
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
         "PYTHONPATH": str(ROOT),
     }
+    command = [str(ROOT / program), "--config", str(config), *flags]
     if any(flag.startswith("--process=") for flag in flags):
-        # Only the first would find what the session compiled, and not wait for the others.
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    command = [sys.executable, str(ROOT / program), "--config", str(config), *flags]
-    return Program(command, environment)
+        environment["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "true"
+        command.insert(0, str(Path(__file__).with_name("of_several.py")))
+    return Program([sys.executable, *command], environment)
 
 
 def run(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> str:

@@ -1,4 +1,4 @@
-"""Whole runs of train.py and eval.py: killed and resumed, sharded, evaluated."""
+"""Whole runs of train.py and eval.py: killed and resumed, evaluated."""
 
 import json
 import signal
@@ -55,17 +55,6 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_where_a_straight_one_does(
     output = run("train.py", *flags, "--config.train.eval_every=0")
     assert f"continuing from the checkpoint of step {stopped_at}" in output
     assert_same_parameters(straight_run, tmp_path)
-
-
-def test_eight_devices_agree_with_one(straight_run, tmp_path):
-    sharded = ("--config.sharding.data=2", "--config.sharding.fsdp=4")
-    rare = ("--config.checkpoint.every_steps=1000", "--config.train.eval_every=0")
-    run("train.py", "--workdir", str(tmp_path), *sharded, *rare, devices=8)
-    one, eight = logged(straight_run), logged(tmp_path)
-    # A pixel whose logit rounds to the other side of zero moves a click, so runs part for good
-    # sooner or later; the first five steps have had no time for it.
-    for tag in ("train/loss", "train/gradient_norm", "train/iou_round_01"):
-        assert eight[tag][5] == pytest.approx(one[tag][5], rel=5e-3, abs=1e-3), tag
 
 
 def test_eval_reproduces_the_numbers_of_the_training_loop(straight_run, tmp_path):

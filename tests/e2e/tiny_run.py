@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             "window_size": 4,
             "output_dim": 16,
         },
-        "decoder": {"num_heads": 2, "mlp_dim": 16, "iou_head_dim": 16},
+        "decoder": {"depth": 1, "num_heads": 2, "mlp_dim": 16, "iou_head_dim": 16},
     }
     config.data = {
         "sources": ({"kind": "synthetic", "num_images": 40, "image_size": (40, 48), "seed": 0},),

@@ -15,7 +15,7 @@ import numpy as np
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.sam import SamConfig, variable_shapes
 
 TINY = SamConfig(
     ImageEncoderConfig(
@@ -47,7 +47,7 @@ def load_frozen() -> dict[str, np.ndarray]:
 
 def random_variables(config: SamConfig, seed: int = 0) -> dict[str, Any]:
     """Variables without a compiled initialiser, none of them zero, activations of order one."""
-    template = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+    template = variable_shapes(config)
     rng = np.random.default_rng(seed)
 
     def value(path: Any, leaf: Any) -> jax.Array:

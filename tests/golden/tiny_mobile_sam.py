@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sam_jax.models.mask_decoder import MaskDecoderConfig
-from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.sam import SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.weights.names import from_native
 
@@ -32,7 +32,7 @@ FROZEN_STRIDE = 9
 
 def random_tensors(config: SamConfig) -> dict[str, np.ndarray]:
     """Published tensors, each drawn by its name; statistics of normalisations among them."""
-    template = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+    template = variable_shapes(config)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), template)
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:

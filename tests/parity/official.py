@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import published
-from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.sam import SamConfig, variable_shapes
 from sam_jax.weights.names import to_native
 
 # Every file of comparisons imports this one: without torch they are all skipped here.
@@ -118,7 +118,7 @@ def numpy_state(model: Any) -> dict[str, np.ndarray]:
 
 def native_variables(model: Any, config: SamConfig) -> dict[str, Any]:
     """The same weights for our model."""
-    template = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+    template = variable_shapes(config)
     return jax.tree.map(jax.numpy.asarray, to_native(numpy_state(model), template))
 
 

@@ -1,6 +1,7 @@
 """Weights that leave and come back: the published code and ``transformers`` load them strictly."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
-from sam_jax.models.sam import Sam, SamConfig
+from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.variants import VARIANTS
 from sam_jax.weights import load as checkpoints
 from sam_jax.weights.load import open_weights, save
@@ -120,7 +122,7 @@ def test_outputs_agree_with_hugging_face(
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, side, side, 3)).astype(np.float32)
     image[:, side * 2 // 3 :] = 0
-    embeddings = model.apply(variables, jax.numpy.asarray(image), method=Sam.encode)
+    embeddings = jax.jit(functools.partial(model.apply, method=Sam.encode))(variables, image)
     their_embeddings = theirs.get_image_embeddings(
         torch.from_numpy(image).permute(0, 3, 1, 2).contiguous()
     )
@@ -134,6 +136,14 @@ def test_outputs_agree_with_hugging_face(
     everywhere = np.ones((1, 3), bool)
     low_res = model.low_res_size
     logits = 6 * rng.standard_normal((1, 1, *low_res)).astype(np.float32)
+
+    @jax.jit
+    def decode(
+        variables: Any, embeddings: jax.Array, prompts: Prompts
+    ) -> tuple[MaskPrediction, MaskPrediction]:
+        decode = functools.partial(model.apply, variables, embeddings, prompts, method=Sam.decode)
+        return decode(multimask_output=False), decode(multimask_output=True)
+
     clicks = {"input_points": points, "input_labels": labels.astype(np.int64)}
     for name, their_prompts, our_prompts in (
         (
@@ -170,19 +180,14 @@ def test_outputs_agree_with_hugging_face(
             ),
         ),
     ):
+        predictions = decode(variables, embeddings, our_prompts)
         for multimask in (True, False):
             expected = theirs(
                 image_embeddings=their_embeddings,
                 multimask_output=multimask,
                 **{key: torch.from_numpy(value) for key, value in their_prompts.items()},
             )
-            found = model.apply(
-                variables,
-                embeddings,
-                jax.tree.map(jax.numpy.asarray, our_prompts),
-                multimask_output=multimask,
-                method=Sam.decode,
-            )
+            found = predictions[multimask]
             for ours, reference in (
                 (found.low_res_logits, expected.pred_masks),
                 (found.iou_predictions, expected.iou_scores),
@@ -199,7 +204,7 @@ def test_the_published_registry_loads_what_is_written(
 ) -> None:
     """At full size, strictly; every tensor is told apart by its number."""
     config = VARIANTS[variant]
-    template = jax.eval_shape(lambda: checkpoints.init_variables(Sam(config), jax.random.key(0)))
+    template = variable_shapes(config)
     leaves, structure = jax.tree.flatten(template)
     # Of one element each, and of half the size of a float: full size on disk alone.
     numbered = [

@@ -28,6 +28,7 @@ from sam_jax.checkpoint import (
 from sam_jax.data.pipeline import TrainIterator, train_iterator
 from sam_jax.errors import ConfigError, UserError
 from sam_jax.training import loop
+from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
 
@@ -63,6 +64,17 @@ def placed(state: TrainState) -> TrainState:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+
+
+def numbered(program: CompiledStep) -> TrainState:
+    """A state after all steps whose every array holds another number."""
+    leaves, structure = jax.tree.flatten(program.placed_state)
+    arrays = [
+        jax.device_put(np.full(leaf.shape, number, leaf.dtype), leaf.sharding)
+        for number, leaf in enumerate(leaves)
+    ]
+    state = jax.tree.unflatten(structure, arrays)
+    return dataclasses.replace(state, step=jnp.full_like(state.step, STEP))
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -116,17 +128,17 @@ def test_an_average_that_is_not_wanted_is_left(tmp_path: Path, data: TrainIterat
 def test_a_run_says_what_becomes_of_the_average(
     before: float, now: float, word: str | None, tmp_path: Path, data: TrainIterator, capsys: Any
 ) -> None:
-    """The run has done all its steps, so that none is compiled."""
+    """The run has done all its steps, so that nothing is compiled."""
 
     def experiment(decay: float) -> Experiment:
         settings = (f"train.num_steps={STEP}", "train.eval_every=0", f"train.ema_decay={decay}")
         return Experiment.of(read_config(CONFIG, settings))
 
-    state = experiment(before).program(jax.devices()[:1]).new_state(jax.random.key(0))
-    saved(dataclasses.replace(state, step=state.step + STEP), tmp_path, data).close()
+    state = numbered(experiment(before).program(jax.devices()[:1]))
+    saved(state, tmp_path, data).close()
     after = loop.train(
         workdir=tmp_path,
-        program=experiment(now).program(),
+        program=experiment(now).program(jax.devices()[:1]),
         config=experiment(now).train,
         batch_size=experiment(now).data.batch_size,
         data_iterator=data,
@@ -138,7 +150,7 @@ def test_a_run_says_what_becomes_of_the_average(
     assert ("averaged" in said) == (word is not None)
     assert word is None or word in said
     if now:
-        assert_same(after.ema_params, state.params)
+        assert_same(after.ema_params, state.ema_params if before else state.params)
     else:
         assert after.ema_params is None
 
@@ -304,8 +316,7 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections = read_config(CONFIG, SETTINGS)
     experiment = Experiment.of(sections)
     iterator = train_iterator(experiment.data)
-    state = experiment.program(jax.devices()[:1]).new_state(jax.random.key(0))
-    saved(dataclasses.replace(state, step=state.step + STEP), workdir, iterator).close()
+    saved(numbered(experiment.program(jax.devices()[:1])), workdir, iterator).close()
     iterator.close()
     save_config(workdir, sections)
     (workdir / "tensorboard").mkdir()

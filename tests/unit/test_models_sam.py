@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
-from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.sam import Sam, SamConfig, init_variables, variable_shapes
 from sam_jax.models.variants import VARIANTS
 from tests.golden.tiny import (
     EVERY_COMBINATION,
@@ -126,6 +126,7 @@ def test_shapes_at_a_size_that_is_not_square() -> None:
 
 def test_fresh_variables() -> None:
     shapes = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0)))
+    assert variable_shapes(MODEL.config) == shapes
     assert shapes.keys() == {"params", "constants"}
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     prompts = PromptEncoder(256, 4)
@@ -133,6 +134,12 @@ def test_fresh_variables() -> None:
     frequencies = fresh(jax.random.key(0))["constants"]["frequencies"]
     assert frequencies.shape == (2, 128)
     assert 0.8 < frequencies.std() < 1.2
+
+
+def test_shapes_are_the_callers_own() -> None:
+    shapes = variable_shapes(MODEL.config)
+    del shapes["params"]["mask_decoder"]
+    assert "mask_decoder" in variable_shapes(MODEL.config)["params"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sam_jax.parallel import all_gathered
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
+from tests.golden.tiny import random_variables
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 BATCH_SIZE, MAX_MASKS = 8, 4
@@ -114,7 +115,8 @@ def train(devices: int, **axes: int) -> History:
     experiment = Experiment.of(read_config(CONFIG, settings))
     program = experiment.program(jax.devices()[:devices])
     step, data = compiled(program), train_iterator(experiment.data)
-    state = program.new_state(jax.random.key(0))
+    # Without an initialiser to compile; runs of tests/e2e compare what that gives.
+    state = program.state_from(random_variables(program.task.model.config))
     # Copies, as a step takes the memory of what it is given.
     history = History([jax.tree.map(np.array, state.params)], [], state)
     for _ in range(NUM_STEPS):

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sam_jax.checkpoint import CheckpointError
-from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.models.sam import Sam, SamConfig, init_variables, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import VARIANTS, build_model, model_config_of
 from sam_jax.weights import files, geometry
@@ -27,7 +27,7 @@ SQUARE = dataclasses.replace(
 
 
 def shapes(config: SamConfig):
-    return jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
+    return variable_shapes(config)
 
 
 def weightless(config: SamConfig, scheme="official"):
