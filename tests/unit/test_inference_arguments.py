@@ -96,7 +96,9 @@ def test_masks_of_a_lone_image_are_those_of_a_list_of_one(
 ) -> None:
     sizes = []
 
-    def search(predictor: Any, batch: Any, options: Any, embeddings: Any) -> None:
+    def search(
+        predictor: Any, batch: Any, options: Any, embeddings: Any, multimask_output: bool
+    ) -> None:
         for found, _ in batch:
             sizes.append(found.size)
             found.num_left -= 1
