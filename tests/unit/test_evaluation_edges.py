@@ -115,7 +115,8 @@ def test_an_image_that_cannot_be_used_is_said(data, capsys):
     printed = capsys.readouterr().out
     assert "2 images in 0 s" in printed
     assert "1 images are left out" in printed
-    assert "b.mat is damaged" in printed
+    # A long path is broken somewhere.
+    assert "b.matisdamaged" in "".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 100
     # The others score as they do alone.
     measured = measures(records, evaluation.settings)
