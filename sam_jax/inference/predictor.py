@@ -182,7 +182,7 @@ class Predictor:
         self._decode_points = {
             multimask_output: jax.jit(
                 parallel.on_each_device(
-                    functools.partial(self._decode_points_on_device, multimask_output),
+                    self._points_decoder(multimask_output),
                     [everywhere, by_image, by_image, by_image, everywhere],
                     by_image,
                 )
@@ -476,6 +476,11 @@ class Predictor:
     ) -> Any:
         normalized = normalize_images(images, image_hw)
         return self._encode_images(variables["params"], normalized, None)
+
+    def _points_decoder(self, multimask_output: bool) -> Callable[..., MaskPrediction]:
+        """``_decode_points_on_device`` for one number of masks, under its name in profiles."""
+        decode = functools.partial(self._decode_points_on_device, multimask_output)
+        return functools.update_wrapper(decode, self._decode_points_on_device)
 
     def _decode_points_on_device(
         self,
