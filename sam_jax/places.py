@@ -44,6 +44,17 @@ def check_folder(path: str | Path) -> None:
         _check_writable(Path(path), Path(path))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all: a killed process leaves what was there before.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def _mode(path: Path) -> int | None:
     """File mode (``st_mode``) of a path, None if nothing is there."""
     try:

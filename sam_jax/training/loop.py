@@ -97,13 +97,13 @@ def train(
     program.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
     _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
-    first_step = checkpointer.latest_step or 0
-    reporter = Reporter(workdir, first_step, config.num_steps)
+    reporter = Reporter(workdir, config.num_steps)
     try:
         _introduce(program, reporter)
-        state = None
-        if first_step:
+        state, first_step = None, 0
+        if checkpointer.latest_step:
             state = _restored_state(program, checkpointer, data_iterator, reporter)
+            first_step = int(state.step)
             if first_step >= config.num_steps:
                 reporter.say(
                     f"nothing is left to do: step {first_step} of {config.num_steps} is done; a "
@@ -181,6 +181,8 @@ def _introduce(program: CompiledStep, reporter: Reporter) -> None:
 def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:
     """The newest checkpoint's state; the data are moved to their place."""
     state = checkpointer.restore(program.placed_state, data_iterator)
+    for step, fault in checkpointer.damaged:
+        reporter.say(f"the checkpoint of step {step} is damaged: {fault}")
     reporter.say(
         f"continuing from the checkpoint of step {checkpointer.latest_step} in {reporter.workdir}"
     )
@@ -205,8 +207,9 @@ def _begin(program, checkpointer, reporter, first_step: int, sections) -> None:
     """Makes what a run keeps in its folder; all that is needed for its steps is there."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes have what they need")
-    checkpointer.begin()
-    reporter.begin()
+    for (step, _), folder in zip(checkpointer.damaged, checkpointer.begin(), strict=True):
+        reporter.say(f"the damaged checkpoint of step {step} is now {folder}")
+    reporter.begin(first_step)
     if sections is not None and is_first():
         changes = config_changes(reporter.workdir, sections)
         kept = save_config(reporter.workdir, sections, done_steps=first_step)
@@ -259,6 +262,8 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
                     interval = []
             if is_saved:
                 with stopwatch.during("checkpoint"):
+                    # A run that goes on from there does not make these numbers again.
+                    reporter.flush()
                     checkpointer.save(state, data_iterator)
             if is_stopping and not is_last:
                 raise TrainingInterruptedError(

@@ -13,25 +13,24 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sam_jax import places
 from sam_jax.hosts import is_first
 
 
 class Reporter:
     """Reports from the first process, and is silent on the others.
 
-    Nothing is written before ``begin`` or the first number.
+    Nothing is written before ``begin``.
 
     Args:
       workdir: where the TensorBoard files go, in a folder of their own.
-      first_step: done before; what an interrupted run wrote of later ones is superseded.
       num_steps: the run's last step.
     """
 
-    def __init__(self, workdir: str | Path, first_step: int, num_steps: int):
+    def __init__(self, workdir: str | Path, num_steps: int):
         self._speaks = is_first()
         self._workdir = Path(workdir)
         self._num_steps = num_steps
-        self._first_step = first_step
         self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
         self._writer: Any = None
         self._progress = Progress(
@@ -44,9 +43,7 @@ class Reporter:
             disable=not (self._speaks and sys.stderr.isatty()),
             transient=True,
         )
-        self._task = self._progress.add_task(
-            "training", total=num_steps, completed=first_step, news=""
-        )
+        self._task = self._progress.add_task("training", total=num_steps, news="")
         self._progress.start()
 
     @property
@@ -54,15 +51,20 @@ class Reporter:
         """Folder of the run's checkpoints, logs and pictures."""
         return self._workdir
 
-    def begin(self) -> None:
-        """Opens the files."""
-        if self._speaks and self._writer is None:
+    def begin(self, first_step: int = 0) -> None:
+        """Opens the files.
+
+        Args:
+          first_step: done before; what an interrupted run wrote of later ones is superseded.
+        """
+        self._progress.update(self._task, completed=first_step)
+        if self._speaks:
             # Absolute, since what stands before a colon would be taken for a scheme.
             folder = str(self._workdir.absolute() / "tensorboard")
             # It imports PyTorch where there is one, which the other processes need not wait for.
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(folder, purge_step=self._first_step + 1)
+            self._writer = SummaryWriter(folder, purge_step=first_step + 1)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -72,7 +74,7 @@ class Reporter:
         """Leaves a text file in the working directory."""
         if self._speaks:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            (self._workdir / name).write_text(text + "\n", encoding="utf-8")
+            places.write_text(self._workdir / name, text + "\n")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -93,11 +95,15 @@ class Reporter:
                 self._check_writer()
                 image = np.asarray(picture)
                 self._writer.add_image(f"eval/{name}/{title}", image, step, dataformats="HWC")
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands all numbers to the disk, so that a run that is killed does not lose them."""
+        if self._writer is not None:
             self._check_writer()
             self._writer.flush()
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.begin()
         if self._writer is not None:
             for name, value in scalars.items():
                 self._check_writer()
