@@ -74,7 +74,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     with two_processes(*flags, endless, RARE) as both:
         both[0].wait_for_line(f"step {killed_at + 1}/")
         both[1].send(signal.SIGTERM)
-        first_says, second_says = (process.end(130) for process in both)
+        first_says, second_says = (process.end(75) for process in both)
     assert f"continuing from the checkpoint of step {killed_at}" in first_says
     assert "the same command continues" in first_says
     # The other one has nothing to say.

@@ -46,7 +46,7 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_where_a_straight_one_does(
     with start("train.py", *flags, *rare) as process:
         process.wait_for_line(f"step {killed_at + 2}/")
         process.send(signal.SIGTERM)
-        output = process.end(130)
+        output = process.end(75)
     assert f"continuing from the checkpoint of step {killed_at}" in output
     assert "the same command continues" in output
     stopped_at = saved_steps(tmp_path)[-1]
