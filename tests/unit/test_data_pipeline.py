@@ -331,7 +331,7 @@ def test_a_worker_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.os, "_exit", lambda code: has_ended.set())
     # As a parent's sentinel: it can be read once the other end is gone.
     sentinel, parent = multiprocessing.Pipe(duplex=False)
-    thread = threading.Thread(target=pipeline._end_with, args=(sentinel,))
+    thread = threading.Thread(target=pipeline._end_with, args=(sentinel.fileno(),))
     thread.start()
     assert not has_ended.is_set()
     parent.close()
