@@ -589,10 +589,10 @@ def config_changes(workdir: str | Path, config: dict) -> list[str] | None:
       config: the resolved config.
     """
     try:
-        before = _leaves(json.loads((Path(workdir) / CONFIG).read_text()))
+        before = flat_config(json.loads((Path(workdir) / CONFIG).read_text()))
     except (OSError, ValueError, AttributeError):
         return None
-    now = _leaves(json.loads(json.dumps(config)))
+    now = flat_config(json.loads(json.dumps(config)))
     return [
         f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
         for key in sorted(before | now)
@@ -600,11 +600,12 @@ def config_changes(workdir: str | Path, config: dict) -> list[str] | None:
     ]
 
 
-def _leaves(sections: dict, prefix: str = "") -> dict[str, Any]:
+def flat_config(sections: dict, prefix: str = "") -> dict[str, Any]:
+    """A config's values by SECTION.KEY."""
     leaves: dict[str, Any] = {}
     for key, value in sections.items():
         if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            leaves |= flat_config(value, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
     return leaves

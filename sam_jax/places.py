@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 from sam_jax.errors import UserError
 
@@ -53,6 +54,19 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+def open_lines(path: Path) -> TextIO:
+    """Opens a text file to append lines to; one that a killed process left half is ended first."""
+    is_cut_off = False
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            is_cut_off = file.read(1) != b"\n"
+    opened = path.open("a", encoding="utf-8")
+    if is_cut_off:
+        opened.write("\n")
+    return opened
 
 
 def _mode(path: Path) -> int | None:

@@ -7,6 +7,7 @@ comes. So the state of the iterator is a position, plus what was counted, and
 a run may be resumed with other numbers of threads and workers.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -148,9 +149,11 @@ def train_iterator(
         raise ValueError(f"process {process_index} of {process_count}")
     transform = config.transform()
     streams, sizes = [], []
+    described = []
     for number, source_config in enumerate(config.sources):
         source = build_source(source_config)
         sizes.append(len(source))
+        described.append(_description(source_config, source))
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
         stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         streams.append(stream.random_map(_Load(source, number, transform)))
@@ -164,7 +167,14 @@ def train_iterator(
     prefetched = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=config.prefetch_batches
     )
-    return TrainIterator(iter(prefetched), process_index, process_count)
+    return TrainIterator(iter(prefetched), process_index, process_count, described)
+
+
+def _description(config: SourceConfig, source: Source) -> dict[str, Any]:
+    """What a source is, as values of JSON: the options that are not its defaults, and its size."""
+    options = dataclasses.asdict(config)
+    set_options = {key: value for key, value in options.items() if value is not None}
+    return {**set_options, "name": source.name, "num_samples": len(source)}
 
 
 class _Share(grain.MapDataset):
@@ -193,10 +203,15 @@ class TrainIterator(grain.DatasetIterator):
     """
 
     def __init__(
-        self, batches: grain.DatasetIterator, process_index: int = 0, process_count: int = 1
+        self,
+        batches: grain.DatasetIterator,
+        process_index: int = 0,
+        process_count: int = 1,
+        sources: Sequence[Mapping[str, Any]] = (),
     ):
         super().__init__(batches)
         self._process_index, self._process_count = process_index, process_count
+        self._sources = sources
         self._is_closed = False
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -240,6 +255,34 @@ class TrainIterator(grain.DatasetIterator):
         # The first process carries on what all have counted.
         counted = [state["skipped"] for state in states] if self._process_index == 0 else []
         self.set_state({"position": position, "skipped": sum_of_states(counted)})
+
+    def manifest(self) -> dict[str, Any]:
+        """Sources and their sizes, and what was skipped or decided so far, as values of JSON.
+
+        Counts are those of this process, by what it was and why, with an example of each reason.
+        """
+        state = self.get_state()["skipped"]
+        kinds = {
+            "samples skipped": "corrupt_counts",
+            "samples without an object": "without_object_counts",
+            "masks left out": "dropped_mask_counts",
+            "decided": "remark_counts",
+        }
+        counted = {
+            what: [
+                {"reason": reason, "count": count, "example": examples.get(reason, "")}
+                for reason, count in sorted(state[key].items(), key=lambda item: -item[1])
+            ]
+            for (what, key), examples in zip(
+                kinds.items(), state["examples_by_reason"], strict=True
+            )
+        }
+        return {
+            "sources": list(self._sources),
+            "processes": self._process_count,
+            "samples_read": state["num_seen"],
+            **counted,
+        }
 
     @property
     def num_seen(self) -> int:

@@ -45,6 +45,8 @@ class TrainConfig:
       max_stall_seconds: a run ends if one batch, step or checkpoint takes longer, or if nothing is
         computed for so long while it compiles or evaluates: storage that does not answer, or a
         host that is frozen. None waits for ever.
+      wandb: PROJECT or ENTITY/PROJECT of Weights & Biases that is told what TensorBoard is; None
+        for none. Needs its package.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
     """
@@ -57,6 +59,7 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None
     max_skipped_steps: int = 10
     max_stall_seconds: float | None = 1800.0
+    wandb: str | None = None
     log_every: int = 50
     eval_every: int | None = None
 

@@ -22,8 +22,7 @@ from sam_jax.checkpoint import (
 )
 from sam_jax.errors import TRY_AGAIN, UserError, exit_code_of
 from sam_jax.hosts import end_now, is_first
-from sam_jax.sharding import describe
-from sam_jax.training import diagnosis
+from sam_jax.training import diagnosis, manifest
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
@@ -103,7 +102,7 @@ def train(
     program.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
     _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
-    reporter = Reporter(workdir, config.num_steps)
+    reporter = Reporter(workdir, config.num_steps, config.wandb)
     with contextlib.closing(Watchdog(config.max_stall_seconds)) as watchdog:
         try:
             _introduce(program, reporter)
@@ -122,7 +121,7 @@ def train(
                 batches = itertools.chain([next(data_iterator)], data_iterator)
             if state is None:
                 state = _new_state(program, config, reporter)
-            _begin(program, checkpointer, reporter, int(state.step), sections)
+            _begin(program, checkpointer, reporter, int(state.step), sections, data_iterator)
             if not int(state.step):
                 reporter.say("the first step is compiled now, which can take minutes")
             run = _Run(
@@ -238,23 +237,24 @@ def _new_state(program: CompiledStep, config: TrainConfig, reporter: Reporter) -
     return state
 
 
-def _begin(program, checkpointer, reporter, first_step: int, sections) -> None:
+def _begin(program, checkpointer, reporter, first_step: int, sections, data_iterator) -> None:
     """Makes what a run keeps in its folder; all that is needed for its steps is there."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes have what they need")
     for (step, _), folder in zip(checkpointer.damaged, checkpointer.begin(), strict=True):
         reporter.say(f"the damaged checkpoint of step {step} is now {folder}")
-    reporter.begin(first_step)
-    if sections is not None and is_first():
+    reporter.begin(first_step, sections)
+    if not is_first():
+        return
+    if sections is not None:
         changes = config_changes(reporter.workdir, sections)
         kept = save_config(reporter.workdir, sections, done_steps=first_step)
         if kept is not None:
             what = "; ".join(changes or ["it could not be read"])
             reporter.say(f"the config is another now: {what}; the one before is kept in {kept}")
-    if program.mesh.size > 1:
-        params = program.state_shapes.params
-        lines = describe(params, program.state_shardings.params)
-        reporter.note("sharding.txt", "\n".join(lines))
+    manifest.write_start(reporter.workdir, program, first_step)
+    manifest.write_parameters(reporter.workdir, program)
+    manifest.write_data(reporter.workdir, data_iterator)
 
 
 class _Run(NamedTuple):
@@ -314,6 +314,8 @@ class _Run(NamedTuple):
                     with stopwatch.during("checkpoint"), watchdog.during("saving a checkpoint"):
                         # A run that goes on from there does not make these numbers again.
                         reporter.flush()
+                        if is_first():
+                            manifest.write_data(reporter.workdir, self.data_iterator)
                         self.checkpointer.save(state, self.data_iterator)
                 if stop_signal and not is_last:
                     self._stop(stop_signal, step)

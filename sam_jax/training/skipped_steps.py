@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sam_jax import places
 from sam_jax.data.pipeline import SAMPLE_NAMES
 from sam_jax.errors import UserError
 from sam_jax.hosts import is_first
@@ -93,7 +94,7 @@ class SkippedSteps:
         if is_first():
             # Python's own spelling of these numbers is no JSON.
             record = {"step": step.number, "loss": str(loss), "gradient_norm": str(norm)}
-            with self._path.open("a", encoding="utf-8") as file:
+            with places.open_lines(self._path) as file:
                 file.write(json.dumps(record | {"samples": samples}) + "\n")
         # The one after the last may have moved the parameters on.
         if self._in_a_row >= self._limit and not self._pending:

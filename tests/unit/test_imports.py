@@ -69,7 +69,8 @@ MAY_IMPORT = {
     "evaluation": LOWER | {"inference"},
     "cost_report": LOWER | {"training"},
     "cli": LOWER | {"cli_results", "cost_report", "evaluation", "inference", "training"},
-    "cli_results": LOWER | {"evaluation"},
+    "run_report": LOWER | {"training"},
+    "cli_results": LOWER | {"evaluation", "run_report"},
     # sam_jax/__init__.py: the public names
     "__init__": LOWER | {"evaluation", "inference", "training"},
 }

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from sam_jax.training.report import Profile, Reporter
+from sam_jax.training.sinks import TensorBoardSink
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,8 @@ def test_a_full_disk_is_no_endless_wait(tmp_path: Path, monkeypatch: pytest.Monk
 
     reporter = Reporter(tmp_path, 5)
     reporter.begin()
-    assert reporter._writer is not None
-    thread = reporter._writer.file_writer.event_writer._worker
+    (sink,) = (sink for sink in reporter._sinks if isinstance(sink, TensorBoardSink))
+    thread = sink._writer.file_writer.event_writer._worker
     monkeypatch.setattr(thread._record_writer, "write_event", write)
     report = SimpleNamespace(as_flat_dict=lambda: {"a": 1.0}, pictures={})
     reporter._write(1, report.as_flat_dict())
