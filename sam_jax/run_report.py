@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from sam_jax.checkpoint import CHECKPOINTS, CONFIG, DAMAGED, flat_config
@@ -239,7 +240,7 @@ def _summary(run: Run) -> str:
         "command": last.get("command"),
         "commit": f"{commit['hash'][:12]}{changed}" if commit.get("hash") else None,
         "versions": ", ".join(f"{k} {v}" for k, v in (last.get("versions") or {}).items()),
-        "best figures": _headline(run),
+        "last evaluation": _headline(run),
     }
     rows = "".join(
         f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts.items() if value
@@ -314,14 +315,16 @@ def _svg(curves: Mapping[str, Mapping[int, float]], *, is_log: bool) -> str:
         )
     if is_log and any(value > 0 for values in curves.values() for value in values.values()):
         axes.set_yscale("log")
-    axes.tick_params(colors=_TEXT, labelsize=7, length=2)
+    axes.tick_params(colors=_TEXT, labelsize=8, length=2)
     axes.grid(color=_LINE, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_LINE)
     if len(curves) > 1:
-        axes.legend(fontsize=7, frameon=False, labelcolor=_TEXT)
+        axes.legend(fontsize=8, frameon=False, labelcolor=_TEXT)
     text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    # The same page for the same run, and text that can be selected.
+    with matplotlib.rc_context({"svg.hashsalt": "sam_jax", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawing = text.getvalue()
     return drawing[drawing.index("<svg") :]
 
