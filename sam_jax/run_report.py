@@ -53,7 +53,7 @@ class RunReportError(UserError):
 
 
 class Run(NamedTuple):
-    """What a run's folder holds; what is missing or cannot be read is empty, and a fault.
+    """Content of a run's folder; what is missing or cannot be read is empty, and a fault.
 
     Attributes:
       folder: of the run.

@@ -171,7 +171,7 @@ def train_iterator(
 
 
 def _description(config: SourceConfig, source: Source) -> dict[str, Any]:
-    """What a source is, as values of JSON: the options that are not its defaults, and its size."""
+    """Description of a source, as values of JSON: options that differ from defaults, and size."""
     options = dataclasses.asdict(config)
     set_options = {key: value for key, value in options.items() if value is not None}
     return {**set_options, "name": source.name, "num_samples": len(source)}

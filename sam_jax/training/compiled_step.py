@@ -70,7 +70,7 @@ class CompiledStep:
 
     @property
     def param_specs(self) -> Any:
-        """How devices store the parameters."""
+        """Partition of each parameter over the devices."""
         return jax.tree.map(lambda sharding: sharding.spec, self.state_shardings.params)
 
     @property

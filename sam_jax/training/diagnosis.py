@@ -23,7 +23,7 @@ def diagnose(
     batch: Mapping[str, np.ndarray],
     samples: Sequence[str],
 ) -> list[str]:
-    """What is not finite in a step that was skipped, a line each; the cause before what follows.
+    """Reasons why a step was skipped, a line each: what is not finite, as near the cause as it goes.
 
     The step is computed again, with the same random choices, by programs that are compiled for it.
     All processes must call this.

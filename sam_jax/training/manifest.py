@@ -1,4 +1,4 @@
-"""What a run's folder says of itself: how it was started, on what, with which code and data."""
+"""Manifest of a run's folder: how it was started, on what, with which code, parameters and data."""
 
 import importlib.metadata
 import json

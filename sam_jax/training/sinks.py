@@ -1,4 +1,4 @@
-"""What takes a run's numbers and pictures: files of its own, TensorBoard, Weights & Biases."""
+"""Sinks of a run's numbers and pictures: files of its own, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json

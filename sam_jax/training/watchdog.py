@@ -19,7 +19,7 @@ _LONGEST_NAP_SECONDS = 5.0
 
 @dataclasses.dataclass
 class Activity:
-    """What the main thread is at.
+    """Occupation of the main thread.
 
     Attributes:
       what: as in "waiting for data".
@@ -42,7 +42,7 @@ class Activity:
         return cls(what, may_work, now, now, time.process_time())
 
     def seconds_stuck(self, now: float, cpu_seconds: float) -> float:
-        """How long it has been waited for."""
+        """Seconds for which it has been waited for."""
         worked, elapsed = cpu_seconds - self.cpu_seconds, now - self.looked_at
         if self.may_work and worked > _WORKING_RATE * elapsed:
             self.since = now
