@@ -1,10 +1,11 @@
 """Places to write to: what is wrong with one is said before the work, not after it."""
 
+import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from sam_jax.errors import UserError
 
@@ -49,24 +50,35 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all: a killed process leaves what was there before.
 
     Raises:
-      OSError: if it cannot be written.
+      OSError: if it cannot be written; the error names it.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with _naming(path):
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
 
 
-def open_lines(path: Path) -> TextIO:
-    """Opens a text file to append lines to; one that a killed process left half is ended first."""
-    is_cut_off = False
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a text file; one that a killed process left half is ended first.
+
+    Raises:
+      OSError: if it cannot be written; the error names it.
+    """
+    with _naming(path), path.open("ab+") as file:
+        is_cut_off = False
+        if file.seekable() and file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             is_cut_off = file.read(1) != b"\n"
-    opened = path.open("a", encoding="utf-8")
-    if is_cut_off:
-        opened.write("\n")
-    return opened
+        file.write((b"\n" if is_cut_off else b"") + line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the file in errors of the system: a full disk does not say where it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _mode(path: Path) -> int | None:

@@ -23,7 +23,7 @@ def diagnose(
     batch: Mapping[str, np.ndarray],
     samples: Sequence[str],
 ) -> list[str]:
-    """Reasons why a step was skipped, a line each: what is not finite, as near the cause as it goes.
+    """Reasons why a step was skipped, a line each: what is not finite, the cause first.
 
     The step is computed again, with the same random choices, by programs that are compiled for it.
     All processes must call this.
@@ -84,7 +84,7 @@ def _in_losses(program, state, fields, key, samples) -> list[str]:
     lines = [f"the loss of {num_bad} is not finite ({num_rounds} rounds):"]
     for image in np.flatnonzero(is_bad):
         parts = [
-            f"{name} in round {_numbers(part[:, image].any(axis=1))}"
+            f"{name} in round {_numbers(np.asarray(part[:, image].any(axis=1)))}"
             for name, part in bad.items()
             if part[:, image].any()
         ]

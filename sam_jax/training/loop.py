@@ -141,9 +141,12 @@ def train(
                 _end_alone(error, workdir)
             raise
         finally:
-            with watchdog.during("writing the last of a checkpoint"):
-                reporter.close()
-                checkpointer.close()
+            with (
+                watchdog.during("writing the last of a checkpoint"),
+                contextlib.ExitStack() as ends,
+            ):
+                ends.callback(checkpointer.close)
+                ends.callback(reporter.close)
 
 
 # What ends all processes of a run after the same step.

@@ -48,8 +48,7 @@ def write_start(workdir: Path, program: CompiledStep, first_step: int) -> None:
         "devices": [f"{device.platform} {device.device_kind} {device.id}" for device in devices],
         "mesh": dict(program.mesh.shape),
     }
-    with places.open_lines(workdir / STARTS) as file:
-        file.write(json.dumps(start) + "\n")
+    places.append_line(workdir / STARTS, json.dumps(start))
 
 
 def write_parameters(workdir: Path, program: CompiledStep) -> None:

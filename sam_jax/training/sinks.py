@@ -50,12 +50,11 @@ class FileSink:
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
-        self._file = places.open_lines(workdir / METRICS)
 
     def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         # JSON has no spelling for what is not finite.
         values = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        places.append_line(self._workdir / METRICS, json.dumps({"step": step, **values}))
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         folder = self._workdir / PICTURES / str(step)
@@ -66,10 +65,10 @@ class FileSink:
         unfinished.replace(path)
 
     def flush(self) -> None:
-        self._file.flush()
+        """Does nothing: all is written as it comes."""
 
     def close(self) -> None:
-        self._file.close()
+        """Does nothing: nothing is open."""
 
 
 class TensorBoardSink:
@@ -110,18 +109,19 @@ class TensorBoardSink:
 
         tensorboardX writes in a thread, which an error ends without a word to others.
         """
-        writer = None if self._writer is None else self._writer.file_writer.event_writer
-        if self._writer is None or not writer._worker.is_alive():
-            if writer is not None:
-                writer._event_queue.cancel_join_thread()
-                with contextlib.suppress(OSError):
-                    writer._ev_writer.close()
-                writer._closed = True  # or it would be asked to write when the program ends
+        if self._writer is not None:
+            writer = self._writer.file_writer.event_writer
+            if writer._worker.is_alive():
+                return
+            writer._event_queue.cancel_join_thread()
+            with contextlib.suppress(OSError):
+                writer._ev_writer.close()
+            writer._closed = True  # or it would be asked to write when the program ends
             self._writer = None
-            raise OSError(
-                f"{self._folder} takes no more numbers: the disk is full, or was taken away. Once "
-                "that is mended, the same command continues"
-            )
+        raise OSError(
+            f"{self._folder} takes no more numbers: the disk is full, or was taken away. Once "
+            "that is mended, the same command continues"
+        )
 
 
 class WandbSink:

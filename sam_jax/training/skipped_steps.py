@@ -94,8 +94,7 @@ class SkippedSteps:
         if is_first():
             # Python's own spelling of these numbers is no JSON.
             record = {"step": step.number, "loss": str(loss), "gradient_norm": str(norm)}
-            with places.open_lines(self._path) as file:
-                file.write(json.dumps(record | {"samples": samples}) + "\n")
+            places.append_line(self._path, json.dumps(record | {"samples": samples}))
         # The one after the last may have moved the parameters on.
         if self._in_a_row >= self._limit and not self._pending:
             try:
