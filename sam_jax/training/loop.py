@@ -117,7 +117,7 @@ def train(
                     )
                     return state
             # Data that cannot be read are found out here.
-            with watchdog.during("waiting for data"):
+            with watchdog.during("waiting for data", may_work=True):
                 batches = itertools.chain([next(data_iterator)], data_iterator)
             if state is None:
                 state = _new_state(program, config, reporter)
@@ -288,7 +288,7 @@ class _Run(NamedTuple):
         with _stop_signals() as received:
             for step in range(first_step + 1, config.num_steps + 1):
                 profile.before(step)
-                with stopwatch.during("input"), watchdog.during("waiting for data"):
+                with stopwatch.during("input"), watchdog.during("waiting for data", may_work=True):
                     local = next(batches)
                 batch = program.global_batch(local)
                 with watchdog.during("compiling the step", may_work=True):
