@@ -2,27 +2,37 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from sam_jax import places
+from sam_jax import digests, places
 from sam_jax.errors import UserError
+from sam_jax.hosts import is_first
 
 CHECKPOINTS = "checkpoints"
+# Where checkpoints go that were found damaged.
+DAMAGED = "checkpoints_damaged"
 CONFIG = "config.json"
 
 # A checkpoint has parts, so that who needs only a model reads only that. One with averaged
 # parameters is a second model, where a run keeps them.
 _MODEL, _EMA, _OPTIMIZER, _DATA = "model", "ema", "optimizer", "data"
+
+# Checkpoints that processes agree on; a run keeps a few, and some for good.
+_MOST_STEPS = 64
 
 # Folders at the root that epath takes for cloud buckets, and the beginning of a URL.
 _BUCKETS = ("gs", "s3", "az", "hf")
@@ -91,14 +101,30 @@ def checkpoint_path(path: str | Path) -> epath.Path:
     return _LiteralPath(absolute)
 
 
+class DamagedCheckpoint(NamedTuple):
+    """A checkpoint that cannot be continued from.
+
+    Attributes:
+      step: of it.
+      fault: what is wrong.
+    """
+
+    step: int
+    fault: str
+
+
 class Checkpointer:
     """Saves and restores the training state and the data iterator under a working directory.
 
     Saving is asynchronous: the arrays are copied, and written while training goes on. A checkpoint
     that was not written to its end (the process was killed) is not seen again. The first one that
     is saved is read back before the next, or at the end: its shapes, and the position of the data.
+    Each has the digests of its files, which are compared before it is restored.
 
     Until the first is saved, or ``begin`` is called, nothing in the directory changes.
+
+    Attributes:
+      damaged: what ``restore`` found damaged, the newest first.
 
     Raises:
       CheckpointError: if the directory's name cannot be that of one with checkpoints.
@@ -106,18 +132,28 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig):
+        self.damaged: list[DamagedCheckpoint] = []
         self._config = config
         self._folder = checkpoint_path(workdir) / CHECKPOINTS
         places.check_folder(Path(workdir) / CHECKPOINTS)
         # Made for writing only, as it makes folders and clears away what is half-written.
         self._manager: Any = None
+        self._saving: int | None = None
         self._to_read_back: int | None = None
         self._was_read_back = False
 
-    def begin(self) -> None:
-        """Makes the folder, and clears away what a killed run left half-written."""
+    def begin(self) -> list[Path]:
+        """Makes the folder; clears away what is half-written, and puts aside what is damaged.
+
+        Returns:
+          where the damaged checkpoints are now, in the order of ``damaged``.
+        """
         if self._manager is not None:
-            return
+            return []
+        put_aside = [self._put_aside(step) for step, _ in self.damaged]
+        if jax.process_count() > 1:
+            # Orbax would find those that are just being moved.
+            multihost_utils.sync_global_devices("damaged checkpoints are put aside")
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -125,6 +161,8 @@ class Checkpointer:
                 keep_period=self._config.keep_period,
                 # What a killed run left half-written.
                 cleanup_tmp_directories=True,
+                # All of the files are there, and the folder has not taken its name yet.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
             ),
             item_names=(_MODEL, _EMA, _OPTIMIZER, _DATA),
             item_handlers={
@@ -134,14 +172,37 @@ class Checkpointer:
                 _DATA: grain.checkpoint.CheckpointHandler(),
             },
         )
+        return put_aside
+
+    def _put_aside(self, step: int) -> Path:
+        """Moves a checkpoint to where none is looked for; another may be there from before."""
+        folder = Path(self._folder).with_name(DAMAGED)
+        names = itertools.chain([str(step)], (f"{step}-{number}" for number in itertools.count(2)))
+        target = next(folder / name for name in names if not (folder / name).exists())
+        if is_first():
+            folder.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(target)
+        return target
+
+    def _write_digests(self) -> None:
+        """Adds digests to the checkpoint that is being saved; in Orbax's thread."""
+        names = [path.name for path in self._folder.iterdir()]
+        for name in names:
+            if name.startswith(f"{self._saving}.") or name == str(self._saving):
+                digests.write_digests(Path(self._folder) / name)
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, None if there is none."""
+        """The step of the newest checkpoint that is not known to be damaged, None if none is."""
         if self._manager is not None:
             return self._manager.latest_step()
-        steps = ocp.utils.checkpoint_steps(self._folder) if self._folder.is_dir() else []
-        return max(steps, default=None)
+        damaged = {step for step, _ in self.damaged}
+        return next((step for step in self._steps if step not in damaged), None)
+
+    @functools.cached_property
+    def _steps(self) -> list[int]:
+        """Steps of all checkpoints that were there at first, the newest first."""
+        return _steps_of_first(self._folder)
 
     @property
     def latest_has_ema(self) -> bool:
@@ -173,6 +234,9 @@ class Checkpointer:
         if state.ema_params is not None:
             parts[_EMA] = ocp.args.StandardSave(state.evaluated_variables)
         with self._failing_as_checkpoint_error():
+            # The one before may still be written, and its digests with it.
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**parts),
@@ -221,10 +285,11 @@ class Checkpointer:
             ) from error
 
     def restore(self, state: Any, data_iterator: Any) -> Any:
-        """The newest checkpoint's state; the iterator is moved to its position.
+        """The state of the newest checkpoint that is whole; the iterator is moved to its position.
 
-        Averaged parameters are restored if the state has them and the checkpoint, too. Where only
-        the state has them, they start as the parameters.
+        Newer ones that are damaged are in ``damaged`` afterwards. Averaged parameters are restored
+        if the state has them and the checkpoint, too. Where only the state has them, they start as
+        the parameters.
 
         Args:
           state: shapes, types and shardings of the state to restore; any devices and any number
@@ -232,42 +297,75 @@ class Checkpointer:
           data_iterator: of the same data.
 
         Raises:
-          CheckpointError: if the checkpoint is of another model or optimizer.
+          CheckpointError: if there is no whole one, or it is of another model or optimizer.
         """
-        step = self.latest_step
-        assert step is not None, "there is no checkpoint to restore"
+        assert self._steps, "there is no checkpoint to restore"
+        for step in self._steps:
+            try:
+                restored, states = self._read(step, state)
+            except _DamageError as error:
+                self.damaged.append(DamagedCheckpoint(step, str(error)))
+                continue
+            try:
+                data_iterator.set_states(states)
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._unfit(step, error) from error
+            return restored
+        reasons = "".join(f"\n  step {step}: {fault}" for step, fault in self.damaged)
+        raise CheckpointError(
+            f"no checkpoint in {self._folder} can be read, and nothing was changed there. Bring "
+            f"one back from a copy, or start anew in another --workdir:{reasons}"
+        )
+
+    def _read(self, step: int, state: Any) -> tuple[Any, list[dict]]:
+        """A checkpoint's state and the positions of its data.
+
+        Raises:
+          _DamageError: if it is damaged, in all processes if it is in one.
+          CheckpointError: if it is of another model or optimizer.
+        """
+        folder = Path(self._folder) / str(step)
+        _agree(digests.find_damage(folder) if is_first() else None)
+        keeps_ema = state.ema_params is not None
         parts = {
             _MODEL: state.variables,
             _OPTIMIZER: {"opt_state": state.opt_state},
         }
-        keeps_ema = state.ema_params is not None
-        if keeps_ema and self.latest_has_ema:
+        if keeps_ema and _part(self._folder, step, _EMA).is_dir():
             parts[_EMA] = state.evaluated_variables
-        try:
-            # Checks all parts before reading any: a read that fails leaves others running.
-            for name, target in parts.items():
-                _check_arrays(_part(self._folder, step, name), target)
+        found, states, restored = {}, [], {}
+        with _agreed_damage():
+            found = {name: _shapes(_part(self._folder, step, name)) for name in parts}
+            states = self._data_states(step)
+        # Before any is read: a read that fails leaves others running.
+        for name, target in parts.items():
+            try:
+                _check_arrays(found[name], target)
+            except ValueError as error:
+                raise self._unfit(step, error) from error
+        with _agreed_damage():
             restored = {
                 name: _restored(_part(self._folder, step, name), target)
                 for name, target in parts.items()
             }
-            data_iterator.set_states(self._data_states(step))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self._folder} does not fit this "
-                f"config; use another --workdir, or the config it was made with ({CONFIG} beside "
-                f"it). {error}"
-            ) from error
         ema_params = None
         if keeps_ema:
             ema_params = restored[_EMA if _EMA in parts else _MODEL]["params"]
             if _EMA not in parts:
                 ema_params = jax.tree.map(jax.numpy.copy, ema_params)
-        return state.replace(
+        whole = state.replace(
             step=jax.device_put(jax.numpy.asarray(step, state.step.dtype), state.step.sharding),
             opt_state=restored[_OPTIMIZER]["opt_state"],
             ema_params=ema_params,
             **restored[_MODEL],
+        )
+        return whole, states
+
+    def _unfit(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint of step {step} in {self._folder} does not fit this "
+            f"config; use another --workdir, or the config it was made with ({CONFIG} beside "
+            f"it). {error}"
         )
 
     def _data_states(self, step: int) -> list[dict]:
@@ -302,6 +400,51 @@ class Checkpointer:
                 self._manager.close()
 
 
+class _DamageError(Exception):
+    """A checkpoint cannot be read; the message says what of it."""
+
+
+def _agree(fault: str | None) -> None:
+    """Raises `_DamageError` if this process or another one has found a fault."""
+    is_faulty = np.array([fault is not None])
+    if jax.process_count() > 1:
+        is_faulty = multihost_utils.process_allgather(is_faulty).reshape(-1)
+    if is_faulty.any():
+        raise _DamageError(fault or f"process {int(np.argmax(is_faulty))} cannot read it")
+
+
+@contextlib.contextmanager
+def _agreed_damage() -> Iterator[None]:
+    """A block that all processes run, and that fails in all of them if it does in one.
+
+    Whatever it raises is taken for damage of what it reads: damaged files end in errors of every
+    kind, bare Exceptions among them.
+    """
+    fault = None
+    try:
+        yield
+    except Exception as error:
+        fault = str(error).partition("\n")[0][:300] or type(error).__name__
+    _agree(fault)
+
+
+def _steps_in(folder: epath.Path) -> list[int]:
+    """Steps of all checkpoints that were written to their end, the newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
+
+
+def _steps_of_first(folder: epath.Path) -> list[int]:
+    """Steps that the first process sees: storage may show them to others later."""
+    steps = np.full(_MOST_STEPS, -1)
+    found = _steps_in(folder)[:_MOST_STEPS]
+    steps[: len(found)] = found
+    if jax.process_count() > 1:
+        steps = multihost_utils.broadcast_one_to_all(steps)
+    return [int(step) for step in steps if step >= 0]
+
+
 def _part(folder: epath.Path, step: int | None, name: str) -> epath.Path:
     return folder / str(step) / name
 
@@ -319,11 +462,11 @@ def _shapes(part: epath.Path) -> Any:
         handler.close()
 
 
-def _check_arrays(part: epath.Path, shapes: Any) -> None:
+def _check_arrays(found_shapes: Any, shapes: Any) -> None:
     """Raises ValueError unless a part holds arrays of these names and shapes, and no others."""
     found, expected = (
         {name: leaf.shape for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
-        for tree in (_shapes(part), shapes)
+        for tree in (found_shapes, shapes)
     )
     differences = [
         f"{name}: {found.get(name, 'nothing')} there, {expected.get(name, 'nothing')} here"
@@ -368,20 +511,24 @@ def restore_variables(path: str | Path, step: int | None = None, *, ema: bool = 
             f"no checkpoints in {path}: expected the --workdir of a training run, with a folder "
             f"{CHECKPOINTS!r} in it"
         )
-    steps = ocp.utils.checkpoint_steps(folder)
+    steps = _steps_in(folder)
     if not steps:
         raise CheckpointError(f"{folder} holds no whole checkpoint")
-    step = max(steps) if step is None else step
+    step = steps[0] if step is None else step
     if step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps)}")
-    item = _part(folder, step, _MODEL)
-    if ema and _part(folder, step, _EMA).is_dir():
-        item = _part(folder, step, _EMA)
-    try:
-        return _restored(item, _shapes(item))
-    # Damaged files end in errors of every kind, bare Exceptions among them.
-    except Exception as error:
-        raise CheckpointError(f"{item} is damaged: {error}") from error
+    name = _EMA if ema and _part(folder, step, _EMA).is_dir() else _MODEL
+    item = _part(folder, step, name)
+    fault = digests.find_damage(Path(folder) / str(step), name)
+    if fault is None:
+        try:
+            return _restored(item, _shapes(item))
+        # Damaged files end in errors of every kind, bare Exceptions among them.
+        except Exception as error:
+            fault = str(error)
+    others = [other for other in sorted(steps) if other != step]
+    hint = f"; there are checkpoints of steps {others} besides" if others else ""
+    raise CheckpointError(f"{item} is damaged: {fault}{hint}")
 
 
 def save_variables(workdir: str | Path, variables: Any) -> None:
@@ -428,10 +575,9 @@ def save_config(workdir: str | Path, config: dict, *, done_steps: int = 0) -> st
         kept = f"config_until_step_{done_steps}.json"
         # Once per checkpoint: configs in between have made none.
         if not (folder / kept).exists():
-            path.rename(folder / kept)
-    unfinished = folder / f".{CONFIG}.unfinished"
-    unfinished.write_text(json.dumps(config, indent=2) + "\n")
-    unfinished.replace(path)
+            # Copied, so that a run that is killed here has a config all the same.
+            places.write_text(folder / kept, path.read_text(encoding="utf-8"))
+    places.write_text(path, json.dumps(config, indent=2) + "\n")
     return kept
 
 
@@ -443,10 +589,10 @@ def config_changes(workdir: str | Path, config: dict) -> list[str] | None:
       config: the resolved config.
     """
     try:
-        before = _leaves(json.loads((Path(workdir) / CONFIG).read_text()))
+        before = flat_config(json.loads((Path(workdir) / CONFIG).read_text()))
     except (OSError, ValueError, AttributeError):
         return None
-    now = _leaves(json.loads(json.dumps(config)))
+    now = flat_config(json.loads(json.dumps(config)))
     return [
         f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
         for key in sorted(before | now)
@@ -454,11 +600,12 @@ def config_changes(workdir: str | Path, config: dict) -> list[str] | None:
     ]
 
 
-def _leaves(sections: dict, prefix: str = "") -> dict[str, Any]:
+def flat_config(sections: dict, prefix: str = "") -> dict[str, Any]:
+    """A config's values by SECTION.KEY."""
     leaves: dict[str, Any] = {}
     for key, value in sections.items():
         if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            leaves |= flat_config(value, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
     return leaves

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sam_jax.cli_results import compare, fairness, stats
+from sam_jax.cli_results import compare, fairness, report, stats
 from sam_jax.errors import ConfigError, readable_errors
 
 app = typer.Typer(
@@ -617,7 +617,7 @@ def datasets(
     console.print("sam-jax datasets NAME says what to put where.", highlight=False)
 
 
-for command in (stats, compare, fairness):
+for command in (stats, compare, fairness, report):
     app.command()(command)
 
 

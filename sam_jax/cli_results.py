@@ -1,4 +1,4 @@
-"""The sub-commands that look at data and results and need no model: stats, compare, fairness."""
+"""Sub-commands that look at data and results and need no model."""
 
 import contextlib
 import enum
@@ -178,6 +178,29 @@ def fairness(
     if out is not None:
         content = {"results": str(evaluated.folder), "attributes": str(attributes)}
         _write(out, "fairness", content | report.as_json(), report.figure())
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="The --workdir of a training run.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """One page of a training run: curves, scores, pictures, data left out, starts, config.
+
+    The page needs no other file. The run may be going on, or have broken.
+    """
+    from sam_jax import places, run_report
+
+    path = run / "report.html" if out is None else out
+    found = run_report.read_run(run)
+    places.check_file(path)
+    places.write_text(path, run_report.report_html(found))
+    for fault in found.faults:
+        typer.echo(f"{fault}; the page says so", err=True)
+    typer.echo(f"wrote {path}")
 
 
 def _check_out(out: Path | None) -> None:

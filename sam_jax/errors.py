@@ -6,9 +6,17 @@ import re
 import sys
 from collections.abc import Iterator
 
+# What sysexits.h has for what may go better next time (EX_TEMPFAIL): the same command continues.
+TRY_AGAIN = 75
+
 
 class UserError(Exception):
-    """Something outside the code is not as it must be; the message says what and where."""
+    """Something outside the code is not as it must be; the message says what and where.
+
+    Attributes:
+      exit_code: 1 where somebody must mend something first, `TRY_AGAIN` where a scheduler may start
+        the same command again.
+    """
 
     exit_code = 1
 
@@ -31,13 +39,18 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
         yield
     except mendable as error:
         print(f"error: {_said(error)}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+        sys.exit(exit_code_of(error))
     except (RuntimeError, AssertionError):
         reason = _missing_devices()
         if reason is None:
             raise
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
+
+
+def exit_code_of(error: Exception) -> int:
+    """The exit code of a program that ends with an error."""
+    return error.exit_code if isinstance(error, UserError) else 1
 
 
 def _said(error: Exception) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import sys
+from typing import NoReturn
 
 import jax
 
@@ -91,10 +92,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def end_now(message: str) -> None:
+def end_now(message: str, exit_code: int = 1) -> NoReturn:
     """Ends this process with a message, without waiting for others that may be gone.
 
     JAX's own shutdown waits for everybody, which a dead process never joins.
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(exit_code)

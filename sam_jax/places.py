@@ -1,8 +1,10 @@
 """Places to write to: what is wrong with one is said before the work, not after it."""
 
+import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from sam_jax.errors import UserError
@@ -42,6 +44,41 @@ def check_folder(path: str | Path) -> None:
         _check_parent(Path(path))
     else:
         _check_writable(Path(path), Path(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all: a killed process leaves what was there before.
+
+    Raises:
+      OSError: if it cannot be written; the error names it.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with _naming(path):
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a text file; one that a killed process left half is ended first.
+
+    Raises:
+      OSError: if it cannot be written; the error names it.
+    """
+    with _naming(path), path.open("ab+") as file:
+        is_cut_off = False
+        if file.seekable() and file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            is_cut_off = file.read(1) != b"\n"
+        file.write((b"\n" if is_cut_off else b"") + line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the file in errors of the system: a full disk does not say where it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _mode(path: Path) -> int | None:

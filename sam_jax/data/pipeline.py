@@ -7,7 +7,13 @@ comes. So the state of the iterator is a position, plus what was counted, and
 a run may be resumed with other numbers of threads and workers.
 """
 
+import dataclasses
 import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,14 +48,21 @@ from sam_jax.data.transforms import (
     dropped_by_source,
     no_valid_mask,
 )
-from sam_jax.errors import ConfigError
+from sam_jax.errors import TRY_AGAIN, ConfigError, UserError
 
 _log = logging.getLogger(__name__)
 
+# What Grain says of it.
+_WORKER_DIED = re.compile(r"[Pp]rocess was terminated unexpectedly with exit code (-?\d+)")
+# Field of a batch that stays on the host.
+SAMPLE_NAMES = "sample_names"
+
 __all__ = [
+    "SAMPLE_NAMES",
     "DataConfig",
     "EvalExample",
     "EvalSamples",
+    "InputWorkerError",
     "NoObjectsError",
     "SourceConfig",
     "TooManyCorruptSamplesError",
@@ -58,6 +71,21 @@ __all__ = [
     "eval_samples",
     "train_iterator",
 ]
+
+
+class InputWorkerError(UserError):
+    """A worker process of the input pipeline has died."""
+
+    exit_code = TRY_AGAIN
+
+    def __init__(self, code: str):
+        killed = " (killed: the system kills what takes the most when memory is short)"
+        super().__init__(
+            f"a worker process that reads data died with exit code {code}"
+            f"{killed if code == '-9' else ''}. Fewer data.num_workers, or a smaller "
+            "data.prefetch_examples, take less memory; the same command continues from the newest "
+            "checkpoint"
+        )
 
 
 class _Loaded(NamedTuple):
@@ -108,7 +136,7 @@ def train_iterator(
 
     Returns:
       An iterator of dicts of stacked arrays, b = batch_size / process_count: the keys and shapes of
-      `TrainTransform.zeros`.
+      `TrainTransform.zeros`, and `sample_names`, the images' names [b], which stay on the host.
 
     Raises:
       ConfigError: the batch does not divide by the processes, or a source cannot be opened.
@@ -121,9 +149,11 @@ def train_iterator(
         raise ValueError(f"process {process_index} of {process_count}")
     transform = config.transform()
     streams, sizes = [], []
+    described = []
     for number, source_config in enumerate(config.sources):
         source = build_source(source_config)
         sizes.append(len(source))
+        described.append(_description(source_config, source))
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
         stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         streams.append(stream.random_map(_Load(source, number, transform)))
@@ -137,7 +167,14 @@ def train_iterator(
     prefetched = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=config.prefetch_batches
     )
-    return TrainIterator(iter(prefetched), process_index, process_count)
+    return TrainIterator(iter(prefetched), process_index, process_count, described)
+
+
+def _description(config: SourceConfig, source: Source) -> dict[str, Any]:
+    """Description of a source, as values of JSON: options that differ from defaults, and size."""
+    options = dataclasses.asdict(config)
+    set_options = {key: value for key, value in options.items() if value is not None}
+    return {**set_options, "name": source.name, "num_samples": len(source)}
 
 
 class _Share(grain.MapDataset):
@@ -166,10 +203,15 @@ class TrainIterator(grain.DatasetIterator):
     """
 
     def __init__(
-        self, batches: grain.DatasetIterator, process_index: int = 0, process_count: int = 1
+        self,
+        batches: grain.DatasetIterator,
+        process_index: int = 0,
+        process_count: int = 1,
+        sources: Sequence[Mapping[str, Any]] = (),
     ):
         super().__init__(batches)
         self._process_index, self._process_count = process_index, process_count
+        self._sources = sources
         self._is_closed = False
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -178,8 +220,14 @@ class TrainIterator(grain.DatasetIterator):
         Raises:
           TooManyCorruptSamplesError: more is unusable than the config tolerates.
           NoObjectsError: a source has no sample that can be used.
+          InputWorkerError: a worker process has died.
         """
-        return next(self._parent)
+        try:
+            return next(self._parent)
+        except RuntimeError as error:
+            if died := _WORKER_DIED.search(str(error)):
+                raise InputWorkerError(died[1]) from error
+            raise
 
     def get_state(self) -> dict[str, Any]:
         """Position after the batches handed out so far; JSON-serialisable."""
@@ -207,6 +255,34 @@ class TrainIterator(grain.DatasetIterator):
         # The first process carries on what all have counted.
         counted = [state["skipped"] for state in states] if self._process_index == 0 else []
         self.set_state({"position": position, "skipped": sum_of_states(counted)})
+
+    def manifest(self) -> dict[str, Any]:
+        """Sources and their sizes, and what was skipped or decided so far, as values of JSON.
+
+        Counts are those of this process, by what it was and why, with an example of each reason.
+        """
+        state = self.get_state()["skipped"]
+        kinds = {
+            "samples skipped": "corrupt_counts",
+            "samples without an object": "without_object_counts",
+            "masks left out": "dropped_mask_counts",
+            "decided": "remark_counts",
+        }
+        counted = {
+            what: [
+                {"reason": reason, "count": count, "example": examples.get(reason, "")}
+                for reason, count in sorted(state[key].items(), key=lambda item: -item[1])
+            ]
+            for (what, key), examples in zip(
+                kinds.items(), state["examples_by_reason"], strict=True
+            )
+        }
+        return {
+            "sources": list(self._sources),
+            "processes": self._process_count,
+            "samples_read": state["num_seen"],
+            **counted,
+        }
 
     @property
     def num_seen(self) -> int:
@@ -289,6 +365,7 @@ class _BatchIterator(grain.DatasetIterator):
         if self._stream is None:
             self._stream = self._open()
         batch = self._transform.zeros(self._local_batch_size)
+        names: list[str] = []
         row = 0
         while row < self._local_batch_size:
             loaded = next(self._stream)
@@ -298,8 +375,9 @@ class _BatchIterator(grain.DatasetIterator):
             else:
                 self._log.record_good(loaded.name, loaded.dropped, loaded.remarks, loaded.source)
                 loaded.example.unpack_into({key: array[row] for key, array in batch.items()})
+                names.append(loaded.name)
                 row += 1
-        return batch
+        return {**batch, SAMPLE_NAMES: np.array(names)}
 
     def _open(self) -> grain.DatasetIterator:
         config = self._config
@@ -314,7 +392,7 @@ class _BatchIterator(grain.DatasetIterator):
             _let_grain_read_its_flag()
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=config.num_workers),
-                worker_init_fn=_one_opencv_thread,
+                worker_init_fn=_start_worker,
             )
         return iter(stream)
 
@@ -340,6 +418,23 @@ class _BatchIterator(grain.DatasetIterator):
         if executor is not None:
             executor.shutdown()
         self._stream = None
+
+
+def _start_worker(*_: int) -> None:
+    """Prepares a worker process."""
+    _one_opencv_thread()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Ends this worker when its parent has ended.
+
+    Grain's workers outlive a parent that was killed, and keep their memory for good.
+    """
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _one_opencv_thread(*_: int) -> None:

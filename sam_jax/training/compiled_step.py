@@ -1,10 +1,11 @@
 """The compiled program of a training run: what is on which device, and the step."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -41,6 +42,7 @@ class CompiledStep:
       optimizer: of its parameters.
       state_shapes: shapes and types of the training state.
       state_shardings: where it lies.
+      seed: of what the steps draw.
       accumulate_steps: parts into which a batch is cut.
       step: jitted; state and a batch's fields by name in, state and metrics out. The state that
         goes in is gone afterwards.
@@ -51,6 +53,7 @@ class CompiledStep:
     optimizer: optax.GradientTransformation
     state_shapes: TrainState
     state_shardings: TrainState
+    seed: int
     accumulate_steps: int
     step: Any
 
@@ -64,6 +67,11 @@ class CompiledStep:
     def keeps_ema(self) -> bool:
         """True if the state has averaged parameters."""
         return self.state_shapes.ema_params is not None
+
+    @property
+    def param_specs(self) -> Any:
+        """Partition of each parameter over the devices."""
+        return jax.tree.map(lambda sharding: sharding.spec, self.state_shardings.params)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -92,6 +100,13 @@ class CompiledStep:
                 f"different images and optimizer.accumulate_steps = {num_parts}: data.batch_size "
                 f"must be a multiple of {num_shares * num_parts}"
             )
+
+    def global_batch(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's share of the images as part of the arrays over all devices."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch_sharding, local[name])
+            for name in self.task.batch_spec(1)
+        }
 
     def placed_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, types and shardings of a batch."""
@@ -171,6 +186,7 @@ def compile_step(
         optimizer,
         state_shapes,
         shardings,
+        seed,
         optimizer_config.accumulate_steps,
         step,
     )

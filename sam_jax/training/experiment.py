@@ -39,6 +39,14 @@ class TrainConfig:
         steps they weigh ``ema_decay ** n``. Costs 4 bytes per parameter, spread like them.
       profile_steps: first and last step that a profile is written of, to ``workdir/profile``, for
         xprof or TensorBoard; None for no profile.
+      max_skipped_steps: a run ends, with a diagnosis, after so many steps in a row whose loss or
+        gradient was not finite; such a step changes nothing but the count of steps. 1 ends at the
+        first, for which the host waits for each step.
+      max_stall_seconds: a run ends if one batch, step or checkpoint takes longer, or if nothing is
+        computed for so long while it compiles or evaluates: storage that does not answer, or a
+        host that is frozen. None waits for ever.
+      wandb: PROJECT or ENTITY/PROJECT of Weights & Biases that is told what TensorBoard is; None
+        for none. Needs its package.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
     """
@@ -49,12 +57,19 @@ class TrainConfig:
     remat_rounds: bool = True
     ema_decay: float = 0.0
     profile_steps: tuple[int, int] | None = None
+    max_skipped_steps: int = 10
+    max_stall_seconds: float | None = 1800.0
+    wandb: str | None = None
     log_every: int = 50
     eval_every: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if self.max_stall_seconds is not None and self.max_stall_seconds <= 0:
+            raise ValueError(f"max_stall_seconds must be positive, got {self.max_stall_seconds}")
 
 
 @dataclasses.dataclass(frozen=True)

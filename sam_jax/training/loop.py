@@ -1,12 +1,12 @@
 """The training loop: from a compiled step and a data iterator to checkpoints."""
 
+import contextlib
 import itertools
-import math
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -20,14 +20,16 @@ from sam_jax.checkpoint import (
     config_changes,
     save_config,
 )
-from sam_jax.errors import UserError
+from sam_jax.errors import TRY_AGAIN, UserError, exit_code_of
 from sam_jax.hosts import end_now, is_first
-from sam_jax.sharding import describe
+from sam_jax.training import diagnosis, manifest
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
+from sam_jax.training.skipped_steps import DivergedError, SkippedSteps
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Task
+from sam_jax.training.watchdog import Watchdog
 from sam_jax.weights.files import WeightsError
 
 # Steps between exchanges of signals among processes; an exchange waits for the step before it.
@@ -51,13 +53,15 @@ Evaluators = Mapping[str, Callable[[dict], EvalReport]]
 
 
 class TrainingInterruptedError(UserError):
-    """A signal asked the run to stop; its state is saved."""
+    """An interrupt from the keyboard stopped the run; its state is saved."""
 
     exit_code = 130
 
 
-class DivergedError(UserError):
-    """The loss is not finite any more; the last checkpoint is from before."""
+class PreemptedError(UserError):
+    """A termination signal stopped the run; its state is saved, and it may be started again."""
+
+    exit_code = TRY_AGAIN
 
 
 def train(
@@ -89,49 +93,82 @@ def train(
 
     Raises:
       ConfigError: if the batch does not divide by the devices.
-      TrainingInterruptedError: after an interrupt or a termination signal, once the state is saved.
-      DivergedError: if the loss is not finite.
+      TrainingInterruptedError: after an interrupt, once the state is saved.
+      PreemptedError: after a termination signal, once the state is saved.
+      DivergedError: if ``config.max_skipped_steps`` in a row had nothing finite to learn from.
       CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
       WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
     """
     program.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
     _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
-    first_step = checkpointer.latest_step or 0
-    reporter = Reporter(workdir, first_step, config.num_steps)
-    try:
-        _introduce(program, reporter)
-        state = None
-        if first_step:
-            state = _restored_state(program, checkpointer, data_iterator, reporter)
-            if first_step >= config.num_steps:
-                reporter.say(
-                    f"nothing is left to do: step {first_step} of {config.num_steps} is done; a "
-                    "larger train.num_steps goes on from it, and eval.py evaluates it"
-                )
-                return state
-        # Data that cannot be read are found out here.
-        batches = itertools.chain([next(data_iterator)], data_iterator)
-        if state is None:
-            state = _new_state(program, config, reporter)
-        _begin(program, checkpointer, reporter, first_step, sections)
-        if not first_step:
-            reporter.say("the first step is compiled now, which can take minutes")
-        return _run(
-            state, program, data_iterator, batches, config, checkpointer, reporter, evaluators
-        )
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    reporter = Reporter(workdir, config.num_steps, config.wandb)
+    with contextlib.closing(Watchdog(config.max_stall_seconds)) as watchdog:
+        try:
+            _introduce(program, reporter)
+            state = None
+            if checkpointer.latest_step:
+                with watchdog.during("reading a checkpoint", may_work=True):
+                    state = _restored_state(program, checkpointer, data_iterator, reporter)
+                if (done := int(state.step)) >= config.num_steps:
+                    reporter.say(
+                        f"nothing is left to do: step {done} of {config.num_steps} is done; a "
+                        "larger train.num_steps goes on from it, and eval.py evaluates it"
+                    )
+                    return state
+            # Data that cannot be read are found out here.
+            with watchdog.during("waiting for data", may_work=True):
+                batches = itertools.chain([next(data_iterator)], data_iterator)
+            if state is None:
+                state = _new_state(program, config, reporter)
+            _begin(program, checkpointer, reporter, int(state.step), sections, data_iterator)
+            if not int(state.step):
+                reporter.say("the first step is compiled now, which can take minutes")
+            run = _Run(
+                program,
+                config,
+                batch_size,
+                data_iterator,
+                checkpointer,
+                reporter,
+                evaluators,
+                watchdog,
+            )
+            return run.steps(state, batches)
+        except Exception as error:
+            # The others would wait for this process, and it for them when it ends.
+            if jax.process_count() > 1 and not isinstance(error, _OF_ALL_PROCESSES):
+                _end_alone(error, workdir)
             raise
+        finally:
+            with (
+                watchdog.during("writing the last of a checkpoint"),
+                contextlib.ExitStack() as ends,
+            ):
+                ends.callback(checkpointer.close)
+                ends.callback(reporter.close)
+
+
+# What ends all processes of a run after the same step.
+_OF_ALL_PROCESSES = (TrainingInterruptedError, PreemptedError, DivergedError)
+
+
+def _end_alone(error: Exception, workdir: str | Path) -> None:
+    """Ends this process of several at an error of its own."""
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    again = (
+        f"The same command, for any number of processes, continues from the newest checkpoint in "
+        f"{workdir}."
+    )
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        reason = str(error).strip().splitlines()[0][:300]
         end_now(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely as "
-            f"another one ended: {str(error).strip().splitlines()[0][:300]}\nThe same command, for "
-            f"any number of processes, continues from the newest checkpoint in {workdir}."
+            f"{process} cannot go on, most likely as another one ended: {reason}\n{again}",
+            TRY_AGAIN,
         )
-        raise
-    finally:
-        reporter.close()
-        checkpointer.close()
+    if not isinstance(error, UserError | OSError):
+        traceback.print_exception(error)
+    end_now(f"{process} ends, and so will the others: {error}\n{again}", exit_code_of(error))
 
 
 def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
@@ -181,6 +218,8 @@ def _introduce(program: CompiledStep, reporter: Reporter) -> None:
 def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:
     """The newest checkpoint's state; the data are moved to their place."""
     state = checkpointer.restore(program.placed_state, data_iterator)
+    for step, fault in checkpointer.damaged:
+        reporter.say(f"the checkpoint of step {step} is damaged: {fault}")
     reporter.say(
         f"continuing from the checkpoint of step {checkpointer.latest_step} in {reporter.workdir}"
     )
@@ -201,83 +240,132 @@ def _new_state(program: CompiledStep, config: TrainConfig, reporter: Reporter) -
     return state
 
 
-def _begin(program, checkpointer, reporter, first_step: int, sections) -> None:
+def _begin(program, checkpointer, reporter, first_step: int, sections, data_iterator) -> None:
     """Makes what a run keeps in its folder; all that is needed for its steps is there."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes have what they need")
-    checkpointer.begin()
-    reporter.begin()
-    if sections is not None and is_first():
+    for (step, _), folder in zip(checkpointer.damaged, checkpointer.begin(), strict=True):
+        reporter.say(f"the damaged checkpoint of step {step} is now {folder}")
+    reporter.begin(first_step, sections)
+    if not is_first():
+        return
+    if sections is not None:
         changes = config_changes(reporter.workdir, sections)
         kept = save_config(reporter.workdir, sections, done_steps=first_step)
         if kept is not None:
             what = "; ".join(changes or ["it could not be read"])
             reporter.say(f"the config is another now: {what}; the one before is kept in {kept}")
-    if program.mesh.size > 1:
-        params = program.state_shapes.params
-        lines = describe(params, program.state_shardings.params)
-        reporter.note("sharding.txt", "\n".join(lines))
+    manifest.write_start(reporter.workdir, program, first_step)
+    manifest.write_parameters(reporter.workdir, program)
+    manifest.write_data(reporter.workdir, data_iterator)
 
 
-def _run(state, program, data_iterator, batches, config, checkpointer, reporter, evaluators):
-    stopwatch, interval = Stopwatch(), []
-    profile = Profile(config.profile_steps, reporter)
-    first_step = int(state.step)
-    with _stop_signals() as stop_requested:
-        for step in range(first_step + 1, config.num_steps + 1):
-            profile.before(step)
-            with stopwatch.during("input"):
-                batch = _global_batch(next(batches), program)
-            state, metrics = program.step(state, batch)
-            interval.append(metrics)
-            if len(interval) > 1:
-                # One step is computed while the next one's data are fetched, and no more are
-                # queued: the clock, the bar and the reaction to a signal stay honest.
-                jax.block_until_ready(interval[-2])
-            reporter.advance(step)
-            profile.after(step, metrics)
+class _Run(NamedTuple):
+    """The steps of a run, and what is done between them."""
 
-            is_last = step == config.num_steps
-            is_stopping = _all_are_stopping(stop_requested, step)
-            is_saved = is_last or is_stopping or checkpointer.is_due(step)
-            is_evaluated = _is_evaluated(step, config)
-            if step % config.log_every == 0 or is_saved:
-                means = _means(interval)
-                if not math.isfinite(means["loss"]):
-                    raise DivergedError(
-                        f"the loss is {means['loss']} in the steps up to {step}. The newest "
-                        f"checkpoint is of step {checkpointer.latest_step}. A lower "
-                        f"optimizer.peak_learning_rate or optimizer.clip_norm=1.0 may help."
-                    )
-                if step % config.log_every == 0 or is_last:
-                    seconds, spent = stopwatch.read()
-                    seconds -= spent["evaluation"] + spent["checkpoint"]
-                    batch_size = jax.tree.leaves(batch)[0].shape[0]
-                    unit = program.task.unit
-                    rates = _rates(interval, unit, batch_size, seconds, spent["input"])
-                    reporter.train_metrics(step, means | rates, _news(program.task, means, rates))
+    program: CompiledStep
+    config: TrainConfig
+    batch_size: int
+    data_iterator: Any
+    checkpointer: Checkpointer
+    reporter: Reporter
+    evaluators: Evaluators
+    watchdog: Watchdog
+
+    def steps(self, state: TrainState, batches: Iterator[Mapping[str, Any]]) -> TrainState:
+        """All steps that are left."""
+        program, config = self.program, self.config
+        reporter, watchdog = self.reporter, self.watchdog
+        stopwatch, interval = Stopwatch(), []
+        profile = Profile(config.profile_steps, reporter)
+        skipped = SkippedSteps(reporter.workdir, config.max_skipped_steps, reporter.say)
+        first_step = int(state.step)
+
+        def diagnose(*what: Any) -> list[str]:
+            with watchdog.during("finding out what is not finite", may_work=True):
+                return diagnosis.diagnose(program, state, *what)
+
+        with _stop_signals() as received:
+            for step in range(first_step + 1, config.num_steps + 1):
+                profile.before(step)
+                with stopwatch.during("input"), watchdog.during("waiting for data", may_work=True):
+                    local = next(batches)
+                batch = program.global_batch(local)
+                with watchdog.during("compiling the step", may_work=True):
+                    state, metrics = program.step(state, batch)
+                interval.append(metrics)
+                with watchdog.during(f"computing step {step}"):
+                    if len(interval) > 1:
+                        # One step is computed while the next one's data are fetched, and no more
+                        # are queued: the clock, the bar and the reaction to a signal stay honest.
+                        jax.block_until_ready(interval[-2])
+                    skipped.watch(step, metrics, local, diagnose)
+                    reporter.advance(step)
+                    profile.after(step, metrics)
+                    stop_signal = _agreed_signal(received, step)
+
+                is_last = step == config.num_steps
+                is_saved = is_last or stop_signal or self.checkpointer.is_due(step)
+                is_logged = is_last or step % config.log_every == 0
+                if is_logged or is_saved:
+                    with watchdog.during(f"computing step {step}"):
+                        skipped.finish(diagnose)
+                if is_logged:
+                    self._report(step, interval, stopwatch)
                     interval = []
-            if is_saved:
-                with stopwatch.during("checkpoint"):
-                    checkpointer.save(state, data_iterator)
-            if is_stopping and not is_last:
-                raise TrainingInterruptedError(
-                    f"stopped at step {step} of {config.num_steps}; the same command continues"
-                )
-            if is_evaluated:
-                with stopwatch.during("evaluation"):
-                    for name, evaluate in evaluators.items():
-                        reporter.evaluation(step, name, evaluate(state.evaluated_variables))
-    return state
+                if is_saved:
+                    with stopwatch.during("checkpoint"), watchdog.during("saving a checkpoint"):
+                        # A run that goes on from there does not make these numbers again.
+                        reporter.flush()
+                        if is_first():
+                            manifest.write_data(reporter.workdir, self.data_iterator)
+                        self.checkpointer.save(state, self.data_iterator)
+                if stop_signal and not is_last:
+                    self._stop(stop_signal, step)
+                if _is_evaluated(step, config):
+                    with (
+                        stopwatch.during("evaluation"),
+                        watchdog.during("evaluating", may_work=True),
+                    ):
+                        for name, evaluate in self.evaluators.items():
+                            reporter.evaluation(step, name, evaluate(state.evaluated_variables))
+        return state
+
+    def _report(self, step: int, interval: list[dict], stopwatch: Stopwatch) -> None:
+        """Reports the figures of an interval, of the steps that were not skipped."""
+        seconds, spent = stopwatch.read()
+        seconds -= spent["evaluation"] + spent["checkpoint"]
+        fetched = jax.device_get(interval)
+        task = self.program.task
+        rates = _rates(fetched, task.unit, self.batch_size, seconds, spent["input"])
+        good = [metrics for metrics in fetched if not metrics["skipped"]]
+        num_skipped = len(fetched) - len(good)
+        means = {
+            name: float(np.mean([metrics[name] for metrics in good]))
+            for name in (good[0] if good else ())
+            if name != "skipped"
+        }
+        news = _news(task, means, rates, num_skipped)
+        self.reporter.train_metrics(step, means | rates | {"skipped_steps": num_skipped}, news)
+
+    def _stop(self, stop_signal: int, step: int) -> NoReturn:
+        """Ends the run; its checkpoint is written before the program ends."""
+        kind = TrainingInterruptedError if stop_signal == signal.SIGINT else PreemptedError
+        raise kind(
+            f"stopped at step {step} of {self.config.num_steps} by "
+            f"{signal.Signals(stop_signal).name}; the same command continues"
+        )
 
 
-def _all_are_stopping(stop_requested: list[int], step: int) -> bool:
-    """True if this or another process got a signal: all must stop after the same step."""
+def _agreed_signal(received: list[int], step: int) -> int:
+    """A signal that this or another process got, 0 for none: all must stop after the same step."""
+    mine = max(received, default=0, key=lambda number: number == signal.SIGINT)
     if jax.process_count() == 1:
-        return bool(stop_requested)
+        return mine
     if step % _STEPS_BETWEEN_AGREEMENTS:
-        return False
-    return bool(np.any(multihost_utils.process_allgather(np.array(bool(stop_requested)))))
+        return 0
+    gathered = multihost_utils.process_allgather(np.array(mine)).reshape(-1)
+    return int(signal.SIGINT) if signal.SIGINT in gathered else int(gathered.max())
 
 
 def _is_evaluated(step: int, config: TrainConfig) -> bool:
@@ -285,19 +373,6 @@ def _is_evaluated(step: int, config: TrainConfig) -> bool:
         return False
     is_due = config.eval_every is not None and step % config.eval_every == 0
     return is_due or step == config.num_steps
-
-
-def _global_batch(local: Mapping[str, np.ndarray], program: CompiledStep) -> dict[str, jax.Array]:
-    """This process's share of the images as part of the arrays over all devices."""
-    return {
-        name: jax.make_array_from_process_local_data(program.batch_sharding, local[name])
-        for name in program.task.batch_spec(1)
-    }
-
-
-def _means(interval: list[dict]) -> dict[str, float]:
-    fetched = jax.device_get(interval)
-    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
 def _rates(
@@ -312,17 +387,20 @@ def _rates(
     }
 
 
-def _news(task: Task, means: Mapping[str, float], rates: Mapping[str, float]) -> str:
+def _news(
+    task: Task, means: Mapping[str, float], rates: Mapping[str, float], num_skipped: int
+) -> str:
     """Figures of an interval, as one line."""
     return (
-        f"{task.headline(means)}  "
-        f"{rates['images_per_second']:.1f} img/s  "
+        (f"{task.headline(means)}  " if means else "")
+        + (f"{num_skipped} steps skipped  " if num_skipped else "")
+        + f"{rates['images_per_second']:.1f} img/s  "
         f"{rates[f'{task.unit}_per_second']:.1f} {task.unit}/s  "
         f"input wait {100 * rates['input_wait_rate']:.0f} %"
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
     """Collects interrupt and termination signals instead of dying of them; a second one kills."""
     received: list[int] = []

@@ -1,4 +1,4 @@
-"""Reports of a training run: a progress bar, lines on the console, TensorBoard files."""
+"""Reports of a training run: a progress bar, lines on the console, and what sinks keep."""
 
 import collections
 import contextlib
@@ -14,26 +14,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sam_jax.hosts import is_first
+from sam_jax.training.sinks import FileSink, Sink, TensorBoardSink, WandbSink
 
 
 class Reporter:
     """Reports from the first process, and is silent on the others.
 
-    Nothing is written before ``begin`` or the first number.
+    Nothing is written before ``begin``.
 
     Args:
-      workdir: where the TensorBoard files go, in a folder of their own.
-      first_step: done before; what an interrupted run wrote of later ones is superseded.
+      workdir: where the files go.
       num_steps: the run's last step.
+      wandb: see ``experiment.TrainConfig``.
     """
 
-    def __init__(self, workdir: str | Path, first_step: int, num_steps: int):
+    def __init__(self, workdir: str | Path, num_steps: int, wandb: str | None = None):
         self._speaks = is_first()
         self._workdir = Path(workdir)
         self._num_steps = num_steps
-        self._first_step = first_step
+        self._wandb = wandb
         self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
-        self._writer: Any = None
+        self._sinks: list[Sink] = []
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -44,9 +45,7 @@ class Reporter:
             disable=not (self._speaks and sys.stderr.isatty()),
             transient=True,
         )
-        self._task = self._progress.add_task(
-            "training", total=num_steps, completed=first_step, news=""
-        )
+        self._task = self._progress.add_task("training", total=num_steps, news="")
         self._progress.start()
 
     @property
@@ -54,25 +53,27 @@ class Reporter:
         """Folder of the run's checkpoints, logs and pictures."""
         return self._workdir
 
-    def begin(self) -> None:
-        """Opens the files."""
-        if self._speaks and self._writer is None:
-            # Absolute, since what stands before a colon would be taken for a scheme.
-            folder = str(self._workdir.absolute() / "tensorboard")
-            # It imports PyTorch where there is one, which the other processes need not wait for.
-            from tensorboardX import SummaryWriter
+    def begin(self, first_step: int = 0, sections: Mapping[str, Any] | None = None) -> None:
+        """Opens the files.
 
-            self._writer = SummaryWriter(folder, purge_step=self._first_step + 1)
+        Args:
+          first_step: done before; what an interrupted run wrote of later ones is superseded.
+          sections: the resolved config.
+
+        Raises:
+          ConfigError: if ``wandb`` is asked for and not installed.
+        """
+        self._progress.update(self._task, completed=first_step)
+        if self._speaks:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            if self._wandb:
+                self._sinks.append(WandbSink(self._workdir, self._wandb, sections))
+            self._sinks.append(FileSink(self._workdir))
+            self._sinks.append(TensorBoardSink(self._workdir, first_step))
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         self._console.print(text, markup=False)
-
-    def note(self, name: str, text: str) -> None:
-        """Leaves a text file in the working directory."""
-        if self._speaks:
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            (self._workdir / name).write_text(text + "\n", encoding="utf-8")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -88,43 +89,26 @@ class Reporter:
         """Records an evaluator's numbers and pictures."""
         numbers = report.as_flat_dict()
         self._write(step, {f"eval/{name}/{key}": value for key, value in numbers.items()})
-        if self._writer is not None:
+        for sink in self._sinks:
             for title, picture in report.pictures.items():
-                self._check_writer()
-                image = np.asarray(picture)
-                self._writer.add_image(f"eval/{name}/{title}", image, step, dataformats="HWC")
-            self._check_writer()
-            self._writer.flush()
+                sink.write_picture(step, f"eval/{name}/{title}", np.asarray(picture))
+        self.flush()
 
-    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.begin()
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._check_writer()
-                self._writer.add_scalar(name, value, step)
+    def flush(self) -> None:
+        """Hands all numbers to the disk, so that a run that is killed does not lose them."""
+        for sink in self._sinks:
+            sink.flush()
 
-    def _check_writer(self) -> None:
-        """Ends the run if nobody takes what is handed over, which would then wait for ever.
-
-        tensorboardX writes in a thread, which an error ends without a word to others.
-        """
-        writer = None if self._writer is None else self._writer.file_writer.event_writer
-        if writer is not None and not writer._worker.is_alive():
-            writer._event_queue.cancel_join_thread()
-            with contextlib.suppress(OSError):
-                writer._ev_writer.close()
-            writer._closed = True  # or it would be asked to write when the program ends
-            self._writer = None
-            raise OSError(
-                f"{self._workdir / 'tensorboard'} takes no more numbers: the disk is full, or was "
-                "taken away. Once that is mended, the same command continues"
-            )
+    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write_numbers(step, numbers)
 
     def close(self) -> None:
         """Ends the progress bar and the files."""
         self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
+        with contextlib.ExitStack() as stack:
+            while self._sinks:
+                stack.callback(self._sinks.pop().close)
 
 
 class Profile:

@@ -13,9 +13,11 @@ from sam_jax.arrays import Array, Float
 from sam_jax.errors import ConfigError
 from sam_jax.parallel import Parallel
 from sam_jax.training.state import TrainState
-from sam_jax.training.task import Fields, Task
+from sam_jax.training.task import Fields, Sums, Task
 
 StepMetrics = dict[str, Float[Array, "..."]]
+# (parameters, constants, batch, key) -> (gradients, reported sums, what they are sums over).
+Gradients = Callable[[Any, Any, Fields, Array], tuple[Any, Sums, Float[Array, ""]]]
 TrainStep = Callable[[TrainState, Fields], tuple[TrainState, StepMetrics]]
 
 
@@ -34,6 +36,10 @@ def build_train_step(
     Every random choice follows from ``seed`` and the state's step, so a step computed again gives
     the same result.
 
+    Where the loss or the gradient's norm is not finite, the step is skipped: only the state's
+    count of steps moves on, and the metric ``skipped`` is 1 instead of 0. The choice is made on
+    the device.
+
     Args:
       task: what is trained.
       optimizer: made for its parameters.
@@ -43,31 +49,18 @@ def build_train_step(
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
       ema_decay: see ``experiment.TrainConfig``; the state must keep an average if it is not 0.
     """
-    loss_sums = task.loss_sums(parallel, param_specs)
-    num_shares = parallel.num_batch
+    gradients = build_gradients(
+        task, parallel=parallel, param_specs=param_specs, accumulate_steps=accumulate_steps
+    )
 
     def train_step(state: TrainState, batch: Fields) -> tuple[TrainState, StepMetrics]:
-        share = jax.tree.leaves(batch)[0].shape[0] // num_shares
-        if share % accumulate_steps:
-            raise ConfigError(
-                f"optimizer.accumulate_steps = {accumulate_steps} does not divide each device's "
-                f"share of the batch, which is {share} images"
-            )
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        # Means are taken over the whole batch, not over a device's or a part's share of it.
-        count = task.count(batch)
+        key = step_key(seed, state.step)
+        grads, sums, count = gradients(state.params, state.constants, batch, key)
+        gradient_norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm)
 
-        def part_gradients(part: Fields, key: Array):
-            def mean_loss(params):
-                loss, sums = loss_sums(params, state.constants, part, key)
-                return loss / count, sums
-
-            return jax.grad(mean_loss, has_aux=True)(state.params)
-
-        if accumulate_steps == 1:
-            grads, sums = part_gradients(batch, key)
-        else:
-            grads, sums = _accumulate(part_gradients, batch, key, accumulate_steps)
+        def if_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -77,17 +70,60 @@ def build_train_step(
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema_params=ema_params,
+            params=if_finite(params, state.params),
+            opt_state=if_finite(opt_state, state.opt_state),
+            ema_params=if_finite(ema_params, state.ema_params),
         )
         metrics = {name: total / count for name, total in sums.items()}
         metrics[f"num_{task.unit}"] = count
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["gradient_norm"] = gradient_norm
         metrics["update_norm"] = optax.tree.norm(updates)
+        metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
         return new_state, metrics
 
     return train_step
+
+
+def step_key(seed: int, step: Array | int) -> Array:
+    """The random key of the step that follows so many others."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def build_gradients(
+    task: Task,
+    *,
+    parallel: Parallel,
+    param_specs: Any | None = None,
+    accumulate_steps: int = 1,
+) -> Gradients:
+    """The gradients of a batch's mean loss as a pure function; arguments as for the step."""
+    loss_sums = task.loss_sums(parallel, param_specs)
+    num_shares = parallel.num_batch
+
+    def gradients(params: Any, constants: Any, batch: Fields, key: Array):
+        share = jax.tree.leaves(batch)[0].shape[0] // num_shares
+        if share % accumulate_steps:
+            raise ConfigError(
+                f"optimizer.accumulate_steps = {accumulate_steps} does not divide each device's "
+                f"share of the batch, which is {share} images"
+            )
+        # Means are taken over the whole batch, not over a device's or a part's share of it.
+        count = task.count(batch)
+
+        def part_gradients(part: Fields, key: Array):
+            def mean_loss(params):
+                loss, sums = loss_sums(params, constants, part, key)
+                return loss / count, sums
+
+            return jax.grad(mean_loss, has_aux=True)(params)
+
+        if accumulate_steps == 1:
+            grads, sums = part_gradients(batch, key)
+        else:
+            grads, sums = _accumulate(part_gradients, batch, key, accumulate_steps)
+        return grads, sums, count
+
+    return gradients
 
 
 def _accumulate(part_gradients, batch: Fields, key: Array, num_parts: int):
@@ -96,17 +132,26 @@ def _accumulate(part_gradients, batch: Fields, key: Array, num_parts: int):
     Part i holds every ``num_parts``-th image from i on, so that with the batch sharded in blocks
     each device cuts its own block and nothing moves between devices.
     """
-    parts = jax.tree.map(
-        lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), dict(batch)
-    )
+    parts = parts_of(batch, num_parts)
 
     def add_part(total, indexed_part):
         index, part = indexed_part
-        return jax.tree.map(
-            jnp.add, total, part_gradients(part, jax.random.fold_in(key, index))
-        ), None
+        found = part_gradients(part, part_key(key, index, num_parts))
+        return jax.tree.map(jnp.add, total, found), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(part_gradients, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]
+
+
+def parts_of(batch: Fields, num_parts: int) -> dict[str, Array]:
+    """The parts in which a batch is computed, on a new first axis: every so-manieth image."""
+    return jax.tree.map(
+        lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), dict(batch)
+    )
+
+
+def part_key(key: Array, index: Array | int, num_parts: int) -> Array:
+    """The random key of a part of a step."""
+    return key if num_parts == 1 else jax.random.fold_in(key, index)

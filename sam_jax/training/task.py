@@ -15,6 +15,8 @@ Sums = dict[str, Float[Array, ""]]
 # (parameters, constants, batch, key) -> (loss, reported figures), all of them sums over the items
 # that ``Task.count`` counts.
 LossSums = Callable[[Any, Any, Fields, Array], tuple[Float[Array, ""], Sums]]
+# (parameters, constants, batch, key) -> losses by part, each [rounds, images, items of an image].
+LossParts = Callable[[Any, Any, Fields, Array], dict[str, Float[Array, "..."]]]
 
 
 @runtime_checkable
@@ -77,4 +79,16 @@ class Task(Protocol):
 
     def flops(self, batch_size: int) -> float:
         """Useful operations of a training step, counted by formula (see ``flop_counts``)."""
+        ...
+
+
+@runtime_checkable
+class ItemizedTask(Protocol):
+    """A task that can tell what the loss of a batch is made of, so that a bad part can be named."""
+
+    def loss_parts(self, parallel: Parallel, param_specs: Any | None) -> LossParts:
+        """The parts of the loss of each item, zero for items that do not exist; see ``loss_sums``.
+
+        Parts have the names that they are reported under.
+        """
         ...

@@ -60,7 +60,31 @@ class Program:
         """Output that it has printed so far."""
         return self._log.read_text(errors="replace")
 
-    def wait_until(self, what: str, is_so: Callable[[], bool], seconds: float = WAIT_SECONDS):
+    @property
+    def children(self) -> list[int]:
+        """Processes that it has started, where the system tells."""
+        listed = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+
+    def wait_for_end_of(self, pid: int) -> None:
+        """Waits until a process that it had started is gone."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while is_running(pid):
+            if time.monotonic() > deadline:
+                pytest.fail(f"process {pid} is still there; it was started by {self}")
+            self.nap(0.05)
+
+    def nap(self, seconds: float) -> None:
+        """Lets it run for a while."""
+        time.sleep(seconds)
+
+    def wait_until(
+        self,
+        what: str,
+        is_so: Callable[[], bool],
+        seconds: float = WAIT_SECONDS,
+        naps: float = 0.02,
+    ) -> None:
         """Waits while it runs; fails, with what it printed, if it ends or time is up before."""
         deadline = time.monotonic() + seconds
         while not is_so():
@@ -69,7 +93,7 @@ class Program:
                 pytest.fail(f"{self} ended with {self._process.returncode} before {what}")
             if time.monotonic() > deadline:
                 pytest.fail(f"{self} has not come to {what} in {seconds} seconds")
-            time.sleep(0.02)
+            time.sleep(naps)
 
     def wait_for_line(self, start: str) -> None:
         """Waits until it prints a line that starts so."""
@@ -96,6 +120,14 @@ class Program:
 
     def __str__(self) -> str:
         return f"{' '.join(self._command)}\n{self.output}\nwhich"
+
+
+def is_running(pid: int) -> bool:
+    """True unless a process has ended; one that nobody has asked about is still listed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> Program:

@@ -4,57 +4,52 @@ import json
 import signal
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from sam_jax.checkpoint import restore_variables
+from tests.e2e import soak
 from tests.e2e.programs import logged, run, runner_limit, saved_steps, start
 
 pytestmark = runner_limit
-
-
-def assert_same_parameters(first: Path, second: Path) -> None:
-    trained = [restore_variables(run, ema=False) for run in (first, second)]
-    averaged = [restore_variables(run) for run in (first, second)]
-    for found in (trained, averaged):
-        jax.tree.map(np.testing.assert_array_equal, *found)
-    ours, theirs = (jax.tree.leaves(found[0]["params"]) for found in (trained, averaged))
-    assert any(not np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory) -> Path:
     """Ten steps without interruption on one device, parameters averaged."""
     workdir = tmp_path_factory.mktemp("straight")
-    run("train.py", "--workdir", str(workdir), "--config.checkpoint.every_steps=1000")
+    rare = ("--config.checkpoint.every_steps=1000", "--config.train.log_every=1")
+    run("train.py", "--workdir", str(workdir), *rare)
     return workdir
 
 
-def test_killed_and_interrupted_runs_end_bit_for_bit_where_a_straight_one_does(
+def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
     straight_run, tmp_path
 ):
-    """SIGKILL after the second checkpoint, at whatever the run is doing then; SIGTERM later."""
-    flags = ("--workdir", str(tmp_path))
-    with start("train.py", *flags) as process:
-        process.wait_until("its second checkpoint", lambda: len(saved_steps(tmp_path)) > 1)
+    """SIGKILL while a checkpoint is written, with a worker that reads; SIGTERM later."""
+    flags = ("--workdir", str(tmp_path), *soak.OFTEN, "--config.train.eval_every=0")
+    with start("train.py", *flags, "--config.data.num_workers=1") as process:
+        process.wait_until("a checkpoint", lambda: saved_steps(tmp_path) != [])
+        process.wait_until("a write", lambda: soak.is_writing(tmp_path), naps=0.0005)
+        workers = process.children
+        assert len(workers) > 0
         process.send(signal.SIGKILL)
         process.end(-signal.SIGKILL)
+        for worker in workers:
+            process.wait_for_end_of(worker)
     killed_at = saved_steps(tmp_path)[-1]
 
-    rare = ("--config.train.log_every=1", "--config.checkpoint.every_steps=1000")
-    with start("train.py", *flags, *rare) as process:
+    with start("train.py", *flags) as process:
         process.wait_for_line(f"step {killed_at + 2}/")
         process.send(signal.SIGTERM)
-        output = process.end(130)
+        output = process.end(75)
     assert f"continuing from the checkpoint of step {killed_at}" in output
-    assert "the same command continues" in output
+    assert "by SIGTERM; the same command continues" in output
     stopped_at = saved_steps(tmp_path)[-1]
     assert stopped_at >= killed_at + 2
 
-    output = run("train.py", *flags, "--config.train.eval_every=0")
+    output = run("train.py", *flags)
     assert f"continuing from the checkpoint of step {stopped_at}" in output
-    assert_same_parameters(straight_run, tmp_path)
+    assert not soak.is_writing(tmp_path)
+    soak.assert_same_end(straight_run, tmp_path)
 
 
 def test_eval_reproduces_the_numbers_of_the_training_loop(straight_run, tmp_path):

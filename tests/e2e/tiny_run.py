@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         "sources": ({"kind": "synthetic", "num_images": 40, "image_size": (40, 48), "seed": 0},),
         "batch_size": 8,
         "max_masks": 2,
+        "num_workers": 0,
     }
     config.prompts = {
         "num_corrections": 1,

@@ -6,6 +6,8 @@ Whole runs are in tests/e2e.
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +160,125 @@ def test_a_run_says_what_becomes_of_the_average(
 def test_an_average_needs_something_to_average() -> None:
     with pytest.raises(Exception, match="ema_decay must be at least 0 and less than 1, got 1"):
         Experiment.of(read_config(CONFIG, ["train.ema_decay=1.0"]))
+
+
+def two_checkpoints(workdir: Path, data: TrainIterator) -> TrainState:
+    """Checkpoints of steps 2 and 3, and the state of the first."""
+    later = example(averaged=True)
+    earlier = dataclasses.replace(
+        later,
+        step=later.step - 1,
+        params=jax.tree.map(lambda x: x - 5, later.params),
+    )
+    checkpointer = Checkpointer(workdir, CheckpointConfig())
+    checkpointer.save(earlier, data)
+    checkpointer.save(later, data)
+    checkpointer.close()
+    return earlier
+
+
+def largest_file(folder: Path) -> Path:
+    return max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(newest: Path) -> None:
+    path = largest_file(newest / "model")
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(newest: Path) -> None:
+    path = largest_file(newest / "optimizer")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate_without_digests(newest: Path) -> None:
+    """As checkpoints were before they had digests."""
+    (newest / "digests.json").unlink()
+    for path in newest.glob("model/**/d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_positions_without_digests(newest: Path) -> None:
+    (newest / "digests.json").unlink()
+    (newest / "data" / "process_0-of-1.json").write_text('{"posit')
+
+
+DAMAGES = {
+    "a truncated array": (truncate, r"model/.* bytes, expected"),
+    "a bit": (flip_a_bit, "optimizer/.* has other bytes than were written"),
+    "no digests, truncated": (truncate_without_digests, "."),
+    "no digests, position": (lose_positions_without_digests, "."),
+    "no metadata": (lambda newest: (newest / "ema" / "_METADATA").unlink(), "ema/_METADATA is mis"),
+    "no position": (lambda newest: shutil.rmtree(newest / "data"), "data/.* is missing"),
+    "garbled digests": (lambda newest: (newest / "digests.json").write_text("{"), "no list of"),
+    "deleted by half": (
+        lambda newest: [shutil.rmtree(path) for path in newest.iterdir() if path.is_dir()],
+        "is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
+    tmp_path: Path, data: TrainIterator, damage: str
+) -> None:
+    earlier = two_checkpoints(tmp_path, data)
+    newest = tmp_path / "checkpoints" / str(STEP)
+    do_damage, words = DAMAGES[damage]
+    do_damage(newest)
+    left = contents(newest)
+
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    assert_same(checkpointer.restore(placed(earlier), data), earlier)
+    ((step, fault),) = checkpointer.damaged
+    assert step == STEP
+    assert re.search(words, fault), fault
+    assert contents(newest) == left
+    assert checkpointer.begin() == [tmp_path / "checkpoints_damaged" / str(STEP)]
+    assert contents(tmp_path / "checkpoints_damaged" / str(STEP)) == left
+    # The run comes to that step again, and the next damage does not take the first one's place.
+    checkpointer.save(dataclasses.replace(earlier, step=earlier.step + 1), data)
+    checkpointer.close()
+    flip_a_bit(newest)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.restore(placed(earlier), data)
+    assert checkpointer.begin() == [tmp_path / "checkpoints_damaged" / f"{STEP}-2"]
+    checkpointer.close()
+
+
+def test_without_a_whole_checkpoint_nothing_starts_anew(
+    tmp_path: Path, data: TrainIterator
+) -> None:
+    earlier = two_checkpoints(tmp_path, data)
+    for step in (STEP - 1, STEP):
+        truncate(tmp_path / "checkpoints" / str(step))
+    left = contents(tmp_path)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    with pytest.raises(CheckpointError, match=r"nothing was changed(.|\n)*step 3: .*\n.*step 2: "):
+        checkpointer.restore(placed(earlier), data)
+    assert contents(tmp_path) == left
+
+
+def test_damage_is_told_from_another_model(tmp_path: Path, data: TrainIterator) -> None:
+    """No older checkpoint is taken for one that does not fit."""
+    earlier = two_checkpoints(tmp_path, data)
+    other = dataclasses.replace(earlier, params={"kernel": jnp.zeros((3, 2))})
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    with pytest.raises(CheckpointError, match=r"step 3 .*does not fit"):
+        checkpointer.restore(placed(other), data)
+
+
+def test_damaged_weights_are_not_evaluated(tmp_path: Path, data: TrainIterator) -> None:
+    earlier = two_checkpoints(tmp_path, data)
+    flip_a_bit(tmp_path / "checkpoints" / str(STEP))
+    # The optimizer's state is none of its business.
+    restore_variables(tmp_path)
+    truncate(tmp_path / "checkpoints" / str(STEP))
+    with pytest.raises(CheckpointError, match=r"model is damaged: model/.*there are .* \[2\]"):
+        restore_variables(tmp_path, ema=False)
+    assert_same(restore_variables(tmp_path, STEP - 1), earlier.evaluated_variables)
 
 
 # Brackets, stars and question marks are read as patterns, others as parts of URLs.

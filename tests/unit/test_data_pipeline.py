@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from sam_jax.data import pipeline
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
 from sam_jax.data.corruption import NoObjectsError, TooManyCorruptSamplesError
-from sam_jax.data.pipeline import TrainIterator, eval_samples, train_iterator
+from sam_jax.data.pipeline import (
+    InputWorkerError,
+    TrainIterator,
+    eval_samples,
+    train_iterator,
+)
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import (
     box_mask,
@@ -98,6 +105,10 @@ def numbers(batches: list[dict[str, np.ndarray]]) -> list[int]:
 
 def test_batches_are_stacked_examples(opened: Any, config: DataConfig) -> None:
     (batch,) = take(opened(config), 1)
+    names = batch.pop("sample_names")
+    assert names.shape == (4,)
+    assert set(names) > {"synthetic::0", "synthetic::1"}
+    assert sum(name.endswith(".png") for name in names) == 2
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "image": ((4, 16, 24, 3), "uint8"),
         "image_hw": ((4, 2), "int32"),
@@ -307,6 +318,26 @@ def test_worker_processes_change_nothing(opened: Any, config: DataConfig, tmp_pa
     assert workers.get_state() == plain.get_state()
     assert sum(workers.corrupt_counts.values()) > 0
     assert sum(workers.dropped_mask_counts.values()) > 0
+
+    # One that dies, as when memory is short, ends the run and not only the data.
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(InputWorkerError, match=r"died with exit code -9 \(killed: .*num_workers"):
+        take(workers, 100)
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_ended = threading.Event()
+    monkeypatch.setattr(pipeline.os, "_exit", lambda code: has_ended.set())
+    # As a parent's sentinel: it can be read once the other end is gone.
+    sentinel, parent = multiprocessing.Pipe(duplex=False)
+    thread = threading.Thread(target=pipeline._end_with, args=(sentinel.fileno(),))
+    thread.start()
+    assert not has_ended.is_set()
+    parent.close()
+    thread.join(timeout=60)
+    assert has_ended.is_set()
+    sentinel.close()
 
 
 def broken_coco(folder: Path, good: int, bad: int) -> SourceConfig:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sam_jax import places
 from sam_jax.places import PlaceError, check_file, check_folder
 
 
@@ -60,3 +61,34 @@ def test_a_file_system_that_takes_nothing(check) -> None:
 
 def test_devices_are_files() -> None:
     check_file(Path("/dev/null"))
+
+
+def test_lines_are_appended_after_whole_ones(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    places.append_line(path, "one")
+    with path.open("a") as file:
+        file.write("cut o")
+    places.append_line(path, "two")
+    places.append_line(path, "drei ü")
+    assert path.read_text(encoding="utf-8") == "one\ncut o\ntwo\ndrei ü\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_named() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        places.append_line(Path("/dev/full"), "line")
+
+
+def test_a_text_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.json"
+    places.write_text(path, "first")
+
+    def replace(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match=r"No space left on device: .*config.json"):
+        places.write_text(path, "second")
+    assert path.read_text() == "first"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sam_jax.checkpoint import CheckpointConfig, restore_variables
-from sam_jax.data.pipeline import train_iterator
+from sam_jax.data.pipeline import InputWorkerError, train_iterator
 from sam_jax.training import loop
 from sam_jax.training.experiment import Experiment
 from sam_jax.weights.files import WeightsError
@@ -75,3 +75,39 @@ def test_weights_that_do_not_fit_or_are_not_there_are_named(tmp_path: Path) -> N
         train(tmp_path / "run", starting_from(tmp_path / "other"))
     with pytest.raises(WeightsError, match="nothing does not exist"):
         train(tmp_path / "run", starting_from(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            jax.errors.JaxRuntimeError("UNKNOWN: Connection closed by peer\nmore"),
+            75,
+            "cannot go on, most likely as another one ended: UNKNOWN: Connection closed by peer\n",
+        ),
+        (OSError(28, "No space left on device"), 1, "ends, and so will the others: [Errno 28]"),
+        (InputWorkerError("-9"), 75, "so will the others: a worker process"),
+        (ZeroDivisionError("a fault"), 1, "ZeroDivisionError: a fault\n"),
+    ],
+)
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(
+    error: Exception,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not even for their end: JAX would, for minutes."""
+    ended: list[tuple[str, int]] = []
+
+    def end_now(message: str, exit_code: int) -> None:
+        ended.append((message, exit_code))
+        raise SystemExit
+
+    monkeypatch.setattr(loop, "end_now", end_now)
+    with pytest.raises(SystemExit):
+        loop._end_alone(error, "runs/x")
+    ((message, exit_code),) = ended
+    assert exit_code == code
+    assert words in message + capsys.readouterr().err
+    assert message.endswith("continues from the newest checkpoint in runs/x.")

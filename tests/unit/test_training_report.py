@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from sam_jax.training.report import Profile, Reporter
+from sam_jax.training.sinks import TensorBoardSink
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_a_profile_is_of_the_steps_asked_for(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reporter = Reporter(tmp_path, 0, 5)
+    reporter = Reporter(tmp_path, 5)
     profile = Profile(steps, reporter)
     double = jax.jit(lambda x: 2 * x)
     try:
@@ -41,10 +42,10 @@ def test_a_full_disk_is_no_endless_wait(tmp_path: Path, monkeypatch: pytest.Monk
     def write(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    reporter = Reporter(tmp_path, 0, 5)
+    reporter = Reporter(tmp_path, 5)
     reporter.begin()
-    assert reporter._writer is not None
-    thread = reporter._writer.file_writer.event_writer._worker
+    (sink,) = (sink for sink in reporter._sinks if isinstance(sink, TensorBoardSink))
+    thread = sink._writer.file_writer.event_writer._worker
     monkeypatch.setattr(thread._record_writer, "write_event", write)
     report = SimpleNamespace(as_flat_dict=lambda: {"a": 1.0}, pictures={})
     reporter._write(1, report.as_flat_dict())

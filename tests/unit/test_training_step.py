@@ -9,6 +9,7 @@ import pytest
 from sam_jax.configuration import from_mapping
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
+from sam_jax.parallel import Parallel
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.optimizer import OptimizerConfig
@@ -63,6 +64,28 @@ def test_parts_sum_to_the_whole() -> None:
     largest = max(float(abs(moments).max()) for moments in theirs)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_losses_by_part_sum_to_what_is_reported() -> None:
+    recipe = recipe_of("prompts.num_corrections=1")
+    task, data = recipe.task, train_iterator(recipe.data)
+    batch = {name: np.array(value) for name, value in next(data).items()}
+    data.close()
+    fields = {name: batch[name] for name in task.batch_spec(1)}
+    fields["mask_valid"][3] = False
+    variables = random_variables(task.model.config)
+    arguments = (variables["params"], variables["constants"], fields, jax.random.key(0))
+    both = jax.jit(
+        lambda *a: (task.loss_parts(Parallel(), None)(*a), task.loss_sums(Parallel(), None)(*a))
+    )
+    parts, (loss, sums) = both(*arguments)
+    assert parts.keys() == {"focal", "dice", "iou_mse"}
+    for name, part in parts.items():
+        assert part.shape == (2, 8, 2)
+        assert not np.any(part[:, 3])
+        np.testing.assert_allclose(part.sum(), sums[name], rtol=1e-5)
+    weighted = 20 * parts["focal"] + parts["dice"] + parts["iou_mse"]
+    np.testing.assert_allclose(weighted.sum(), loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("num_parts", "num_devices"), [(3, 1), (2, 8), (16, 1)])

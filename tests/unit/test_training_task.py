@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.checkpoint import CheckpointConfig, restore_variables
+from sam_jax.run_report import read_run
 from sam_jax.sharding import ShardingConfig
 from sam_jax.training import loop
 from sam_jax.training.compiled_step import CompiledStep, compile_step
@@ -101,17 +102,29 @@ def test_a_toy_task_trains_reports_and_continues(tmp_path: Path, capsys: Any) ->
             config=TrainConfig(num_steps, log_every=10, eval_every=0),
             batch_size=8,
             data_iterator=Pixels(),
-            checkpoint_config=CheckpointConfig(every_steps=20),
+            checkpoint_config=CheckpointConfig(every_steps=10),
             evaluators={},
             sections={"what": "a toy"},
         )
 
     train(20)
+    (tmp_path / "run" / "checkpoints" / "20" / "model" / "_METADATA").unlink()
     train(100)
-    said = capsys.readouterr().err
-    assert "continuing from the checkpoint of step 20" in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the checkpoint of step 20 is damaged: model/_METADATA is missing" in said
+    assert "continuing from the checkpoint of step 10" in said
+    assert "the damaged checkpoint of step 20 is now " in said
+    assert (tmp_path / "run" / "checkpoints_damaged" / "20").is_dir()
     assert "error 0.0" in said
     assert "pixels/s" in said
     color = restore_variables(tmp_path / "run")["params"]["color"]
     np.testing.assert_allclose(color, COLOR, atol=0.05)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"what": "a toy"}
+    starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(start)["after_step"] for start in starts] == [0, 10]
+    assert json.loads(starts[0])["versions"]["jax"] == jax.__version__
+    assert (tmp_path / "run" / "parameters.txt").read_text().startswith("color  (3,)")
+    # Both wrote steps 11 to 20; the later holds.
+    found = read_run(tmp_path / "run")
+    assert list(found.metrics["train/loss"]) == list(range(10, 101, 10))
+    assert found.damaged == ["20"]

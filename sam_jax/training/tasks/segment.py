@@ -25,7 +25,7 @@ from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
-from sam_jax.training.task import Fields, LossSums, Sums
+from sam_jax.training.task import Fields, LossParts, LossSums, Sums
 from sam_jax.weights.geometry import differences
 from sam_jax.weights.load import run_config, variables_for
 
@@ -107,13 +107,37 @@ class SegmentTask:
 
     def loss_sums(self, parallel: Parallel, param_specs: Any | None) -> LossSums:
         """Sums over all objects of the loss of all rounds, and of what is reported."""
+        results = self._build_results(parallel, param_specs)
+
+        def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
+            return _sums(results(params, constants, fields, key), fields["mask_valid"])
+
+        return loss_sums
+
+    def loss_parts(self, parallel: Parallel, param_specs: Any | None) -> LossParts:
+        """The losses of every round and object."""
+        results = self._build_results(parallel, param_specs)
+
+        def loss_parts(params: Any, constants: Any, fields: Fields, key: Array):
+            loss = results(params, constants, fields, key).loss
+            parts = {"focal": loss.focal, "dice": loss.dice, "iou_mse": loss.iou_error}
+            return {
+                name: jnp.where(fields["mask_valid"], part, 0.0) for name, part in parts.items()
+            }
+
+        return loss_parts
+
+    def _build_results(
+        self, parallel: Parallel, param_specs: Any | None
+    ) -> Callable[[Any, Any, Fields, Array], RoundResult]:
+        """All rounds of a batch as a function of parameters, constants, batch and key."""
         encoder_specs = None if param_specs is None else {_ENCODER: param_specs[_ENCODER]}
         encode = parallel.encode(self.model, encoder_specs)
         rounds = build_rounds(
             self.model, self.prompts, self.losses, parallel=parallel, remat=self.remat_rounds
         )
 
-        def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
+        def results(params: Any, constants: Any, fields: Fields, key: Array) -> RoundResult:
             batch = Batch(**fields)
             encode_key, rounds_key = jax.random.split(key)
             embeddings = encode(
@@ -121,7 +145,7 @@ class SegmentTask:
                 normalize_images(batch.image, batch.image_hw),
                 self.model.draw_path_scales(encode_key, len(batch.image)),
             )
-            results = rounds(
+            return rounds(
                 {part: params[part] for part in PROMPTED_PARTS},
                 constants,
                 # Float32, so that gradients of the rounds are summed in it; each rounds it again.
@@ -130,9 +154,8 @@ class SegmentTask:
                 batch.masks_packed,
                 batch.image_hw,
             )
-            return _sums(results, batch.mask_valid)
 
-        return loss_sums
+        return results
 
     def headline(self, means: Mapping[str, float]) -> str:
         """Loss, and IoU in the first and the last round."""

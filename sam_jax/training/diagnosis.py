@@ -1,0 +1,132 @@
+"""Diagnosis of a step whose loss or gradient is not finite: which parameters, parts, samples."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_jax.sharding import path_name, replicated
+from sam_jax.training.compiled_step import CompiledStep
+from sam_jax.training.state import TrainState
+from sam_jax.training.step import build_gradients, part_key, parts_of, step_key
+from sam_jax.training.task import ItemizedTask
+
+_MOST_LINES = 8
+
+
+def diagnose(
+    program: CompiledStep,
+    state: TrainState,
+    step: int,
+    batch: Mapping[str, np.ndarray],
+    samples: Sequence[str],
+) -> list[str]:
+    """Reasons why a step was skipped, a line each: what is not finite, the cause first.
+
+    The step is computed again, with the same random choices, by programs that are compiled for it.
+    All processes must call this.
+
+    Args:
+      program: of the run.
+      state: its parameters are still those that the step began with.
+      step: its number, from 1.
+      batch: its images, this process's share.
+      samples: their names, of all processes.
+    """
+    key = step_key(program.seed, step - 1)
+    fields = program.global_batch(batch)
+    for find in (_in_parameters, _in_losses, _in_gradients):
+        lines = find(program, state, fields, key, samples)
+        if len(lines) > _MOST_LINES + 1:
+            lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
+        if lines:
+            return lines
+    return ["computed again, all of it is finite: the devices do not compute the same twice"]
+
+
+def _in_parameters(program, state, fields, key, samples) -> list[str]:
+    del fields, key, samples
+    count_bad = jax.jit(_count_bad, out_shardings=replicated(program.mesh))
+    lines = list(_counted(program, count_bad(state.params)))
+    return ["parameters are not finite before the step:", *lines] if lines else []
+
+
+def _in_losses(program, state, fields, key, samples) -> list[str]:
+    if not isinstance(program.task, ItemizedTask):
+        return []
+    num_parts = program.accumulate_steps
+    loss_parts = program.task.loss_parts(program.parallel, program.param_specs)
+
+    def bad_losses(params: Any, constants: Any, batch: Any, index: Any) -> Any:
+        part = jax.tree.map(lambda x: x[index], parts_of(batch, num_parts))
+        losses = loss_parts(params, constants, part, part_key(key, index, num_parts))
+        return jax.tree.map(lambda x: ~jnp.isfinite(x), losses)
+
+    compiled = jax.jit(bad_losses, out_shardings=replicated(program.mesh))
+    found = [
+        jax.device_get(compiled(state.params, state.constants, fields, index))
+        for index in range(num_parts)
+    ]
+    # Image n of part i is image n * num_parts + i of the batch.
+    bad = {
+        name: np.stack([losses[name] for losses in found], axis=2).reshape(
+            found[0][name].shape[0], -1, found[0][name].shape[2]
+        )
+        for name in found[0]
+    }
+    is_bad = np.any([part.any(axis=(0, 2)) for part in bad.values()], axis=0)
+    if not is_bad.any():
+        return []
+    num_rounds = next(iter(bad.values())).shape[0]
+    num_bad = f"{int(is_bad.sum())} of {len(is_bad)} images"
+    lines = [f"the loss of {num_bad} is not finite ({num_rounds} rounds):"]
+    for image in np.flatnonzero(is_bad):
+        parts = [
+            f"{name} in round {_numbers(np.asarray(part[:, image].any(axis=1)))}"
+            for name, part in bad.items()
+            if part[:, image].any()
+        ]
+        lines.append(f"  {samples[image]}: {', '.join(parts)}")
+    return lines
+
+
+def _in_gradients(program, state, fields, key, samples) -> list[str]:
+    del samples
+    gradients = build_gradients(
+        program.task,
+        parallel=program.parallel,
+        param_specs=program.param_specs,
+        accumulate_steps=program.accumulate_steps,
+    )
+
+    def bad_gradients(params: Any, constants: Any, batch: Any) -> Any:
+        return _count_bad(gradients(params, constants, batch, key)[0])
+
+    compiled = jax.jit(bad_gradients, out_shardings=replicated(program.mesh))
+    counts = compiled(state.params, state.constants, fields)
+    lines = list(_counted(program, counts))
+    if lines:
+        return ["the loss is finite, and its gradient is not, by", *lines]
+    return ["the loss and each gradient are finite; the gradients' norm overflows float32"]
+
+
+def _count_bad(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.sum(~jnp.isfinite(leaf)), tree)
+
+
+def _counted(program: CompiledStep, counts: Any) -> Iterator[str]:
+    """A line for each array that has something that is not finite."""
+    leaves = jax.tree.leaves(program.state_shapes.params)
+    named = jax.tree.leaves_with_path(jax.device_get(counts))
+    for (path, count), leaf in zip(named, leaves, strict=True):
+        if count:
+            yield f"  {path_name(path)}: {int(count):,} of {leaf.size:,} values"
+
+
+def _numbers(flags: np.ndarray) -> str:
+    """Numbers from 1 of what is true, as in "1 to 3, 5"."""
+    numbers = np.flatnonzero(flags) + 1
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)

@@ -1,0 +1,175 @@
+"""Sinks of a run's numbers and pictures: files of its own, TensorBoard, Weights & Biases."""
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sam_jax import places
+from sam_jax.errors import ConfigError
+
+METRICS = "metrics.jsonl"
+PICTURES = "pictures"
+_WANDB_RUN = "wandb_run.txt"
+
+
+class Sink(Protocol):
+    """Something that takes numbers and pictures as a run makes them."""
+
+    def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Takes numbers by name."""
+        ...
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Takes an RGB picture, 8 bits."""
+        ...
+
+    def flush(self) -> None:
+        """Hands all that was taken to the disk or the network, for when the run is killed."""
+        ...
+
+    def close(self) -> None:
+        """Ends; nothing is taken any more."""
+        ...
+
+
+class FileSink:
+    """Numbers as lines of JSON, pictures as PNG: what ``sam-jax report`` reads.
+
+    A run that goes on from a checkpoint writes some steps again; the later line holds.
+
+    Args:
+      workdir: of the run; lines go to ``metrics.jsonl``, pictures to ``pictures/STEP``.
+    """
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+
+    def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        # JSON has no spelling for what is not finite.
+        values = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        places.append_line(self._workdir / METRICS, json.dumps({"step": step, **values}))
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        folder = self._workdir / PICTURES / str(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._ -]', '_', name)}.png"
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        Image.fromarray(picture).save(unfinished, format="PNG")
+        unfinished.replace(path)
+
+    def flush(self) -> None:
+        """Does nothing: all is written as it comes."""
+
+    def close(self) -> None:
+        """Does nothing: nothing is open."""
+
+
+class TensorBoardSink:
+    """TensorBoard's files.
+
+    Args:
+      workdir: of the run; they go to ``tensorboard``.
+      first_step: done before; what an interrupted run wrote of later ones is superseded.
+    """
+
+    def __init__(self, workdir: Path, first_step: int):
+        # It imports PyTorch where there is one, which other processes need not wait for.
+        from tensorboardX import SummaryWriter
+
+        # Absolute, since what stands before a colon would be taken for a scheme.
+        self._folder = workdir.absolute() / "tensorboard"
+        self._writer: Any = SummaryWriter(str(self._folder), purge_step=first_step + 1)
+
+    def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._check()
+            self._writer.add_scalar(name, value, step)
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._check()
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._check()
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _check(self) -> None:
+        """Raises OSError if nobody takes what is handed over, which would then wait for ever.
+
+        tensorboardX writes in a thread, which an error ends without a word to others.
+        """
+        if self._writer is not None:
+            writer = self._writer.file_writer.event_writer
+            if writer._worker.is_alive():
+                return
+            writer._event_queue.cancel_join_thread()
+            with contextlib.suppress(OSError):
+                writer._ev_writer.close()
+            writer._closed = True  # or it would be asked to write when the program ends
+            self._writer = None
+        raise OSError(
+            f"{self._folder} takes no more numbers: the disk is full, or was taken away. Once "
+            "that is mended, the same command continues"
+        )
+
+
+class WandbSink:
+    """A run of Weights & Biases, the same one however often the run is continued.
+
+    Args:
+      workdir: of the run; the name that the other side knows it by is kept there.
+      project: PROJECT or ENTITY/PROJECT.
+      sections: the resolved config.
+
+    Raises:
+      ConfigError: if the package is not installed.
+    """
+
+    def __init__(self, workdir: Path, project: str, sections: Mapping[str, Any] | None):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"train.wandb = {project!r} needs the package wandb: pip install 'sam-jax[wandb]'"
+            ) from error
+        self._make_image = wandb.Image
+        entity, _, name = project.rpartition("/")
+        kept = workdir / _WANDB_RUN
+        run_id = kept.read_text().strip() if kept.exists() else None
+        self._run: Any = wandb.init(
+            entity=entity or None,
+            project=name,
+            name=workdir.absolute().name,
+            id=run_id,
+            resume="allow",
+            dir=str(workdir),
+            config=dict(sections or {}),
+        )
+        if run_id is None:
+            places.write_text(kept, f"{self._run.id}\n")
+        # Not its own count of steps, which cannot go back to a checkpoint.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **numbers})
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._run.log({"step": step, name: self._make_image(picture)})
+
+    def flush(self) -> None:
+        """Does nothing: it sends in a process of its own."""
+
+    def close(self) -> None:
+        self._run.finish()
