@@ -123,6 +123,15 @@ def unpatchify(
     )
 
 
+def blanked(
+    images: Float[Array, "b h w 3"], mask: PatchMask, encoder: ImageEncoderConfig
+) -> Float[Array, "b h w 3"]:
+    """Images whose dropped patches are NaN, for people to look at."""
+    patches = patchify(images, encoder.patch_size)
+    shown = jnp.where(mask.is_dropped[..., None], jnp.nan, patches)
+    return unpatchify(shown, encoder.grid, encoder.patch_size)
+
+
 class PixelStatistics(NamedTuple):
     """Mean and deviation of the pixels of each patch, all channels together.
 
