@@ -15,9 +15,6 @@ from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import as_pixels, normalize_whole_images
 from sam_jax.parallel import BATCH, Parallel, replicated
 
-# Of patches that were dropped, in pictures of what the encoder sees.
-_GREY = 128
-
 
 class Reconstructions:
     """Answers for some images; pictures stay on the device until they are asked for.
@@ -34,8 +31,7 @@ class Reconstructions:
 
     def seen(self, image: int) -> UInt8[np.ndarray, "h w 3"]:
         """What the encoder saw of an image, dropped patches grey."""
-        pixels = np.asarray(self._seen[image])
-        return np.where(np.isnan(pixels), _GREY, as_pixels(np.nan_to_num(pixels))).astype(np.uint8)
+        return as_pixels(np.asarray(self._seen[image]))
 
     def whole(self, image: int) -> UInt8[np.ndarray, "h w 3"]:
         """The image with dropped patches as predicted; see ``MaskedAutoencoder.reconstruction``."""

@@ -126,9 +126,9 @@ def unpatchify(
 def blanked(
     images: Float[Array, "b h w 3"], mask: PatchMask, encoder: ImageEncoderConfig
 ) -> Float[Array, "b h w 3"]:
-    """Images whose dropped patches are NaN, for people to look at."""
+    """Normalised images whose dropped patches are zero, a grey, for people to look at."""
     patches = patchify(images, encoder.patch_size)
-    shown = jnp.where(mask.is_dropped[..., None], jnp.nan, patches)
+    shown = jnp.where(mask.is_dropped[..., None], 0.0, patches)
     return unpatchify(shown, encoder.grid, encoder.patch_size)
 
 

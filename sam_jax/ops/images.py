@@ -33,6 +33,6 @@ def normalize_whole_images(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h
     return (images.astype(jnp.float32) - PIXEL_MEAN) / PIXEL_STD
 
 
-def as_pixels(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
+def as_pixels(images: Float[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
     """Normalised images as 8-bit RGB again, what lies beyond cut off."""
     return np.clip(np.rint(images * PIXEL_STD + PIXEL_MEAN), 0, 255).astype(np.uint8)
