@@ -85,8 +85,8 @@ def image_sources(argument: str, config: str) -> tuple[dict[str, Any], dict[str,
     """
     if not argument:
         raise FileNotFoundError(
-            f"{config} takes pictures: --config {config}:TRAIN, or TRAIN:VAL to evaluate on others; "
-            "each a folder of pictures, a tar, or a glob of tars"
+            f"{config} takes pictures: --config {config}:TRAIN, or {config}:TRAIN:VAL to evaluate "
+            "on others; each a folder of pictures, a tar, or a glob of tars"
         )
     train, _, val = argument.partition(":")
     return _source(train, "train"), _source(val, "val") if val else None

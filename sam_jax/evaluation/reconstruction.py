@@ -141,14 +141,15 @@ class MaskedReconstruction:
         self, reconstructor: Reconstructor, together: Sequence[tuple[int, str, ReadSample]]
     ) -> Iterator[Record]:
         """Records of images that fit into a call."""
-        usable = [entry for entry in together if entry[2].example is not None]
+        usable = [
+            (dataset, read.name, read.example.image)
+            for _, dataset, read in together
+            if read.example is not None
+        ]
         if usable:
-            images = np.stack(
-                [central_crop(read.example.image, reconstructor.model_hw) for _, _, read in usable]
-            )
-            noise = np.stack(
-                [self._noise(name, read.name, reconstructor.num_patches) for _, name, read in usable]
-            )
+            size, num_patches = reconstructor.model_hw, reconstructor.num_patches
+            images = np.stack([central_crop(image, size) for _, _, image in usable])
+            noise = np.stack([self._noise(*names, num_patches) for *names, _ in usable])
             answers = reconstructor.reconstruct(images, noise)
         row = 0
         for number, dataset, read in together:

@@ -119,7 +119,7 @@ class Reconstructor:
         self, variables: Any, images: UInt8[Array, "b h w 3"], noise: Float[Array, "b k"]
     ) -> tuple[Array, Array, Array]:
         model, pixels = self._model, normalize_whole_images(images)
-        predictions, mask = model.apply(variables, pixels, noise)
+        predictions, mask = model.reconstruct(variables, pixels, noise)
         losses = model.errors(pixels, predictions, mask).mean(axis=1)
         seen = blanked(pixels, mask, model.encoder)
         return losses, seen, model.reconstruction(pixels, predictions, mask)

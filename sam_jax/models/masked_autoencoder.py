@@ -7,7 +7,7 @@ Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", arXi
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -92,9 +92,7 @@ def random_masking(noise: Float[Array, "b k"], mask_rate: float) -> PatchMask:
     """
     num_kept = kept_patches(noise.shape[1], mask_rate)
     shuffled = jnp.argsort(noise, axis=1)
-    return PatchMask(
-        shuffled[:, :num_kept], shuffled[:, num_kept:], jnp.argsort(shuffled, axis=1)
-    )
+    return PatchMask(shuffled[:, :num_kept], shuffled[:, num_kept:], jnp.argsort(shuffled, axis=1))
 
 
 def kept_patches(num_patches: int, mask_rate: float) -> int:
@@ -104,9 +102,7 @@ def kept_patches(num_patches: int, mask_rate: float) -> int:
 
 def patchify(images: Float[Array, "b h w 3"], patch_size: int) -> Float[Array, "b k c"]:
     """Pixels of each patch: row by row, and so within a patch, c = 3 patch_size^2."""
-    return rearrange(
-        images, "b (gh i) (gw j) c -> b (gh gw) (i j c)", i=patch_size, j=patch_size
-    )
+    return rearrange(images, "b (gh i) (gw j) c -> b (gh gw) (i j c)", i=patch_size, j=patch_size)
 
 
 def unpatchify(
@@ -145,9 +141,7 @@ class PixelStatistics(NamedTuple):
     def of(cls, patches: Float[Array, "b k c"]) -> "PixelStatistics":
         """Statistics of patches as ``patchify`` cuts them."""
         variance = jnp.var(patches, axis=-1, keepdims=True, ddof=1)
-        return cls(
-            jnp.mean(patches, axis=-1, keepdims=True), jnp.sqrt(variance + _PIXEL_EPSILON)
-        )
+        return cls(jnp.mean(patches, axis=-1, keepdims=True), jnp.sqrt(variance + _PIXEL_EPSILON))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +334,14 @@ class MaskedAutoencoder(nn.Module):
         """
         mask = random_masking(noise, self.config.mask_rate)
         return self.pixel_decoder(self.encode(images, mask.kept), mask.restore), mask
+
+    def reconstruct(
+        self, variables: Any, images: Float[Array, "b h w 3"], noise: Float[Array, "b k"]
+    ) -> tuple[Float[Array, "b k c"], PatchMask]:
+        """``__call__`` of a model that is not bound, with its variables."""
+        predictions, mask = self.apply(variables, images, noise)
+        assert isinstance(mask, PatchMask)
+        return predictions, mask
 
     def errors(
         self,

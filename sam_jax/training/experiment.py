@@ -23,7 +23,6 @@ from sam_jax.training.tasks.reconstruct import ReconstructTask
 from sam_jax.training.tasks.segment import SegmentTask
 from sam_jax.weights.load import is_pretraining
 
-
 # By the names that configs use; the first is that of configs which name none.
 TASKS = ("segment", "reconstruct")
 

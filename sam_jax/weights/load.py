@@ -320,7 +320,7 @@ def native_variables(weights: Weights) -> dict[str, Any]:
     if weights.form == "mae":
         raise WeightsError(
             f"{weights.path} is a masked autoencoder, of which only the encoder serves; training "
-            "can start from it (train.init_from; sam-jax convert with --seed; load with a key), and "
+            "can start from it (train.init_from; sam-jax convert with --seed; load with a key); "
             "sam-jax convert --to mae writes a run of pre-training under MAE's published names"
         )
     try:
@@ -380,16 +380,7 @@ def _open(
         path = _download(str(path_or_name))
     if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
         run = path if (path / CHECKPOINTS).is_dir() else path.parent
-        variables = restore_variables(run, step, ema=ema)
-        autoencoder = run_autoencoder(run)
-        if autoencoder is None:
-            return Weights(run, "orbax", run_config(run), variables)
-        try:
-            tensors = mae_tensors(autoencoder, variables)
-        except NamesError as error:
-            raise NamesError(f"{run}: {error}") from None
-        grid = autoencoder.encoder.grid
-        return Weights(run, "mae", run_config(run), tensors, mae_grid=grid)
+        return _open_run(run, step, ema)
     if step is not None:
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
@@ -421,6 +412,19 @@ def _open(
             ) from None
         raise
     return Weights(path, scheme, config, tensors, left_out)
+
+
+def _open_run(run: Path, step: int | None, ema: bool) -> Weights:
+    """The weights of a training run; a masked autoencoder's by their published names."""
+    variables = restore_variables(run, step, ema=ema)
+    autoencoder = run_autoencoder(run)
+    if autoencoder is None:
+        return Weights(run, "orbax", run_config(run), variables)
+    try:
+        tensors = mae_tensors(autoencoder, variables)
+    except NamesError as error:
+        raise NamesError(f"{run}: {error}") from None
+    return Weights(run, "mae", run_config(run), tensors, mae_grid=autoencoder.encoder.grid)
 
 
 def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], target: Target) -> None:

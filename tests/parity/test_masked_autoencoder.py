@@ -103,9 +103,7 @@ def test_masks_predictions_and_loss(variables: dict[str, Any], normalize_pixels:
     images = rng.standard_normal((3, *ENCODER.image_size, 3)).astype(np.float32)
     noise = rng.random((3, model.num_patches), np.float32)
     with torch.no_grad():
-        found = theirs(
-            torch.from_numpy(images).permute(0, 3, 1, 2), noise=torch.from_numpy(noise)
-        )
+        found = theirs(torch.from_numpy(images).permute(0, 3, 1, 2), noise=torch.from_numpy(noise))
 
     @jax.jit
     def reconstruct(images: Any, noise: Any) -> Any:

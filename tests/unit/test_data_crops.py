@@ -1,3 +1,4 @@
+import itertools
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,8 @@ def config(source: dict[str, Any], **changes: Any) -> DataConfig:
 
 
 def test_any_source_with_masks_gives_images_too(tmp_path: Any) -> None:
-    data = config({"kind": "coco", "path": str(write_coco(tmp_path, 3)), "images": str(tmp_path / "images")})
+    path = write_coco(tmp_path, 3)
+    data = config({"kind": "coco", "path": str(path), "images": str(tmp_path / "images")})
     iterator = train_iterator(data)
     batch = next(iterator)
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
@@ -158,8 +160,7 @@ def test_a_damaged_picture_is_counted_and_too_many_stop_the_run(tmp_path: Any) -
     iterator.close()
     strict = train_iterator(config(source, max_corrupt_rate=0.01, corrupt_grace=8))
     with pytest.raises(TooManyCorruptSamplesError, match=r"0\.png"):
-        for _ in range(9):
-            next(strict)
+        list(itertools.islice(strict, 9))
     strict.close()
 
 

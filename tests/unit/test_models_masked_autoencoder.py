@@ -91,9 +91,7 @@ def test_the_encoder_sees_the_kept_patches_and_nothing_else(
         images, mask.kept
     )
     head_logits = {
-        eqn.outvars[0].aval.shape
-        for eqn in _equations(jaxpr.jaxpr)
-        if eqn.primitive.name == "exp"
+        eqn.outvars[0].aval.shape for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"
     }
     assert head_logits
     assert {shape[-1] for shape in head_logits} == {1 + NUM_SEEN}
@@ -146,9 +144,7 @@ def test_perfect_predictions_give_the_image_back(images: jax.Array) -> None:
         np.sqrt(patches.var(axis=2, ddof=1, keepdims=True) + 1e-6),
     )
     perfect = jnp.asarray((patches - mean) / deviation)
-    np.testing.assert_allclose(
-        MODEL.reconstruction(images, perfect, masks()), images, atol=1e-5
-    )
+    np.testing.assert_allclose(MODEL.reconstruction(images, perfect, masks()), images, atol=1e-5)
     # Wrong ones appear where patches were dropped, and nowhere else.
     wrong = MODEL.reconstruction(images, perfect + 1.0, masks())
     np.testing.assert_array_equal(

@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from sam_jax import cost_report
-from sam_jax.checkpoint import CheckpointConfig, CheckpointError, restore_variables
+from sam_jax.checkpoint import CheckpointConfig, CheckpointError
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.comparison.checkpoints import compare
@@ -140,7 +140,8 @@ def test_promptable_training_starts_from_a_run_by_one_key(run: Run, segment: Any
     assert jax.tree.structure(variables) == jax.tree.structure(fresh)
     # 4 x 4 fixed positions, interpolated to 4 x 6: rows stay, columns move.
     fixed = sincos_positions((4, 4), 16)
-    np.testing.assert_allclose(encoder["pos_embed"][:, :, 8:], fixed[:, [0, 0, 1, 2, 3, 3], 8:], atol=0.15)
+    of_rows = encoder["pos_embed"][:, :, 8:]
+    np.testing.assert_allclose(of_rows, fixed[:, [0, 0, 1, 2, 3, 3], 8:], atol=1e-5)
     assert np.any(encoder["pos_embed"] != fresh["params"]["image_encoder"]["pos_embed"])
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -197,15 +198,13 @@ def test_positions_need_not_be_of_a_square(segment: Any, images: Path) -> None:
     trained = random_autoencoder(oblong)
     tensors = mae_tensors(oblong, trained)
     started = start_from_mae(segment.model, tensors, jax.random.key(0), grid=(2, 3))
-    assert_encoder_continues(
-        started["params"]["image_encoder"], trained["params"]["image_encoder"]
-    )
+    assert_encoder_continues(started["params"]["image_encoder"], trained["params"]["image_encoder"])
     with pytest.raises(WeightsError, match=r"pos_embed has shape \(1, 7, 16\)"):
         start_from_mae(segment.model, tensors, jax.random.key(0))
 
 
 def test_what_a_run_of_pre_training_is_not(run: Run, segment: Any, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="only the encoder serves.*--to mae"):
+    with pytest.raises(WeightsError, match=r"only the encoder serves.*--to mae"):
         load(run.folder)
     with pytest.raises(WeightsError, match="only the encoder serves"):
         convert(run.folder, tmp_path / "x.safetensors", "official")
@@ -214,7 +213,7 @@ def test_what_a_run_of_pre_training_is_not(run: Run, segment: Any, tmp_path: Pat
     assert segment.differences(run.folder) == [
         "it trains a masked autoencoder, expected a promptable model"
     ]
-    with pytest.raises(CheckpointError, match="trains another model.*\n.*masked autoencoder"):
+    with pytest.raises(CheckpointError, match=r"trains another model(.|\n)*masked autoencoder"):
         loop._check_workdir(run.folder, 2, segment)
 
 

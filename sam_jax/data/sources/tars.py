@@ -243,7 +243,7 @@ def scan(path: Path, arrangement: Arrangement) -> np.ndarray:
             index = arrangement.arrange(members(tar))
             # A tar ends with blocks of zeros; tarfile stops at garbage, too.
             assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
+            tar.fileobj.seek(tar.offset)
             complete = complete and tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
     except tarfile.ReadError as error:
         raise ConfigError(f"{path} is not an uncompressed tar: {error}") from error

@@ -71,7 +71,7 @@ class ReconstructTask:
         def errors(params: Any, images: Array, noise: Array) -> Float[Array, "b u"]:
             """Errors of a device's own images."""
             images = normalize_whole_images(images)
-            predictions, mask = model.apply({"params": params}, images, noise)
+            predictions, mask = model.reconstruct({"params": params}, images, noise)
             return model.errors(images, predictions, mask)
 
         on_each_device = parallel.with_weights(
