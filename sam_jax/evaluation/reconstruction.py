@@ -149,7 +149,7 @@ class MaskedReconstruction:
         if usable:
             size, num_patches = reconstructor.model_hw, reconstructor.num_patches
             images = np.stack([central_crop(image, size) for _, _, image in usable])
-            noise = np.stack([self._noise(*names, num_patches) for *names, _ in usable])
+            noise = np.stack([self._noise(of, name, num_patches) for of, name, _ in usable])
             answers = reconstructor.reconstruct(images, noise)
         row = 0
         for number, dataset, read in together:

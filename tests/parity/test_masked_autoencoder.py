@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from sam_jax.models.image_encoder import ImageEncoderConfig
-from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
+from sam_jax.models.masked_autoencoder import (
+    AutoencoderConfig,
+    MaskedAutoencoder,
+    init_variables,
+)
+from sam_jax.models.variants import ModelConfig, build_autoencoder
 from sam_jax.ops.positional import sincos_positions
 from sam_jax.weights.mae import mae_tensors
 from tests.golden.tiny import random_autoencoder
@@ -115,3 +120,24 @@ def test_masks_predictions_and_loss(variables: dict[str, Any], normalize_pixels:
     np.testing.assert_array_equal(mask.is_dropped, found.mask == 1)
     official.assert_equal(predictions, found.logits)
     official.assert_equal(np.mean(errors), found.loss)
+
+
+@pytest.mark.parametrize("variant", ["vit_b", "vit_l", "vit_h"])
+def test_counts_of_parameters(variant: str) -> None:
+    """Of the sizes that are published, with patches of 16 pixels; what is trained alone."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    model = build_autoencoder(ModelConfig(variant, image_size=(224, 224)), AutoencoderConfig())
+    encoder = model.encoder
+    with torch.device("meta"):
+        theirs = ViTMAEForPreTraining(
+            ViTMAEConfig(
+                hidden_size=encoder.embed_dim,
+                num_hidden_layers=encoder.depth,
+                num_attention_heads=encoder.num_heads,
+                intermediate_size=4 * encoder.embed_dim,
+            )
+        )
+    ours = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
+    expected = sum(p.numel() for name, p in theirs.named_parameters() if "pos" not in name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == expected
