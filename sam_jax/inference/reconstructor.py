@@ -30,7 +30,7 @@ class Reconstructions:
         self._seen, self._whole = seen, whole
 
     def seen(self, image: int) -> UInt8[np.ndarray, "h w 3"]:
-        """What the encoder saw of an image, dropped patches grey."""
+        """The part of an image that the encoder saw, dropped patches grey."""
         return as_pixels(np.asarray(self._seen[image]))
 
     def whole(self, image: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -35,7 +35,7 @@ _TOKEN_INIT = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """What pre-training adds to an image encoder.
+    """Options of pre-training, beside the shape of the image encoder.
 
     Attributes:
       mask_rate: part of an image's patches that the encoder does not see.
@@ -146,7 +146,7 @@ class PixelStatistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """How consecutive transformer blocks compute; see ``MaskedAutoencoder``."""
+    """Consecutive transformer blocks, and how they compute; see ``MaskedAutoencoder``."""
 
     remat: Remat
     scan: bool

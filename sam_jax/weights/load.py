@@ -645,7 +645,7 @@ def _model_section(sections: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_sections(run: Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
-    """What a function reads from the sections of a run's config."""
+    """The answer of a function to the sections of a run's config."""
     try:
         return read(json.loads((run / CONFIG).read_text()))
     except FileNotFoundError:

@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
 
 class Arrangement(NamedTuple):
-    """What an index holds of a tar.
+    """Content of a tar's index.
 
     Attributes:
       label: what tells its files from those of other arrangements.

@@ -178,7 +178,7 @@ class TfdsImagesSource:
 
 
 def _sa1b_features(tfds: Any, stored: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is read of SA-1B; boxes and scores stay undecoded."""
+    """Features of SA-1B in use; boxes and scores stay undecoded."""
     of_masks = {"segmentation": stored["annotations"].feature["segmentation"]}
     features = {
         "image": {key: stored["image"][key] for key in ("content", "file_name")},
