@@ -38,9 +38,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value.to_dict()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
-    model, variables, kernels = model_of(
-        config.get("model"), CHECKPOINT.value, step=STEP.value, ema=EMA.value
-    )
+    model, variables, kernels = model_of(config, CHECKPOINT.value, step=STEP.value, ema=EMA.value)
     evaluators = build_evaluators(config["evals"], model, kernels=kernels, show_progress=True)
     out = Path(OUT.value or results_folder(CHECKPOINT.value))
     for name in evaluators:

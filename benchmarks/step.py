@@ -18,13 +18,14 @@ from benchmarks import experiment, limits, report
 from benchmarks.timing import compile_for, time_compiled
 from sam_jax import flop_counts
 from sam_jax.data import train_iterator
+from sam_jax.errors import ConfigError
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.models.sam import PROMPTED_PARTS, Sam
 from sam_jax.ops.images import normalize_images
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment
 from sam_jax.training.state import TrainState
-from sam_jax.training.tasks.segment import Batch, build_rounds
+from sam_jax.training.tasks.segment import Batch, SegmentTask, build_rounds
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -33,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = experiment.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
     program, task = run.program(), run.task
+    if not isinstance(task, SegmentTask):
+        raise ConfigError(
+            f"{args.config} pre-trains, expected a config of promptable training, whose rounds are "
+            "timed here"
+        )
     iterator = train_iterator(run.data)
     batch = _on_devices(next(iterator), program)
     state = program.new_state(jax.random.key(run.train.seed))
@@ -99,6 +105,7 @@ def _time_parts(
 ) -> dict[str, float]:
     """Best seconds of a step's parts: gradients of the encoder, gradients of the rounds, update."""
     task, params, constants = run.task, state.params, state.constants
+    assert isinstance(task, SegmentTask)
     model = task.model
     fields = Batch(**batch)
     images = jax.jit(normalize_images)(fields.image, fields.image_hw)

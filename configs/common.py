@@ -11,6 +11,7 @@ from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.data.config import DataConfig
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.losses import LossConfig
+from sam_jax.models.masked_autoencoder import AutoencoderConfig
 from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
@@ -20,12 +21,15 @@ from sam_jax.training.optimizer import OptimizerConfig
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
-    "prompts": PromptConfig,
-    "losses": LossConfig,
     "optimizer": OptimizerConfig,
     "sharding": ShardingConfig,
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
+}
+# What the model is trained to do, and the sections that describe it.
+TASK_SECTIONS: dict[str, dict[str, type]] = {
+    "segment": {"prompts": PromptConfig, "losses": LossConfig},
+    "reconstruct": {"autoencoder": AutoencoderConfig},
 }
 
 # Where arrays are split over the devices that share one copy of the state: the input channels of
@@ -42,19 +46,36 @@ SHARDING_RULES = (
 )
 
 
-def base_config() -> ConfigDict:
-    """Every section, with what no recipe changes; a recipe ends with ``complete``."""
-    config = ConfigDict()
+# Of a masked autoencoder: blocks of encoder and decoder alike.
+AUTOENCODER_SHARDING_RULES = (
+    (r"block_\d+/attn/qkv/kernel$", ("fsdp", None)),
+    (r"block_\d+/(attn/proj|mlp/dense_1)/kernel$", (("tensor", "fsdp"), None)),
+    (r"block_\d+/mlp/dense_0/kernel$", ("fsdp", "tensor")),
+    (r"image_encoder/patch_embed/proj/kernel$", ()),
+    (r"pixel_decoder/(embed|prediction)/kernel$", ()),
+)
+_RULES_OF_TASKS = {"segment": SHARDING_RULES, "reconstruct": AUTOENCODER_SHARDING_RULES}
+
+
+def base_config(task: str = "segment") -> ConfigDict:
+    """Every section of a task, with what no recipe changes; a recipe ends with ``complete``.
+
+    Args:
+      task: a name in ``TASK_SECTIONS``.
+    """
+    config = ConfigDict({"task": task})
+    for name in (*SECTIONS, *TASK_SECTIONS[task]):
+        config[name] = ConfigDict()
     config.model = ConfigDict({"variant": "vit_b", "dtype": "float32"})
-    config.data = ConfigDict()
-    config.prompts = ConfigDict()
-    config.losses = ConfigDict()
-    config.optimizer = ConfigDict()
     config.sharding = ConfigDict(
-        {"data": -1, "fsdp": 1, "tensor": 1, "rules": SHARDING_RULES, "cpu_devices": None}
+        {
+            "data": -1,
+            "fsdp": 1,
+            "tensor": 1,
+            "rules": _RULES_OF_TASKS[task],
+            "cpu_devices": None,
+        }
     )
-    config.train = ConfigDict()
-    config.checkpoint = ConfigDict()
     config.evals = ConfigDict()
     return config
 
@@ -64,7 +85,7 @@ def complete(config: ConfigDict) -> ConfigDict:
 
     What a recipe does not mention has the library's default.
     """
-    for name, cls in SECTIONS.items():
+    for name, cls in (SECTIONS | TASK_SECTIONS[config.task]).items():
         _complete_section(config[name], cls)
     _complete_evals(config)
     return config

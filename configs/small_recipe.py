@@ -4,6 +4,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+# Changes of vit_ti's.
+ENCODER = {
+    "embed_dim": 128,
+    "depth": 4,
+    "num_heads": 4,
+    "global_attention_blocks": (1, 3),
+    "output_dim": 64,
+}
+
 
 def small_config(train: tuple[dict, ...], val: tuple[dict, ...]) -> ConfigDict:
     """About an hour on two cores, 6 to 8 images/s.
@@ -15,13 +24,7 @@ def small_config(train: tuple[dict, ...], val: tuple[dict, ...]) -> ConfigDict:
     config = common.base_config()
     config.model = {
         "variant": "vit_ti",
-        "encoder": {
-            "embed_dim": 128,
-            "depth": 4,
-            "num_heads": 4,
-            "global_attention_blocks": (1, 3),
-            "output_dim": 64,
-        },
+        "encoder": ENCODER,
         "decoder": {"num_heads": 4, "mlp_dim": 256, "iou_head_dim": 64, "dropout_rate": 0.0},
     }
     config.data = {

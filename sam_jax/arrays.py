@@ -14,6 +14,7 @@ h w    pixels of the model input (resized and padded)
 lh lw  pixels of the low-resolution logits, four per patch and side
 gh gw  rows and columns of the patch grid, ``h / patch_size`` by ``w / patch_size``; the image
        tokens are all of them, row by row
+k v    patches of an image, all of them and those that a masked autoencoder sees
 a      attention head
 d c    channels
 ====== ==================================================================

@@ -59,6 +59,7 @@ class ConvertTarget(enum.StrEnum):
     official = "official"
     hugging_face = "hugging-face"
     orbax = "orbax"
+    mae = "mae"
 
 
 class Platform(enum.StrEnum):
@@ -102,7 +103,7 @@ def convert(
     ] = None,
 ) -> None:
     """Writes a checkpoint in another form: for PyTorch, Hugging Face, or train.py and eval.py."""
-    from sam_jax.weights.load import OFFICIAL_SUFFIXES
+    from sam_jax.weights.load import FILE_TARGETS, OFFICIAL_SUFFIXES
     from sam_jax.weights.load import convert as convert_checkpoint
 
     endings = ", ".join(OFFICIAL_SUFFIXES)
@@ -113,7 +114,7 @@ def convert(
                 f"{', '.join(ConvertTarget)}"
             )
         to = ConvertTarget.official
-    if to is ConvertTarget.official and target.suffix not in OFFICIAL_SUFFIXES:
+    if to.value in FILE_TARGETS and target.suffix not in OFFICIAL_SUFFIXES:
         raise ConfigError(f"{target} must end in one of {endings}")
     with _progress() as say:
         described = convert_checkpoint(

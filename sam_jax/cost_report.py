@@ -52,6 +52,7 @@ _OTHER_KERNELS_PEAK_RATES = (0.1, 0.03)
 # Parts of a step by a word in the source of their instructions; the first word found counts.
 _PARTS = {
     "image_encoder": "image encoder",
+    "pixel_decoder": "pixel decoder",
     "prompt_encoder": "prompt encoder",
     "mask_decoder": "mask decoder",
     "rounds": "losses, clicks",
@@ -339,9 +340,13 @@ def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[st
     """Seconds of each part of the step, by its instructions' source; None without a clock rate."""
     if chip.clock_rate is None:
         return None
-    seconds = dict.fromkeys(_PARTS.values(), 0.0)
-    for instruction in instructions:
-        part = next(part for word, part in _PARTS.items() if word in instruction.source)
+    parts = [
+        next(part for word, part in _PARTS.items() if word in instruction.source)
+        for instruction in instructions
+    ]
+    # A step has some of the parts only, by its task.
+    seconds = {part: 0.0 for part in _PARTS.values() if part in parts}
+    for instruction, part in zip(instructions, parts, strict=True):
         rates = KERNEL_PEAK_RATES.get(instruction.kernel_name, _OTHER_KERNELS_PEAK_RATES)
         once = instruction.cycles / chip.clock_rate
         if instruction.is_kernel:
@@ -446,8 +451,10 @@ def print_plans(plans: Sequence[Plan], console: Console | None = None) -> None:
     table.add_column("")
     for made in plans:
         table.add_column(f"batch {made.batch_size}, remat {made.remat}", justify="right")
-    for heading, cell in _ROWS:
-        table.add_row(heading, *(cell(made) for made in plans))
+    rows = [(heading, [cell(made) for made in plans]) for heading, cell in _ROWS]
+    for heading, cells in rows:
+        if any(cells):
+            table.add_row(heading, *cells)
     console.print(table)
     for made in plans:
         console.print(_transfer_table(made))
@@ -497,7 +504,9 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _seconds_of(part: str, made: Plan) -> str:
-    return _seconds(None if made.part_seconds is None else made.part_seconds.get(part))
+    if made.part_seconds is None:
+        return _seconds(None)
+    return _seconds(made.part_seconds[part]) if part in made.part_seconds else ""
 
 
 def _fits(made: Plan) -> str:

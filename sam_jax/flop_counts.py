@@ -15,6 +15,7 @@ import dataclasses
 from sam_jax.arrays import GridShape
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import NUM_MULTIMASK
+from sam_jax.models.masked_autoencoder import AutoencoderConfig, kept_patches
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.tiny_vit import MERGE_STRIDES, TinyViTConfig
 from sam_jax.ops.token_attention import folding_pays
@@ -59,6 +60,23 @@ def encoder_flops(
         else:
             total += _grid_attention(image_tokens if useful else padded, (side, side), dim) + mlp
     return 2 * (total + _neck(image_tokens, dim, config.output_dim))
+
+
+def autoencoder_flops(encoder: ImageEncoderConfig, config: AutoencoderConfig) -> int:
+    """Operations of reconstructing one image: blocks of the encoder see the kept patches alone."""
+    num_patches = encoder.grid[0] * encoder.grid[1]
+    visible = 1 + kept_patches(num_patches, config.mask_rate)
+    dim, pixels = config.decoder_dim, 3 * encoder.patch_size**2
+    total = num_patches * pixels * encoder.embed_dim
+    total += encoder.depth * _plain_block(visible, encoder.embed_dim, encoder.mlp_rate)
+    total += visible * encoder.embed_dim * dim
+    total += config.decoder_depth * _plain_block(1 + num_patches, dim, config.decoder_mlp_rate)
+    return 2 * (total + num_patches * dim * pixels)
+
+
+def _plain_block(tokens: int, dim: int, mlp_rate: float) -> int:
+    """Multiply-adds of a transformer block without relative positions, of all tokens with all."""
+    return tokens * dim * (4 * dim + 2 * tokens + 2 * int(dim * mlp_rate))
 
 
 def _neck(image_tokens: int, dim: int, output_dim: int) -> int:

@@ -148,34 +148,51 @@ class Parallel:
             check_vma=False,
         )
 
+    def with_weights(
+        self,
+        function: Callable[..., Any],
+        param_specs: Any | None,
+        in_specs: Sequence[Any],
+        out_specs: Any,
+    ) -> Callable[..., Any]:
+        """``function`` of parameters and arrays, by each device on its own shards of the arrays.
+
+        Stored shards of weights are gathered where a dense layer is called.
+
+        Args:
+          function: applies a model to its parameters.
+          param_specs: how they are stored, as a tree like theirs; None for whole ones.
+          in_specs: of the other arguments.
+          out_specs: of what it returns.
+        """
+        shards = None if self.is_single or param_specs is None else WeightShards(self, param_specs)
+
+        @functools.wraps(function)
+        def of_device(params: Any, *arrays: Any) -> Any:
+            if shards is None:
+                return function(params, *arrays)
+            with shards.gathered_in_layers():
+                return function(shards.whole_others(params), *arrays)
+
+        specs = PartitionSpec() if param_specs is None else param_specs
+        return self.on_each_device(of_device, [specs, *in_specs], out_specs)
+
     def encode(self, model: Sam, param_specs: Any | None = None) -> Callable[..., Array]:
         """``Sam.encode``, by each device on its own images.
 
         Args:
           model: the model.
-          param_specs: how parameters are stored, as a tree like theirs; None for whole ones.
+          param_specs: see ``with_weights``.
 
         Returns:
           a function of parameters, normalised images, and factors of dropped paths or None.
         """
-        shards = None if self.is_single or param_specs is None else WeightShards(self, param_specs)
 
         def encode(params: Any, images: Array, path_scales: Array | None) -> Any:
-            if shards is None:
-                return model.apply({"params": params}, images, path_scales, method="encode")
-            with shards.gathered_in_layers():
-                params = shards.whole_others(params)
-                return model.apply({"params": params}, images, path_scales, method="encode")
+            return model.apply({"params": params}, images, path_scales, method="encode")
 
-        return self.on_each_device(
-            encode,
-            [
-                PartitionSpec() if param_specs is None else param_specs,
-                self.spec(BATCH),
-                self.spec(None, None, BATCH),
-            ],
-            self.spec(BATCH),
-        )
+        in_specs = [self.spec(BATCH), self.spec(None, None, BATCH)]
+        return self.with_weights(encode, param_specs, in_specs, self.spec(BATCH))
 
     def decode(self, model: Sam) -> Callable[..., MaskPrediction]:
         """``Sam.decode``, by each device on its own images.

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from sam_jax.configuration import from_mapping
+from sam_jax.data.crops import CropTransform
 from sam_jax.data.label_encodings import Encoding
 from sam_jax.data.sources import Source
 from sam_jax.data.sources.coco import CocoSource, Crowd, VideoCocoSource
 from sam_jax.data.sources.image_folders import ImageFoldersSource
+from sam_jax.data.sources.images import ImagesSource
 from sam_jax.data.sources.joined import JoinedSource
 from sam_jax.data.sources.label_map_files import LabelMapsSource
 from sam_jax.data.sources.mask_folder import MaskFolderSource
@@ -18,7 +20,7 @@ from sam_jax.data.sources.polygon_files import PolygonForm
 from sam_jax.data.sources.polygons import PolygonSource
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.data.sources.synthetic import SyntheticSource
-from sam_jax.data.sources.tfds import TfdsSource
+from sam_jax.data.sources.tfds import TfdsImagesSource, TfdsSource
 from sam_jax.data.transforms import TrainTransform
 from sam_jax.errors import ConfigError
 from sam_jax.images import Orientation
@@ -31,6 +33,8 @@ SourceKind = Literal[
     "panoptic",
     "sa1b",
     "tfds",
+    "images",
+    "tfds_images",
     "mask_folder",
     "label_maps",
     "image_folders",
@@ -45,6 +49,8 @@ _CLASSES: dict[str, type] = {
     "panoptic": PanopticSource,
     "sa1b": Sa1bSource,
     "tfds": TfdsSource,
+    "images": ImagesSource,
+    "tfds_images": TfdsImagesSource,
     "mask_folder": MaskFolderSource,
     "label_maps": LabelMapsSource,
     "image_folders": ImageFoldersSource,
@@ -69,8 +75,9 @@ class SourceConfig:
     Attributes:
       kind: which reader.
       path: coco, video_coco, panoptic: the annotation JSON. polygons: a JSON or a folder of them.
-        sa1b: a tar, a folder or a glob. tfds: the prepared data set's version folder. mask_folder,
-        label_maps: the folder of images. image_folders: the folder of their folders.
+        sa1b, images: a tar, a folder or a glob. tfds, tfds_images: the prepared data set's version
+        folder. mask_folder, label_maps: the folder of images. image_folders: the folder of their
+        folders.
       weight: how often to draw from this source, relative to the others; its size does not matter.
       name: what samples say they come from; None means the kind.
       images: coco, video_coco, polygons, panoptic: the image folder. image_folders: the name of the
@@ -92,8 +99,8 @@ class SourceConfig:
       include: label_maps: patterns of the images' paths.
       parts: joined: the sources that make it up, SourceConfigs or mappings of their fields; their
         names and weights are not read.
-      split: tfds: which split, as in "train" or "train[:100]".
-      cache_dir: sa1b: where tar indices are kept.
+      split: tfds, tfds_images: which split, as in "train" or "train[:100]".
+      cache_dir: sa1b, images: where tar indices are kept.
       orientation: of all that reads files: which way up pictures are that EXIF turns, where the
         sizes of their masks do not tell: "upright" (the default) or "stored". Mask files likewise.
       num_images: synthetic: how many.
@@ -171,6 +178,8 @@ class DataConfig:
       max_corrupt_rate: the tolerated fraction of unusable samples.
       corrupt_grace: samples to see before that fraction is judged; as many unusable ones in a row
         always stop the run.
+      crop_area_rates: see `CropTransform`: examples are then images alone, for pre-training, and
+        of what follows only flips and the decoding concern them. None for images with masks.
       max_area_rate: see `TrainTransform`, as for the rest.
       min_mask_area_px: as there.
       hflip_rate: as there.
@@ -190,6 +199,7 @@ class DataConfig:
     prefetch_batches: int = 2
     max_corrupt_rate: float = 0.05
     corrupt_grace: int = 200
+    crop_area_rates: tuple[float, float] | None = None
     max_area_rate: float = 0.9
     min_mask_area_px: int = 1
     hflip_rate: float = 0.0
@@ -216,12 +226,19 @@ class DataConfig:
         """The config with these fields; errors as `configuration.from_mapping`."""
         return from_mapping(cls, values, "data")
 
-    def transform(self) -> TrainTransform:
+    def transform(self) -> TrainTransform | CropTransform:
         """The transform these options describe.
 
         Raises:
           ValueError: they make no sense.
         """
+        if self.crop_area_rates is not None:
+            return CropTransform(
+                image_size=self.image_size,
+                crop_area_rates=self.crop_area_rates,
+                hflip_rate=self.hflip_rate,
+                reduced_decoding=self.reduced_decoding,
+            )
         names = [field.name for field in dataclasses.fields(TrainTransform)]
         return TrainTransform(**{name: getattr(self, name) for name in names})
 

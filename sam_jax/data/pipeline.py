@@ -14,7 +14,7 @@ import multiprocessing.connection
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from sam_jax.data.corruption import (
     TooManyCorruptSamplesError,
     sum_of_states,
 )
+from sam_jax.data.crops import CropExample, CropTransform
 from sam_jax.data.samples import (
     CorruptSampleError,
     NoObjectError,
@@ -68,6 +69,7 @@ __all__ = [
     "TooManyCorruptSamplesError",
     "TrainIterator",
     "build_source",
+    "eval_images",
     "eval_samples",
     "train_iterator",
 ]
@@ -97,7 +99,7 @@ class _Loaded(NamedTuple):
     examples depend on the number of workers.
     """
 
-    example: PackedExample | None
+    example: PackedExample | CropExample | None
     name: str
     source: int
     dropped: tuple[DroppedMask, ...] = ()
@@ -111,7 +113,7 @@ class _Load(grain.transforms.RandomMap):
 
     source: Source
     number: int
-    transform: TrainTransform
+    transform: TrainTransform | CropTransform
 
     def random_map(self, index: int, rng: np.random.Generator) -> _Loaded:
         try:
@@ -136,7 +138,8 @@ def train_iterator(
 
     Returns:
       An iterator of dicts of stacked arrays, b = batch_size / process_count: the keys and shapes of
-      `TrainTransform.zeros`, and `sample_names`, the images' names [b], which stay on the host.
+      `TrainTransform.zeros` or `CropTransform.zeros`, and `sample_names`, the images' names [b],
+      which stay on the host.
 
     Raises:
       ConfigError: the batch does not divide by the processes, or a source cannot be opened.
@@ -467,7 +470,7 @@ class EvalExample(NamedTuple):
     Attributes:
       image: uint8 [h, w, 3], RGB.
       masks: bool [k, h, w], k >= 1, in the order of the annotations; unusable and empty ones are
-        left out.
+        left out. For `eval_images`, none.
       dataset: the source's name.
       name: the file.
     """
@@ -496,7 +499,15 @@ class ReadSample(NamedTuple):
 class EvalSamples:
     """The samples of a source once, in order; see `eval_samples`."""
 
-    def __init__(self, source: Source, log: CorruptionLog, indices: Sequence[int], is_all: bool):
+    def __init__(
+        self,
+        source: Source,
+        log: CorruptionLog,
+        indices: Sequence[int],
+        is_all: bool,
+        decode: Callable[[Sample], tuple[EvalExample, list[DroppedMask]]],
+    ):
+        self._decode = decode
         self._source = source
         self._log = log
         self._indices = indices
@@ -523,7 +534,7 @@ class EvalSamples:
         """
         try:
             sample = self._source[index]
-            example, dropped = _decode(sample)
+            example, dropped = self._decode(sample)
         except SkippedSampleError as error:
             self._log.record_skipped(error)
             what = "images without an object" if isinstance(error, NoObjectError) else "images"
@@ -591,10 +602,24 @@ def eval_samples(
     """
     log = CorruptionLog(max_corrupt_rate, corrupt_grace)
     indices = range(process_index, len(source), process_count)
-    return EvalSamples(source, log, indices, is_all=process_count == 1)
+    return EvalSamples(source, log, indices, process_count == 1, _with_masks)
 
 
-def _decode(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
+def eval_images(
+    source: Source, *, max_corrupt_rate: float = 0.05, corrupt_grace: int = 200
+) -> EvalSamples:
+    """The images of a source's samples, decoded, whatever their masks are; see `eval_samples`."""
+    log = CorruptionLog(max_corrupt_rate, corrupt_grace)
+    return EvalSamples(source, log, range(len(source)), True, _without_masks)
+
+
+def _without_masks(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
+    image = decode_image(sample)
+    masks = np.zeros((0, *image.shape[:2]), bool)
+    return EvalExample(image, masks, sample.dataset, sample.name), []
+
+
+def _with_masks(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
     image = decode_image(sample)
     hw = image.shape[:2]
     masks = []

@@ -1,5 +1,6 @@
 """The images of a data set that an evaluation is on, where the whole would take too long."""
 
+import heapq
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,13 @@ from sam_jax.evaluation.clicks import keyed_number
 MOST_PER_TARGET = 1.5
 # Images whose masks are counted together.
 _BLOCK = 64
+
+
+def draw(number: int, limit: int | None, key: str) -> Sequence[int]:
+    """At most ``limit`` of the first ``number`` integers, rising; the key decides which."""
+    if limit is None or number <= limit:
+        return range(number)
+    return sorted(heapq.nsmallest(limit, range(number), lambda i: keyed_number(f"{key}/{i}")))
 
 
 def draw_until(source: Source, target_masks: int, key: str) -> Sequence[int]:

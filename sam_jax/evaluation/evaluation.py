@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from sam_jax.arrays import Float, UInt8
-from sam_jax.inference.predictor import Buckets, Predictor
+from sam_jax.inference.predictor import Buckets
+from sam_jax.models.sam import Sam
 
 # What an example gave: values of JSON under names of the evaluation's own.
 Record: TypeAlias = dict[str, Any]
@@ -60,10 +61,14 @@ class Evaluation(Protocol):
         """The sizes of calls that the predictor compiles."""
         ...
 
-    def records(self, predictor: Predictor, indices: Iterable[int]) -> Iterator[Record]:
+    def records(self, predictor: Any, indices: Iterable[int]) -> Iterator[Record]:
         """Records of these examples: one for each, in their order, whatever becomes of it.
 
         An example that cannot be used gives a record that says so.
+
+        Args:
+          predictor: of the model's kind: a ``Predictor``, or a ``Reconstructor``.
+          indices: of the examples.
         """
         ...
 
@@ -84,8 +89,10 @@ class EvaluationKind:
       config: dataclass of its options.
       open: opens its data.
       measures: what records add up to. Takes the records and the evaluation's settings.
+      model: class of the models that it is for.
     """
 
     config: type[Any]
     open: Callable[[Any], Evaluation]
     measures: Callable[[Sequence[Record], Mapping[str, Any]], Measures] | None = None
+    model: type[Any] = Sam

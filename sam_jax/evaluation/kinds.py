@@ -10,6 +10,8 @@ from sam_jax.evaluation.edges.report import measures as edge_measures
 from sam_jax.evaluation.evaluation import EvaluationKind
 from sam_jax.evaluation.mean_ious import MeanIous
 from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
+from sam_jax.evaluation.reconstruction import MaskedReconstruction, ReconstructionConfig, losses
+from sam_jax.models.masked_autoencoder import MaskedAutoencoder
 
 DEFAULT_KIND = "prompts"
 # By the names that configs use.
@@ -18,4 +20,7 @@ KINDS: Mapping[str, EvaluationKind] = {
     "edges": EvaluationKind(EdgeEvalConfig, EdgeEvaluation, edge_measures),
     "proposals": EvaluationKind(ProposalsConfig, ObjectProposals, proposals.measures),
     "instances": EvaluationKind(InstancesConfig, InstancesFromBoxes, instances.measures),
+    "reconstruction": EvaluationKind(
+        ReconstructionConfig, MaskedReconstruction, losses, MaskedAutoencoder
+    ),
 }

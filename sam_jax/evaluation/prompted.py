@@ -1,7 +1,6 @@
 """Segmentation from prompts: clicks and boxes that ask for the masks of datasets."""
 
 import dataclasses
-import heapq
 import itertools
 import os
 from collections import deque
@@ -21,8 +20,8 @@ from sam_jax.evaluation.baselines import (
     disk_ious,
     disk_measure,
 )
-from sam_jax.evaluation.clicks import first_click, keyed_number
-from sam_jax.evaluation.draw import draw_until
+from sam_jax.evaluation.clicks import first_click
+from sam_jax.evaluation.draw import draw, draw_until
 from sam_jax.evaluation.evaluation import Record
 from sam_jax.evaluation.gallery import sheet
 from sam_jax.evaluation.metrics import mask_iou
@@ -209,7 +208,7 @@ class PromptedMasks:
     def _prepare(self, dataset: str, example: EvalExample, number: int) -> EvalImage:
         config = self._config
         file = example.name.rpartition("/")[2]
-        chosen = _draw(
+        chosen = draw(
             len(example.masks), config.max_masks_per_image, f"{config.seed}/{dataset}/{file}"
         )
         return EvalImage(
@@ -318,20 +317,13 @@ class _Drawn:
         indices: Sequence[int] = range(len(source))
         if config.target_masks is not None:
             indices = draw_until(source, config.target_masks, key)
-        self._indices = [indices[at] for at in _draw(len(indices), config.max_images, key)]
+        self._indices = [indices[at] for at in draw(len(indices), config.max_images, key)]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Sample:
         return self._source[self._indices[index]]
-
-
-def _draw(number: int, limit: int | None, key: str) -> Sequence[int]:
-    """At most ``limit`` of the first ``number`` integers, rising; the key decides which."""
-    if limit is None or number <= limit:
-        return range(number)
-    return sorted(heapq.nsmallest(limit, range(number), lambda i: keyed_number(f"{key}/{i}")))
 
 
 def _in_order(

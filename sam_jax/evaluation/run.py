@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from PIL import Image
@@ -19,11 +19,21 @@ from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.evaluation.records import Records, RecordsInFolder, RecordsInMemory
 from sam_jax.evaluation.results import REPORT_NAME
 from sam_jax.inference.predictor import Predictor
+from sam_jax.inference.reconstructor import Reconstructor
+from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam
-from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.models.variants import ModelConfig, build_autoencoder, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.weights.files import written_whole
-from sam_jax.weights.load import load, variables_for
+from sam_jax.weights.load import (
+    autoencoder_variables_for,
+    is_pretraining,
+    load,
+    variables_for,
+)
+
+# What can be evaluated.
+Model: TypeAlias = Sam | MaskedAutoencoder
 
 
 class EvaluationInterruptedError(UserError):
@@ -51,7 +61,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Sam,
+        model: Model,
         evaluation: Evaluation,
         *,
         kind: str = DEFAULT_KIND,
@@ -63,10 +73,8 @@ class Evaluator:
         self._evaluation = evaluation
         self._kind = kind
         self._shows_progress = show_progress and jax.process_index() == 0 and sys.stderr.isatty()
-        devices = devices or jax.local_devices()
-        # Each call brings its variables.
-        self._predictor = predictor or Predictor(
-            model, {}, evaluation.buckets(len(devices)), devices=devices, kernels=kernels
+        self._predictor = predictor or _predictor(
+            model, evaluation, devices or jax.local_devices(), kernels
         )
 
     def __call__(self, variables: Mapping[str, Any], folder: Path | None = None) -> Report:
@@ -137,9 +145,21 @@ class Evaluator:
                 progress.advance(task)
 
 
+def _predictor(
+    model: Model, evaluation: Evaluation, devices: Sequence[jax.Device], kernels: Kernels
+) -> Predictor | Reconstructor:
+    """The model at work, without variables, which each call brings."""
+    buckets = evaluation.buckets(len(devices))
+    if isinstance(model, MaskedAutoencoder):
+        return Reconstructor(
+            model, {}, images_per_device=buckets.images[-1], devices=devices, kernels=kernels
+        )
+    return Predictor(model, {}, buckets, devices=devices, kernels=kernels)
+
+
 def build_evaluators(
     sections: Mapping[str, Mapping[str, Any]],
-    model: Sam,
+    model: Model,
     *,
     kernels: Kernels = "auto",
     show_progress: bool = False,
@@ -149,10 +169,17 @@ def build_evaluators(
     A section names its ``kind`` (``prompts`` if it does not), and has the options of it.
 
     Raises:
-      ConfigError: if a section does not fit its kind, before any data are opened; and what opening
-        them raises.
+      ConfigError: if a section does not fit its kind, or its kind the model, before any data are
+        opened; and what opening them raises.
     """
     chosen = {name: _read_section(name, section) for name, section in sections.items()}
+    for name, (kind, _) in chosen.items():
+        if not isinstance(model, KINDS[kind].model):
+            fitting = [other for other in KINDS if isinstance(model, KINDS[other].model)]
+            raise ConfigError(
+                f"config.evals.{name}.kind is {kind!r}, which is not for a "
+                f"{type(model).__name__}: expected {' or '.join(fitting)}"
+            )
     return {
         name: Evaluator(
             model,
@@ -166,12 +193,13 @@ def build_evaluators(
 
 
 def model_of(
-    section: Mapping[str, Any] | None, checkpoint: str, *, step: int | None, ema: bool
-) -> tuple[Sam, dict[str, Any], Kernels]:
+    sections: Mapping[str, Any], checkpoint: str, *, step: int | None, ema: bool
+) -> tuple[Model, dict[str, Any], Kernels]:
     """The model to evaluate, its variables on the host, and the policy for kernels.
 
     Args:
-      section: a config's ``model``, which the checkpoint must fit; None takes the checkpoint's own.
+      sections: a config's, whose model the checkpoint must fit; without a section ``model`` the
+        checkpoint's own is taken.
       checkpoint: see ``weights.load.load``.
       step: see there.
       ema: see there.
@@ -179,10 +207,15 @@ def model_of(
     Raises:
       ConfigError: if the section is of no model; and what loading raises.
     """
-    if section is None:
+    if sections.get("model") is None:
         model, variables = load(checkpoint, step=step, ema=ema)
         return model, variables, "auto"
-    config = from_mapping(ModelConfig, section, "model")
+    config = from_mapping(ModelConfig, sections["model"], "model")
+    if is_pretraining(sections):
+        of_decoder = from_mapping(AutoencoderConfig, sections["autoencoder"], "autoencoder")
+        autoencoder = build_autoencoder(config, of_decoder)
+        variables = autoencoder_variables_for(autoencoder, checkpoint, step=step, ema=ema)
+        return autoencoder, variables, config.kernels
     model = build_model(config)
     return model, variables_for(model, checkpoint, step=step, ema=ema), config.kernels
 

@@ -136,6 +136,14 @@ class PointBatch:
     low_res_logits: Float[np.ndarray, "k lh lw"]
 
 
+def fingerprint_of(variables: Any) -> str:
+    """A short name of variables, the same wherever they are kept."""
+    checksum = 0
+    for leaf in jax.tree.leaves(variables):
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
 class Predictor:
     """A model ready to be prompted. It remembers no image: embeddings are values.
 
@@ -466,10 +474,7 @@ class Predictor:
 
     def fingerprint(self) -> str:
         """A short name of the weights, the same wherever they are kept."""
-        checksum = 0
-        for leaf in jax.tree.leaves(self._variables):
-            checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
-        return f"{checksum:08x}"
+        return fingerprint_of(self._variables)
 
     def _encode_on_device(
         self, variables: Any, images: UInt8[Array, "b h w 3"], image_hw: Int[Array, "b 2"]

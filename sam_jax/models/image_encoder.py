@@ -104,13 +104,14 @@ class RelativePositionAttention(nn.Module):
     Attributes:
       num_heads: attention heads.
       head_dim: channels of each.
-      table_grid: rows and columns that the tables of relative positions are made for.
+      table_grid: rows and columns that the tables of relative positions are made for; None for
+        attention without them.
       implementation: see ``ops.attention.grid_attention``.
     """
 
     num_heads: int
     head_dim: int
-    table_grid: tuple[int, int]
+    table_grid: tuple[int, int] | None
     implementation: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
 
@@ -118,8 +119,10 @@ class RelativePositionAttention(nn.Module):
     def __call__(self, tokens: Float[Array, "b gh gw d"]) -> Float[Array, "b gh gw d"]:
         qkv = Dense(3 * self.num_heads * self.head_dim, dtype=self.dtype, name="qkv")(tokens)
         rel_pos_h, rel_pos_w = (
-            self.param(name, nn.initializers.zeros, (2 * size - 1, self.head_dim))
-            for name, size in zip(("rel_pos_h", "rel_pos_w"), self.table_grid, strict=True)
+            self.param(name, nn.initializers.zeros, (2 * size - 1, self.head_dim)) if size else None
+            for name, size in zip(
+                ("rel_pos_h", "rel_pos_w"), self.table_grid or (0, 0), strict=True
+            )
         )
         out = grid_attention(
             product_of(qkv),
@@ -146,7 +149,7 @@ class EncoderBlock(nn.Module):
     head_dim: int
     mlp_dim: int
     window_size: int
-    table_grid: tuple[int, int]
+    table_grid: tuple[int, int] | None
     implementation: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
 

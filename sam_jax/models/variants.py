@@ -11,6 +11,11 @@ from sam_jax.errors import ConfigError
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.layers import Remat
 from sam_jax.models.mask_decoder import MaskDecoderConfig
+from sam_jax.models.masked_autoencoder import (
+    AutoencoderConfig,
+    MaskedAutoencoder,
+    kept_patches,
+)
 from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.ops.attention import Implementation
@@ -131,13 +136,7 @@ def build_model(config: ModelConfig) -> Sam:
     Raises:
       ConfigError: see ``ModelConfig.sam``; or the type of computation is not known.
     """
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"model.dtype = {config.dtype!r} must be 'float32' or 'bfloat16'")
-    for name, kinds in (("remat", Remat), ("attention", Implementation), ("kernels", Kernels)):
-        if (value := getattr(config, name)) not in get_args(kinds):
-            raise ConfigError(
-                f"model.{name} = {value!r} must be one of {', '.join(get_args(kinds))}"
-            )
+    _check_choices(config)
     shape = config.sam
     if isinstance(shape.image_encoder, TinyViTConfig):
         for name, value in (("scan", False), ("attention", "auto")):
@@ -153,3 +152,50 @@ def build_model(config: ModelConfig) -> Sam:
         config.attention,
         jnp.dtype(config.dtype),
     )
+
+
+def build_autoencoder(config: ModelConfig, autoencoder: AutoencoderConfig) -> MaskedAutoencoder:
+    """The masked autoencoder that pre-trains the encoder of the model that a config describes.
+
+    Raises:
+      ConfigError: see ``build_model``; or the encoder is no vision transformer, drops paths, or
+        would see all patches or none.
+    """
+    _check_choices(config)
+    encoder = config.sam.image_encoder
+    if isinstance(encoder, TinyViTConfig):
+        raise ConfigError(
+            f"model.variant = {config.variant!r} has convolutions, which see the patches that a "
+            "masked autoencoder must not see; take a vision transformer, as 'vit_b'"
+        )
+    if encoder.drop_path_rate:
+        raise ConfigError(
+            f"model.drop_path_rate = {encoder.drop_path_rate} is not for masked autoencoders, "
+            "which are trained without; leave it at 0"
+        )
+    gh, gw = encoder.grid
+    if not 0 < kept_patches(gh * gw, autoencoder.mask_rate) < gh * gw:
+        raise ConfigError(
+            f"autoencoder.mask_rate = {autoencoder.mask_rate} leaves the encoder "
+            f"{kept_patches(gh * gw, autoencoder.mask_rate)} of {gh * gw} patches; it must see "
+            "some, and not all"
+        )
+    return MaskedAutoencoder(
+        encoder,
+        autoencoder,
+        config.remat,
+        config.scan,
+        config.attention,
+        jnp.dtype(config.dtype),
+    )
+
+
+def _check_choices(config: ModelConfig) -> None:
+    """Raises ConfigError for options of the computation that there are not."""
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"model.dtype = {config.dtype!r} must be 'float32' or 'bfloat16'")
+    for name, kinds in (("remat", Remat), ("attention", Implementation), ("kernels", Kernels)):
+        if (value := getattr(config, name)) not in get_args(kinds):
+            raise ConfigError(
+                f"model.{name} = {value!r} must be one of {', '.join(get_args(kinds))}"
+            )

@@ -24,5 +24,15 @@ def normalize_images(
 
     Done on the device, so that bytes and not floats cross from the host.
     """
-    normalized = (images.astype(jnp.float32) - PIXEL_MEAN) / PIXEL_STD
+    normalized = normalize_whole_images(images)
     return jnp.where(valid_area(image_hw, images.shape[1:3])[..., None], normalized, 0.0)
+
+
+def normalize_whole_images(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """``normalize_images`` of images without padding."""
+    return (images.astype(jnp.float32) - PIXEL_MEAN) / PIXEL_STD
+
+
+def as_pixels(images: Float[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """Normalised images as 8-bit RGB again, what lies beyond cut off."""
+    return np.clip(np.rint(images * PIXEL_STD + PIXEL_MEAN), 0, 255).astype(np.uint8)

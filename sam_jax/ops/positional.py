@@ -1,4 +1,4 @@
-"""Positions: random Fourier features of coordinates, and relative-position tables."""
+"""Positions: fixed sines, random Fourier features of coordinates, relative-position tables."""
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,28 @@ def grid_fourier_features(
     # Without the barrier XLA moves the sines into the sum's loop, and takes them for every patch.
     by_sin_x, by_cos_x, cos_y, sin_y = jax.lax.optimization_barrier(factors)
     return by_sin_x * cos_y[:, None] + by_cos_x * sin_y[:, None]
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[np.ndarray, "gh gw d"]:
+    """Sines and cosines of columns and rows, in geometrically falling frequencies.
+
+    A quarter of the channels each: sines and cosines of the column, then of the row.
+
+    Raises:
+      ValueError: if the channels do not divide by four.
+
+    Source: Vaswani et al. 2017, section 3.5, for two axes as in the published code of He et al.
+        2022, which has the columns first.
+    """
+    if dim % 4:
+        raise ValueError(f"positions of {dim} channels: expected a multiple of 4")
+    frequencies = 1e4 ** -(np.arange(dim // 4, dtype=np.float64) / (dim // 4))
+    of_rows, of_columns = (
+        np.concatenate([np.sin(phases), np.cos(phases)], axis=-1)
+        for phases in (np.arange(size)[:, None] * frequencies for size in grid)
+    )
+    parts = np.broadcast_arrays(of_columns[None], of_rows[:, None])
+    return np.concatenate(parts, axis=-1, dtype=np.float32)
 
 
 def resize_table(table: Float[Array, "entries c"], size: int) -> Float[Array, "e c"]:

@@ -12,13 +12,19 @@ from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
-from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.models.masked_autoencoder import AutoencoderConfig
+from sam_jax.models.variants import ModelConfig, build_autoencoder, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.compiled_step import CompiledStep, compile_step
 from sam_jax.training.optimizer import OptimizerConfig
+from sam_jax.training.tasks.reconstruct import ReconstructTask
 from sam_jax.training.tasks.segment import SegmentTask
+from sam_jax.weights.load import is_pretraining
+
+# By the names that configs use; the first is that of configs which name none.
+TASKS = ("segment", "reconstruct")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +82,7 @@ class TrainConfig:
 class Experiment:
     """The sections of a config that say what a training step is, built."""
 
-    task: SegmentTask
+    task: SegmentTask | ReconstructTask
     kernels: Kernels
     data: DataConfig
     optimizer: OptimizerConfig
@@ -90,21 +96,17 @@ class Experiment:
         Raises:
           ConfigError: if a section does not fit what it describes.
         """
+        check_task(sections)
         model_config = from_mapping(ModelConfig, sections["model"], "model")
-        model = build_model(model_config)
         data = from_mapping(
-            DataConfig, {**sections["data"], "image_size": model.image_size}, "data"
+            DataConfig,
+            {**sections["data"], "image_size": model_config.sam.image_encoder.image_size},
+            "data",
         )
         train = from_mapping(TrainConfig, sections["train"], "train")
-        task = SegmentTask(
-            model,
-            prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
-            losses=from_mapping(LossConfig, sections["losses"], "losses"),
-            max_masks=data.max_masks,
-            remat_rounds=train.remat_rounds,
-        )
+        build = _reconstruct if is_pretraining(sections) else _segment
         return cls(
-            task=task,
+            task=build(model_config, data, train, sections),
             kernels=model_config.kernels,
             data=data,
             optimizer=from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
@@ -124,6 +126,46 @@ class Experiment:
             kernels=self.kernels,
             devices=devices,
         )
+
+
+def check_task(sections: Mapping[str, Any]) -> None:
+    """Checks that a config's task, "segment" where it names none, is one of those there are.
+
+    Raises:
+      ConfigError: if not.
+    """
+    task = sections.get("task", TASKS[0])
+    if task not in TASKS:
+        raise ConfigError(f"config.task is {task!r}; there are {', '.join(TASKS)}")
+
+
+def _segment(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, sections: Mapping[str, Any]
+) -> SegmentTask:
+    if data.crop_area_rates is not None:
+        raise ConfigError(
+            f"data.crop_area_rates = {data.crop_area_rates} makes examples without masks, which "
+            'segmentation cannot be trained on; leave it None, or take task = "reconstruct"'
+        )
+    return SegmentTask(
+        build_model(model),
+        prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
+        losses=from_mapping(LossConfig, sections["losses"], "losses"),
+        max_masks=data.max_masks,
+        remat_rounds=train.remat_rounds,
+    )
+
+
+def _reconstruct(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, sections: Mapping[str, Any]
+) -> ReconstructTask:
+    del train
+    if data.crop_area_rates is None:
+        raise ConfigError(
+            "data.crop_area_rates is None: pre-training takes crops of images, as (0.2, 1.0)"
+        )
+    config = from_mapping(AutoencoderConfig, sections["autoencoder"], "autoencoder")
+    return ReconstructTask(build_autoencoder(model, config))
 
 
 def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:

@@ -111,13 +111,16 @@ def layer_of(path: str, blocks: Sequence[tuple[int, int]]) -> int:
     return len(blocks) + 1
 
 
+_SINGLE_TOKENS = ("not_a_point", "no_mask", "class_token", "mask_token")
+
+
 def is_decayed(path: str, ndim: int) -> bool:
     """True if a parameter has weight decay: not biases, norms and tables of positions.
 
     Learned tokens decay all alike, those that are a single vector as well: published code keeps
     each as a table with one row, and excludes biases and norms.
     """
-    is_token = path.rpartition("/")[2] in ("not_a_point", "no_mask")
+    is_token = path.rpartition("/")[2] in _SINGLE_TOKENS
     return is_token or (ndim > 1 and not path.endswith(("pos_embed", "attention_biases")))
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,9 +24,15 @@ from sam_jax.checkpoint import (
 )
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
+from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
-from sam_jax.models.variants import ModelConfig, build_model, model_config_of
+from sam_jax.models.variants import (
+    ModelConfig,
+    build_autoencoder,
+    build_model,
+    model_config_of,
+)
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.ops.resize import resize_positions
 from sam_jax.weights.files import (
@@ -53,16 +59,32 @@ from sam_jax.weights.geometry import (
     to_hugging_face,
     variant_name,
 )
-from sam_jax.weights.mae import mae_config, start_from_mae
+from sam_jax.weights.mae import (
+    autoencoder_variables,
+    mae_config,
+    mae_tensors,
+    start_from_mae,
+)
 from sam_jax.weights.mobile_sam import is_left_out, unused_classifier
 from sam_jax.weights.names import NamesError, from_native, to_native
 
-Target = Literal["orbax", "official", "hugging-face"]
+Target = Literal["orbax", "official", "hugging-face", "mae"]
 Form = Literal["orbax", "official", "hugging_face", "mae"]
 
-# Endings of files with published names that are written, of which the last needs no PyTorch.
+# What of an encoder, and of what is added to it, makes two masked autoencoders different ones.
+_ENCODER_FIELDS = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_rate")
+_AUTOENCODER_FIELDS = (
+    "normalize_pixels",
+    "decoder_dim",
+    "decoder_depth",
+    "decoder_heads",
+    "decoder_mlp_rate",
+)
+# Forms that are files, all others are folders; their endings, of which the last needs no PyTorch.
+FILE_TARGETS: tuple[Target, ...] = ("official", "mae")
 OFFICIAL_SUFFIXES = (".pth", ".pt", SAFETENSORS_SUFFIX)
 _POSITIONS = re.compile(r"/(pos_embed|rel_pos_[hw])$")
+_Read = TypeVar("_Read")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -83,6 +105,7 @@ class Weights:
       config: the shape of the model.
       tensors: arrays by name; by native path if they are our own.
       left_out: names of further tensors there, on which no mask depends.
+      mae_grid: rows and columns of a masked autoencoder's positions, where they are known.
     """
 
     path: Path
@@ -90,6 +113,7 @@ class Weights:
     config: SamConfig
     tensors: Mapping[str, Any]
     left_out: tuple[str, ...] = ()
+    mae_grid: tuple[int, int] | None = None
 
 
 def load(
@@ -149,9 +173,11 @@ def variables_for(
         ema,
         # What a bare file does not tell is taken to be the model's.
         hints_of(model.config),
+        # Of an encoder of any width, which need not be a variant's.
+        mae_of=model.config if key is not None else None,
     )
     if weights.form == "mae" and key is not None:
-        return start_from_mae(model, weights.tensors, key)
+        return start_from_mae(model, weights.tensors, key, grid=weights.mae_grid)
     variables = native_variables(weights)
     if found := differences(weights.config, model.config):
         lines = "\n  ".join(found)
@@ -160,6 +186,38 @@ def variables_for(
             f"differences:\n  {lines}"
         )
     return _with_positions_of(variable_shapes(model.config), variables)
+
+
+def autoencoder_variables_for(
+    model: MaskedAutoencoder,
+    path_or_name: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+) -> dict[str, Any]:
+    """The variables of a masked autoencoder, decoder and all, for a model that is given.
+
+    Args:
+      model: the model, whose images may be of another size.
+      path_or_name: a run of pre-training, or a file with the published names.
+      step: see ``load``.
+      ema: see ``load``.
+
+    Raises:
+      NamesError: if the checkpoint lacks the decoder, or is of a model of another shape.
+      WeightsError, CheckpointError: see ``load``.
+    """
+    # Which variant it is of does not matter: names and shapes are compared with the model's.
+    weights = _open(path_or_name, step, ema, Hints(), mae_of=SamConfig(model.encoder))
+    if weights.form != "mae":
+        raise WeightsError(
+            f"{weights.path} is no masked autoencoder, which pre-training goes on from: give a run "
+            "of pre-training, or a published file that has the decoder as well"
+        )
+    try:
+        return autoencoder_variables(model, weights.tensors, weights.path)
+    except NamesError as error:
+        raise NamesError(f"{weights.path}: {error}") from None
 
 
 def _with_positions_of(template: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +265,8 @@ def convert(
     """
     check_target(Path(target), to)
     on_progress(f"reading {source}")
+    if to == "mae":
+        return _convert_autoencoder(source, Path(target), step, ema, on_progress)
     weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
     config, form, left_out = weights.config, weights.form, weights.left_out
@@ -219,6 +279,32 @@ def convert(
     height, width = config.image_encoder.image_size
     without = f"; left out: {len(left_out)} tensors that segment nothing" if left_out else ""
     return f"{variant_name(config)} for {height} x {width} pixels, from {form}{without}"
+
+
+def _convert_autoencoder(
+    source: str | Path,
+    target: Path,
+    step: int | None,
+    ema: bool,
+    on_progress: Callable[[str], None],
+) -> str:
+    """Writes a run of pre-training under the published names of MAE; see ``convert``."""
+    weights = _open(source, step, ema, Hints())
+    if weights.form != "mae" or weights.mae_grid is None:
+        raise WeightsError(
+            f"{weights.path} is no run of pre-training, which alone is written as a masked "
+            "autoencoder"
+        )
+    rows, columns = weights.mae_grid
+    if rows != columns:
+        raise WeightsError(
+            f"{weights.path} was trained on {rows} x {columns} patches; the published code of MAE "
+            "has square grids only"
+        )
+    on_progress(f"writing {target}")
+    _write_tensors(target, weights.tensors)
+    height, width = weights.config.image_encoder.image_size
+    return f"a masked autoencoder for {height} x {width} pixels, {len(weights.tensors)} tensors"
 
 
 def native_variables(weights: Weights) -> dict[str, Any]:
@@ -234,7 +320,8 @@ def native_variables(weights: Weights) -> dict[str, Any]:
     if weights.form == "mae":
         raise WeightsError(
             f"{weights.path} is a masked autoencoder, of which only the encoder serves; training "
-            "can start from it (train.init_from; sam-jax convert with --seed; load with a key)"
+            "can start from it (train.init_from; sam-jax convert with --seed; load with a key); "
+            "sam-jax convert --to mae writes a run of pre-training under MAE's published names"
         )
     try:
         variables = to_native(weights.tensors, template, weights.form)
@@ -248,7 +335,8 @@ def native_variables(weights: Weights) -> dict[str, Any]:
 
 def _variables(weights: Weights, key: Array | None) -> dict[str, Any]:
     if weights.form == "mae" and key is not None:
-        return start_from_mae(Sam(weights.config), weights.tensors, key)
+        model = Sam(weights.config)
+        return start_from_mae(model, weights.tensors, key, grid=weights.mae_grid)
     return native_variables(weights)
 
 
@@ -275,20 +363,30 @@ def open_weights(
     return _open(path_or_name, step, ema, Hints(decoder_heads=decoder_heads))
 
 
-def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -> Weights:
+def _open(
+    path_or_name: str | Path,
+    step: int | None,
+    ema: bool,
+    hints: Hints,
+    *,
+    mae_of: SamConfig | None = None,
+) -> Weights:
+    """The weights; of a file of a masked autoencoder's the shape is ``mae_of``, where it is known.
+
+    See ``open_weights``.
+    """
     path = Path(path_or_name)
     if not path.exists():
         path = _download(str(path_or_name))
     if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
         run = path if (path / CHECKPOINTS).is_dir() else path.parent
-        variables = restore_variables(run, step, ema=ema)
-        return Weights(run, "orbax", run_config(run), variables)
+        return _open_run(run, step, ema)
     if step is not None:
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
     scheme, tensors = detect_scheme(found, path)
     if scheme == "mae":
-        return Weights(path, scheme, mae_config(tensors, path), tensors)
+        return Weights(path, scheme, mae_of or mae_config(tensors, path), tensors)
     if scheme == "hugging_face":
         # One tensor under two names, of which files have one or both.
         twin = tensors.pop("prompt_encoder.shared_embedding.positional_embedding", None)
@@ -316,6 +414,19 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
     return Weights(path, scheme, config, tensors, left_out)
 
 
+def _open_run(run: Path, step: int | None, ema: bool) -> Weights:
+    """The weights of a training run; a masked autoencoder's by their published names."""
+    variables = restore_variables(run, step, ema=ema)
+    autoencoder = run_autoencoder(run)
+    if autoencoder is None:
+        return Weights(run, "orbax", run_config(run), variables)
+    try:
+        tensors = mae_tensors(autoencoder, variables)
+    except NamesError as error:
+        raise NamesError(f"{run}: {error}") from None
+    return Weights(run, "mae", run_config(run), tensors, mae_grid=autoencoder.encoder.grid)
+
+
 def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], target: Target) -> None:
     """Writes a checkpoint for another program, or for this one; whole or not at all.
 
@@ -337,8 +448,7 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
         tensors = from_native(variables, "official")
         if isinstance(config.image_encoder, TinyViTConfig):
             tensors |= unused_classifier(config.image_encoder)
-        write = write_safetensors if path.suffix == SAFETENSORS_SUFFIX else write_torch
-        write(path, tensors)
+        _write_tensors(path, tensors)
     elif target == "hugging-face":
         settings = to_hugging_face(config)
         with written_whole(path) as folder:
@@ -366,7 +476,7 @@ def check_target(path: Path, target: Target | None = None) -> None:
       PlaceError: if it cannot be written.
       CheckpointError: if a checkpoint there could not be read.
     """
-    if target == "official":
+    if target in FILE_TARGETS:
         if path.is_dir():
             raise WeightsError(f"{path} is a folder; name the file to write")
         places.check_file(path)
@@ -431,7 +541,7 @@ def describe(
     try:
         if weights.form == "mae":
             key = jax.random.key(0)
-            jax.eval_shape(lambda: start_from_mae(Sam(weights.config), weights.tensors, key))
+            jax.eval_shape(lambda: _variables(weights, key))
         else:
             native_variables(weights)
     except NamesError as error:
@@ -474,22 +584,83 @@ def _checked(variables: Mapping[str, Any], template: Mapping[str, Any], where: A
 
 
 def run_config(run: Path) -> SamConfig:
-    """The shape of the model that a run trains.
+    """The shape of the promptable model that a run trains, or of the one whose encoder it does.
 
     Raises:
       WeightsError: if its config is missing or damaged.
     """
+    return _from_sections(run, lambda sections: build_model(_model_section(sections)).config)
+
+
+def run_autoencoder(run: Path) -> MaskedAutoencoder | None:
+    """The masked autoencoder that a run trains; None if it trains a promptable model.
+
+    Raises:
+      WeightsError: if its config is missing or damaged.
+    """
+
+    def autoencoder(sections: Mapping[str, Any]) -> MaskedAutoencoder | None:
+        if not is_pretraining(sections):
+            return None
+        section = from_mapping(AutoencoderConfig, sections["autoencoder"], "autoencoder")
+        return build_autoencoder(_model_section(sections), section)
+
+    return _from_sections(run, autoencoder)
+
+
+def is_pretraining(sections: Mapping[str, Any]) -> bool:
+    """True if a config's task is to train a masked autoencoder."""
+    return sections.get("task") == "reconstruct"
+
+
+def run_differences(run: Path, model: Sam | MaskedAutoencoder) -> list[str]:
+    """Differences of the model that a run trains from this one, a line each.
+
+    Raises:
+      WeightsError: if its config is missing or damaged.
+    """
+    found = run_autoencoder(run)
+    if isinstance(model, Sam):
+        if found is not None:
+            return ["it trains a masked autoencoder, expected a promptable model"]
+        return differences(run_config(run), model.config)
+    if found is None:
+        return ["it trains a promptable model, expected a masked autoencoder"]
+    return [
+        f"{name} is {ours}, expected {theirs}"
+        for name, ours, theirs in (
+            (name, getattr(of_run, name), getattr(of_model, name))
+            for of_run, of_model, names in (
+                (found.encoder, model.encoder, _ENCODER_FIELDS),
+                (found.config, model.config, _AUTOENCODER_FIELDS),
+            )
+            for name in names
+        )
+        if ours != theirs
+    ]
+
+
+def _model_section(sections: Mapping[str, Any]) -> ModelConfig:
+    return from_mapping(ModelConfig, dict(sections["model"]), "model")
+
+
+def _from_sections(run: Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
+    """The answer of a function to the sections of a run's config."""
     try:
-        section = json.loads((run / CONFIG).read_text())["model"]
-        return build_model(from_mapping(ModelConfig, dict(section), "model")).config
+        return read(json.loads((run / CONFIG).read_text()))
     except FileNotFoundError:
         raise WeightsError(
             f"{run / CONFIG} is missing: it says what model the run trains"
         ) from None
     except ConfigError as error:
         raise WeightsError(f"{run / CONFIG}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    write = write_safetensors if path.suffix == SAFETENSORS_SUFFIX else write_torch
+    write(path, dict(tensors))
 
 
 def _hints_beside(path: Path) -> Hints | None:

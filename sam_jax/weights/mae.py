@@ -1,24 +1,35 @@
-"""The start of training: an encoder from masked-autoencoder pre-training, the rest fresh."""
+"""Masked autoencoders: the start of training from one, and their weights in and out."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam_jax.arrays import Array
+from sam_jax.models.masked_autoencoder import MaskedAutoencoder
+from sam_jax.models.masked_autoencoder import init_variables as init_autoencoder
 from sam_jax.models.sam import Sam, SamConfig, init_variables
+from sam_jax.ops.positional import sincos_positions
 from sam_jax.weights.files import WeightsError
 from sam_jax.weights.geometry import vit_variant
-from sam_jax.weights.names import foreign_names, to_native
+from sam_jax.weights.names import foreign_names, from_native, to_native
 
 # What pre-training has and the encoder has not: the class token, the norm after the last block,
 # and the decoder that pre-training throws away.
 _DROPPED = ("cls_token", "mask_token", "norm.", "decoder_")
+_POSITIONS, _DECODER_POSITIONS = "pos_embed", "decoder_pos_embed"
 
 
-def start_from_mae(model: Sam, tensors: Mapping[str, np.ndarray], key: Array) -> dict[str, Any]:
+def start_from_mae(
+    model: Sam,
+    tensors: Mapping[str, np.ndarray],
+    key: Array,
+    *,
+    grid: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """Variables of a model whose encoder continues a masked autoencoder's, float32.
 
     Positions are interpolated to the model's grid, without that of the class token; so are filters
@@ -30,9 +41,10 @@ def start_from_mae(model: Sam, tensors: Mapping[str, np.ndarray], key: Array) ->
       model: of the checkpoint's depth and width.
       tensors: of the checkpoint, by MAE's names.
       key: for what is drawn at random.
+      grid: rows and columns of the checkpoint's positions; None for as many of both.
 
     Raises:
-      WeightsError: if there are no square positions.
+      WeightsError: if the positions are none of such a grid.
       NamesError: if the checkpoint is of another encoder.
 
     Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"; Li et al. 2022,
@@ -40,8 +52,9 @@ def start_from_mae(model: Sam, tensors: Mapping[str, np.ndarray], key: Array) ->
     """
     encoder = model.config.image_encoder
     kept = {name: array for name, array in tensors.items() if not name.startswith(_DROPPED)}
-    if "pos_embed" in kept:
-        kept["pos_embed"] = _resize_bicubic(_grid_of_positions(kept["pos_embed"]), encoder.grid)
+    if _POSITIONS in kept:
+        of_grid = _grid_of_positions(kept[_POSITIONS], grid)
+        kept[_POSITIONS] = _resize_bicubic(of_grid, encoder.grid)
     if (name := "patch_embed.proj.weight") in kept and kept[name].ndim == 4:
         filters = kept[name].transpose(2, 3, 0, 1).reshape(*kept[name].shape[2:], -1)
         resized = _resize_bicubic(filters[None], (encoder.patch_size,) * 2)[0]
@@ -77,15 +90,65 @@ def mae_config(tensors: Mapping[str, np.ndarray], where: Any) -> SamConfig:
     )
 
 
-def _grid_of_positions(positions: np.ndarray) -> np.ndarray:
-    """Positions [1, h, w, d] of [1, 1 + h * w, d], square, the class token's first."""
-    side = round((positions.shape[1] - 1) ** 0.5) if positions.ndim == 3 else 0
-    if positions.ndim != 3 or side * side + 1 != positions.shape[1]:
+def mae_tensors(model: MaskedAutoencoder, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Tensors by the published names of a masked autoencoder, its fixed positions with them."""
+    tensors = from_native({"params": variables["params"]}, "mae")
+    return tensors | {name: _with_class(table) for name, table in _fixed_positions(model).items()}
+
+
+def autoencoder_variables(
+    model: MaskedAutoencoder, tensors: Mapping[str, np.ndarray], where: Any
+) -> dict[str, Any]:
+    """Variables of a masked autoencoder from tensors by their published names, float32.
+
+    Positions are not read, since ours are the same fixed sines at every size.
+
+    Raises:
+      NamesError: if tensors are missing, as the decoder's in a file that is meant for fine-tuning,
+        unexpected or misshapen.
+      WeightsError: if the positions are others.
+    """
+    kept = dict(tensors)
+    for name, table in _fixed_positions(model).items():
+        found, expected = kept.pop(name, None), _with_class(table)
+        if found is not None and found.shape == expected.shape:
+            distance = np.abs(found.astype(np.float32) - expected).max()
+            # Half precision has three digits.
+            if not distance < 1e-2:
+                raise WeightsError(
+                    f"{where}: {name} differs by {distance:.2g} from the fixed sines that MAE "
+                    "pre-training has; it was trained further, and cannot go on as one"
+                )
+    template = jax.eval_shape(lambda: init_autoencoder(model, jax.random.key(0)))
+    params = to_native(kept, {"params": template["params"]}, "mae")["params"]
+    return {"params": jax.tree.map(lambda a: np.asarray(a, np.float32), params), "constants": {}}
+
+
+def _fixed_positions(model: MaskedAutoencoder) -> dict[str, np.ndarray]:
+    """Positions [gh, gw, d] of encoder and decoder by their published names."""
+    grid = model.encoder.grid
+    return {
+        _POSITIONS: sincos_positions(grid, model.encoder.embed_dim),
+        _DECODER_POSITIONS: sincos_positions(grid, model.config.decoder_dim),
+    }
+
+
+def _with_class(positions: np.ndarray) -> np.ndarray:
+    """Positions [1, 1 + h * w, d] of [h, w, d], the class token's, zero, first."""
+    flat = positions.reshape(-1, positions.shape[-1])
+    return np.concatenate([np.zeros_like(flat[:1]), flat])[None]
+
+
+def _grid_of_positions(positions: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
+    """Positions [1, h, w, d] of [1, 1 + h * w, d], the class token's first; None for a square."""
+    if grid is None and positions.ndim == 3:
+        grid = (round((positions.shape[1] - 1) ** 0.5),) * 2
+    if grid is None or positions.ndim != 3 or grid[0] * grid[1] + 1 != positions.shape[1]:
         raise WeightsError(
             f"pos_embed has shape {positions.shape}, expected [1, 1 + n * n, d] with the class "
             "token's position first"
         )
-    return positions[:, 1:].reshape(1, side, side, -1)
+    return positions[:, 1:].reshape(1, *grid, -1)
 
 
 def _resize_bicubic(grid: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:

@@ -177,6 +177,7 @@ KINDS: dict[str, dict[str, tuple[str | tuple[str, ...], Relation]]] = {
     "tensor": {"": ("", _SAME)},
     "positions": {"": ("", Layout("1 h w d -> h w d"))},
     "vector": {"": ("", Layout("1 d -> d"))},
+    "token": {"": ("", Layout("1 1 d -> d"))},
     # Several torch tensors stacked, of which each but the last has one row.
     "rows": {"": ("", _SAME)},
     "conv_norm": _before_batch_norm("o i h w -> h w i o"),
@@ -194,7 +195,7 @@ class Row(NamedTuple):
     """
 
     native: str
-    official: str | tuple[str, ...]
+    official: str | tuple[str, ...] | None
     hugging_face: str | tuple[str, ...] | None
     kind: str
     mae: str | None = None
@@ -275,6 +276,41 @@ TABLE: tuple[Row, ...] = (
         "vision_encoder.neck.layer_norm2",
         "norm",
     ),
+    # What a masked autoencoder has besides
+    Row("params/image_encoder/class_token", None, None, "token", mae="cls_token"),
+    Row("params/image_encoder/norm", None, None, "norm", mae="norm"),
+    Row("params/pixel_decoder/embed", None, None, "dense", mae="decoder_embed"),
+    Row("params/pixel_decoder/mask_token", None, None, "token", mae="mask_token"),
+    Row(
+        "params/pixel_decoder/block_{i:02d}/{norm}",
+        None,
+        None,
+        "norm",
+        mae="decoder_blocks.{i}.{norm}",
+    ),
+    Row(
+        "params/pixel_decoder/block_{i:02d}/attn/{dense}",
+        None,
+        None,
+        "dense",
+        mae="decoder_blocks.{i}.attn.{dense}",
+    ),
+    Row(
+        "params/pixel_decoder/block_{i:02d}/mlp/dense_0",
+        None,
+        None,
+        "dense",
+        mae="decoder_blocks.{i}.mlp.fc1",
+    ),
+    Row(
+        "params/pixel_decoder/block_{i:02d}/mlp/dense_1",
+        None,
+        None,
+        "dense",
+        mae="decoder_blocks.{i}.mlp.fc2",
+    ),
+    Row("params/pixel_decoder/norm", None, None, "norm", mae="decoder_norm"),
+    Row("params/pixel_decoder/prediction", None, None, "dense", mae="decoder_pred"),
     # TinyViT, MobileSAM's image encoder; its neck is the one above
     Row(
         "params/image_encoder/patch_embed/conv1",

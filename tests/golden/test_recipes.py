@@ -16,14 +16,11 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from sam_jax.configuration import from_mapping
-from sam_jax.data.config import DataConfig
-from sam_jax.evaluation.prompted import EvalConfig
-from sam_jax.losses import LossConfig
-from sam_jax.models.sam import Sam, init_variables
-from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
+from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.sharding import MESH_AXES, ShardingConfig, tree_shardings
 from sam_jax.simulated_user import PromptConfig
-from sam_jax.training.experiment import TrainConfig
+from sam_jax.training.experiment import Experiment
 from sam_jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -32,25 +29,26 @@ from sam_jax.training.optimizer import (
 )
 from sam_jax.training.state import init_state
 from sam_jax.training.step import build_train_step
-from sam_jax.training.tasks.segment import SegmentTask
 from tests.golden.tables import assert_unchanged, folded
 
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER.parents[1] / "configs"
-FRAGMENTS = {"common", "sam_recipe", "small_recipe"}
+FRAGMENTS = {"common", "mae_recipe", "sam_recipe", "small_recipe"}
 # What trains: configs of evaluations alone have tests of their own.
 RECIPES = sorted(
     path.stem
     for path in CONFIGS.glob("*.py")
     if path.stem not in FRAGMENTS and not path.stem.startswith("eval_")
 )
-PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h")
+PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h", "mae_vit_b", "mae_vit_l", "mae_vit_h")
 
 
 @pytest.fixture
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> ConfigDict:
     name = request.param
     get_config = importlib.import_module(f"configs.{name}").get_config
+    if name == "mae_tiny":
+        return get_config("train:val")
     if name not in ("small_coco", "small_folder", "mobile_sam"):
         return get_config()
     (tmp_path / "birds").mkdir()
@@ -59,15 +57,13 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> ConfigDict:
     return get_config(str(tmp_path))
 
 
-def abstract_state(sections: dict[str, Any]) -> tuple[Sam, Any, Any]:
-    model = build_model(from_mapping(ModelConfig, sections["model"], "model"))
-    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+def abstract_state(sections: dict[str, Any]) -> tuple[Experiment, Any, Any]:
+    experiment = Experiment.of(sections)
+    variables = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0)))
     optimizer = build_optimizer(
-        variables["params"],
-        from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
-        from_mapping(TrainConfig, sections["train"], "train").num_steps,
+        variables["params"], experiment.optimizer, experiment.train.num_steps
     )
-    return model, optimizer, jax.eval_shape(lambda v: init_state(v, optimizer), variables)
+    return experiment, optimizer, jax.eval_shape(lambda v: init_state(v, optimizer), variables)
 
 
 def axes_text(axes: Any) -> str:
@@ -80,19 +76,14 @@ def test_every_recipe_builds_its_train_step(config: ConfigDict) -> None:
     # Blocks are of two kinds, with windows and without; four hold both, and are traced sooner.
     if sections["model"]["variant"] != "mobile_sam":
         sections["model"]["encoder"] |= {"depth": 4, "global_attention_blocks": (1, 3)}
-    model, optimizer, state = abstract_state(sections)
-    data = from_mapping(DataConfig, {**sections["data"], "image_size": model.image_size}, "data")
+    experiment, optimizer, state = abstract_state(sections)
     for name, section in sections["evals"].items():
-        from_mapping(EvalConfig, section, f"evals.{name}")
-    train = from_mapping(TrainConfig, sections["train"], "train")
-    task = SegmentTask(
-        model,
-        from_mapping(PromptConfig, sections["prompts"], "prompts"),
-        from_mapping(LossConfig, sections["losses"], "losses"),
-        max_masks=data.max_masks,
-        remat_rounds=train.remat_rounds,
-    )
-    step = build_train_step(task, optimizer, seed=train.seed)
+        options = dict(section)
+        kind = KINDS[options.pop("kind", DEFAULT_KIND)]
+        from_mapping(kind.config, options, f"evals.{name}")
+        assert isinstance(experiment.task.model, kind.model)
+    task = experiment.task
+    step = build_train_step(task, optimizer, seed=experiment.train.seed)
     new_state, metrics = jax.eval_shape(step, state, task.batch_spec(2))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
@@ -126,7 +117,8 @@ def test_sharding_and_optimizer_group_of_every_parameter() -> None:
         for path, group in groups.items():
             axes = ",".join(axes_text(axis) for axis in specs[path].spec) or "-"
             shape = "x".join(map(str, leaves[path].shape))
-            block = re.search(r"block_(\d+)", path)
+            # Those of a masked autoencoder's decoder come after all of the encoder.
+            block = re.search(r"image_encoder/block_(\d+)", path)
             start, origin = ("n", int(block[1])) if block else ("last", last_layer)
             layer = f"{start}{group.layer - origin:+d}"
             decay = "decayed" if group.decayed else "not decayed"
@@ -160,3 +152,26 @@ def test_the_recipes_say_what_the_paper_says(config: ConfigDict, facts: tuple) -
     assert prompts == PromptConfig()
     assert prompts.num_rounds == 11
     assert config.data.max_masks == 64
+
+
+@pytest.mark.parametrize("config", ["mae_vit_b", "mae_vit_l", "mae_vit_h"], indirect=True)
+def test_pre_training_says_what_its_paper_says(config: ConfigDict) -> None:
+    """Table 8 of He et al. 2022, and the published command."""
+    steps_per_epoch = 1_281_167 // 4096
+    assert config.data.batch_size == 4096
+    assert tuple(config.data.crop_area_rates) == (0.2, 1.0)
+    assert (config.data.color_jitter, config.data.hflip_rate) == (0.0, 0.5)
+    assert config.train.num_steps == 800 * steps_per_epoch
+    optimizer = from_mapping(OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.05)
+    assert (optimizer.layer_decay, optimizer.clip_norm) == (1.0, None)
+    schedule = learning_rate_schedule(optimizer, config.train.num_steps)
+    warmup, peak = 40 * steps_per_epoch, 1.5e-4 * 4096 / 256
+    # Half of a cosine, down to nothing.
+    middle = (warmup + config.train.num_steps) // 2
+    expected = {warmup // 2: peak / 2, warmup: peak, middle: peak / 2, config.train.num_steps: 0}
+    assert {step: float(schedule(step)) for step in expected} == pytest.approx(expected, abs=1e-7)
+    model = Experiment.of(config.to_dict()).task.model
+    assert isinstance(model, MaskedAutoencoder)
+    assert model.config == AutoencoderConfig(0.75, True, 512, 8, 16)
+    assert (model.encoder.grid, model.num_dropped) == ((14, 14), 147)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax.models import masked_autoencoder
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import MaskDecoderConfig
+from sam_jax.models.masked_autoencoder import MaskedAutoencoder
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import SamConfig, variable_shapes
 
@@ -47,7 +49,16 @@ def load_frozen() -> dict[str, np.ndarray]:
 
 def random_variables(config: SamConfig, seed: int = 0) -> dict[str, Any]:
     """Variables without a compiled initialiser, none of them zero, activations of order one."""
-    template = variable_shapes(config)
+    return _random(variable_shapes(config), seed)
+
+
+def random_autoencoder(model: MaskedAutoencoder, seed: int = 0) -> dict[str, Any]:
+    """As ``random_variables``, of a masked autoencoder."""
+    template = jax.eval_shape(lambda: masked_autoencoder.init_variables(model, jax.random.key(0)))
+    return _random(template, seed)
+
+
+def _random(template: Any, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def value(path: Any, leaf: Any) -> jax.Array:
@@ -58,7 +69,8 @@ def random_variables(config: SamConfig, seed: int = 0) -> dict[str, Any]:
         draw = (name == "scale") + scale * rng.standard_normal(leaf.shape)
         return jnp.asarray(draw, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(value, template)
+    found: dict[str, Any] = jax.tree_util.tree_map_with_path(value, template)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 from sam_jax.data.samples import CorruptSampleError, decode_image, decode_masks
-from sam_jax.data.sources import sa1b
-from sam_jax.data.sources.sa1b import Sa1bSource, parse_annotation, scan_tar
+from sam_jax.data.sources import tars
+from sam_jax.data.sources.sa1b import PAIRS, Sa1bSource, parse_annotation
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import (
     box_mask,
@@ -119,11 +119,12 @@ def test_the_index_is_made_once_and_again_when_the_tar_changes(
 ) -> None:
     scans = []
 
-    def counting_scan(path: Path) -> np.ndarray:
+    def counting_scan(path: Path, arrangement: tars.Arrangement) -> np.ndarray:
         scans.append(path.name)
-        return scan_tar(path)
+        return scan(path, arrangement)
 
-    monkeypatch.setattr("sam_jax.data.sources.sa1b.scan_tar", counting_scan)
+    scan = tars.scan
+    monkeypatch.setattr(tars, "scan", counting_scan)
     tar = write_tar(tmp_path / "a.tar", sa1b_files([1, 2]))
     for _ in range(3):
         assert len(Sa1bSource(tar)) == 2
@@ -144,9 +145,9 @@ def test_indices_of_equally_named_tars_share_a_cache_folder(tmp_path: Path) -> N
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         write_tar(tmp_path / str(number) / "a.tar", sa1b_files([number]))
-    tars = [tmp_path / "1" / "a.tar", tmp_path / "2" / "a.tar"]
+    both = [tmp_path / "1" / "a.tar", tmp_path / "2" / "a.tar"]
     for _ in range(2):
-        assert hws(Sa1bSource(tars, cache_dir=cache)) == [numbered_hw(1), numbered_hw(2)]
+        assert hws(Sa1bSource(both, cache_dir=cache)) == [numbered_hw(1), numbered_hw(2)]
         assert len(list(cache.iterdir())) == 2
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["a.tar"]
 
@@ -160,8 +161,8 @@ def test_an_index_that_cannot_be_kept_asks_for_a_folder(tmp_path: Path) -> None:
 def test_threads_may_read_at_once_from_more_tars_than_stay_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_open = functools.lru_cache(maxsize=1)(sa1b._open_tar.__wrapped__)
-    monkeypatch.setattr(sa1b, "_open_tar", one_open)
+    one_open = functools.lru_cache(maxsize=1)(tars._open_tar.__wrapped__)
+    monkeypatch.setattr(tars, "_open_tar", one_open)
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", sa1b_files([number]))
     source = Sa1bSource(tmp_path)
@@ -219,7 +220,7 @@ def test_a_tar_cut_short_keeps_what_is_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: float
 ) -> None:
     tar = write_tar(tmp_path / "a.tar", sa1b_files([1, 2, 3]))
-    members = scan_tar(tar)
+    members = tars.scan(tar, PAIRS)
     begin, size = members["json"][2].tolist()
     content = tar.read_bytes()
     tar.write_bytes(content[: begin + int(kept * size)])
@@ -232,7 +233,7 @@ def test_a_tar_cut_short_keeps_what_is_whole(
 
 def test_a_tar_cut_within_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tar = write_tar(tmp_path / "a.tar", sa1b_files([1, 2]))
-    begin = int(scan_tar(tar)["json"][1][0])
+    begin = int(tars.scan(tar, PAIRS)["json"][1][0])
     tar.write_bytes(tar.read_bytes()[: begin - 200])
     with caplog.at_level(logging.WARNING):
         assert reasons(Sa1bSource(tar)) == {"sa_1.jpg": "good", "sa_2.jpg": "missing json"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sam_jax.data.samples import CorruptSampleError, decode_image, decode_masks
-from sam_jax.data.sources.tfds import TfdsSource
+from sam_jax.data.sources.tfds import TfdsImagesSource, TfdsSource
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import box_mask, numbered_hw, sa1b_pair
 
@@ -130,7 +130,7 @@ def test_reading_needs_no_tensorflow(prepared: Path) -> None:
     """In a process of its own: other tests may have imported it here."""
     program = f"""
 import pickle, sys
-from sam_jax.data.sources.tfds import TfdsSource
+from sam_jax.data.sources.tfds import TfdsImagesSource, TfdsSource
 source = pickle.loads(pickle.dumps(TfdsSource({str(prepared)!r})))
 print(len(source), len([source[i] for i in range(4)]), "tensorflow" in sys.modules)
 """
@@ -180,6 +180,29 @@ def test_other_data_sets_are_refused(prepared: Path, tmp_path: Path) -> None:
     example = {"image": {"content": io.BytesIO(jpg)}}
     with pytest.raises(ConfigError, match="lacks SA-1B's features"):
         TfdsSource(write_dataset(tmp_path, "array_record", features, [example]))
+
+
+def test_images_of_any_data_set_serve_without_masks(prepared: Path, tmp_path: Path) -> None:
+    from tensorflow_datasets import features as f
+
+    # SA-1B's have the picture under `content`; most others have it by itself.
+    source = TfdsImagesSource(prepared)
+    assert [decode_image(source[i]).shape[:2] for i in range(4)] == [
+        decode_image(TfdsSource(prepared)[i]).shape[:2] for i in range(4)
+    ]
+    assert source[0].masks_rle == ()
+    features = f.FeaturesDict({"image": f.Image(), "label": f.ClassLabel(num_classes=2)})
+    jpg = sa1b_pair(3)[0]
+    path = write_dataset(
+        tmp_path / "plain", "array_record", features, [{"image": io.BytesIO(jpg), "label": 1}]
+    )
+    plain = TfdsImagesSource(path, name="plain")
+    assert (len(plain), plain[0].image, plain[0].dataset) == (1, jpg, "plain")
+    assert plain[0].name == f"{path}::0"
+    features = f.FeaturesDict({"image": np.str_})
+    without = write_dataset(tmp_path / "without", "array_record", features, [{"image": "a"}])
+    with pytest.raises(ConfigError, match="lacks a feature 'image' or 'image/content'"):
+        TfdsImagesSource(without)
 
 
 def test_record_formats_without_random_access_are_refused(prepared: Path, tmp_path: Path) -> None:

@@ -1,41 +1,26 @@
-"""SA-1B as released: tars of jpg + json pairs, read in place.
+"""SA-1B as released: tars of jpg + json pairs, read in place (see `tars`).
 
-A tar has no table of contents, so each is scanned once for its members'
-offsets, and the result kept in a small file; from then on a sample is two
-reads at known offsets and nothing is ever extracted. Folders that somebody
-did extract work, too.
+Folders that somebody did extract work, too.
 """
 
-import functools
-import hashlib
 import json
 import logging
 import os
-import tarfile
-import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.sources import tars
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
-from sam_jax.files import data_files, is_hidden
+from sam_jax.files import data_files
 from sam_jax.images import PICTURE_SUFFIXES, Orientation
 
 _log = logging.getLogger(__name__)
 _HIDDEN = "hidden files"
-_BLOCK = tarfile.BLOCKSIZE
-# To be raised when the scan finds other pairs than before, so that older indices are made anew.
-_INDEX_VERSION = 2
-# Scanning waits for storage, not for the processor.
-_SCAN_THREADS = 8
-_MAX_OPEN_TARS = 128
-# Bytes of a tar's name in the name of its index, which has some 45 bytes more.
-_MAX_LABEL_BYTES = 200
 
 
 class AnnotationFile(NamedTuple):
@@ -59,7 +44,7 @@ class AnnotationFile(NamedTuple):
           CorruptSampleError: there is none, or the tar ends before it does.
         """
         if self.extent is not None:
-            return _read_extent(self.path, self.name, "json", self.extent)
+            return tars.read_extent(self.path, self.name, "json", self.extent)
         try:
             return self.path.read_bytes()
         except FileNotFoundError as error:
@@ -97,13 +82,11 @@ class Sa1bSource:
         self.name = name
         self.left_out = Tally()
         self._orientation = orientation
-        parts = [path] if isinstance(path, (str, Path)) else path
-        tars, folders = _find(parts)
-        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            index_paths = pool.map(lambda tar: _current_index(tar, cache_dir), tars)
-            self._shards: list[_Shard] = [
-                _TarShard(tar, index) for tar, index in zip(tars, index_paths, strict=True)
-            ]
+        found, folders = tars.find(path)
+        index_paths = tars.current_indices(found, cache_dir, PAIRS)
+        self._shards: list[_Shard] = [
+            _TarShard(tar, index) for tar, index in zip(found, index_paths, strict=True)
+        ]
         self._shards += [_FolderShard(folder, self.left_out) for folder in folders]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         if not len(self):
@@ -167,43 +150,6 @@ def parse_annotation(
         else:
             unusable.append(f"annotations[{number}]: segmentation is {rle!r:.80}")
     return tuple(usable), tuple(unusable)
-
-
-def _find(parts: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The tars and the extracted folders that `parts` name, sorted."""
-    tars, folders = set(), set()
-    for part in parts:
-        matches = _matches(Path(part))
-        if not matches:
-            raise FileNotFoundError(f"nothing at {part}")
-        for match in matches:
-            if not match.is_dir():
-                tars.add(match)
-            elif inside := [tar for tar in match.glob("*.tar") if not is_hidden(Path(tar.name))]:
-                tars.update(inside)
-            else:
-                folders.add(match)
-    return sorted(tars), sorted(folders)
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """Files and folders that a path or a pattern names.
-
-    Folders that are there are taken literally, as their names may hold what patterns are made of;
-    where that leads nowhere, the whole is a pattern.
-    """
-    literal, rest = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
-    while rest and (literal / rest[0]).exists():
-        literal, rest = literal / rest[0], rest[1:]
-    if not rest:
-        return [literal]
-    found = list(literal.glob("/".join(rest)))
-    if not found:
-        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    # A star stands for hidden files as well, which are no data unless they are named.
-    if pattern.name.startswith("."):
-        return found
-    return [match for match in found if not is_hidden(Path(match.name))]
 
 
 class _Shard(Protocol):
@@ -287,166 +233,46 @@ class _TarShard:
     def __init__(self, path: Path, index_path: Path):
         self._path = path
         self._index_path = index_path
-        self._length = len(_load_index(index_path))
+        self._length = len(tars.load_index(index_path))
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, index: int) -> tuple[str, bytes, bytes]:
-        entry = _load_index(self._index_path)[index]
+        entry = tars.load_index(self._index_path)[index]
         name = f"{self._path}::{os.fsdecode(entry['name'])}"
         image = self._read(name, "image", entry["image"])
         return name, image, self._read(name, "json", entry["json"])
 
     def annotation_file(self, index: int) -> AnnotationFile:
-        entry = _load_index(self._index_path)[index]
+        entry = tars.load_index(self._index_path)[index]
         name = f"{self._path}::{os.fsdecode(entry['name'])}"
         offset, size = entry["json"].tolist()
         return AnnotationFile(name, self._path, (offset, size))
 
     def _read(self, name: str, what: str, extent: np.ndarray) -> bytes:
         offset, size = extent.tolist()
-        return _read_extent(self._path, name, what, (offset, size))
+        return tars.read_extent(self._path, name, what, (offset, size))
 
 
-def _read_extent(path: Path, name: str, what: str, extent: tuple[int, int]) -> bytes:
-    """A part of a tar.
-
-    Raises:
-      CorruptSampleError: it is not, or not all, there.
-    """
-    offset, size = extent
-    if offset < 0:
-        raise CorruptSampleError(name, f"missing {what}")
-    content = _open_tar(path).read(offset, size)
-    if len(content) < size:
-        detail = f"{what} has {len(content)} of {size} bytes"
-        raise CorruptSampleError(name, "truncated tar", detail)
-    return content
-
-
-class _Handle:
-    """An open file for reading at offsets, from any thread."""
-
-    def __init__(self, fd: int):
-        self._fd = fd
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes; fewer only at the end of the file."""
-        chunks = []
-        while size and (chunk := os.pread(self._fd, size, offset)):
-            chunks.append(chunk)
-            offset, size = offset + len(chunk), size - len(chunk)
-        return b"".join(chunks)
-
-    def __del__(self):
-        os.close(self._fd)
-
-
-# One cache of each a process, so that sources hold nothing that cannot be
-# pickled. A handle that is dropped from the cache closes once the last thread
-# reading from it is done.
-@functools.lru_cache(maxsize=_MAX_OPEN_TARS)
-def _open_tar(path: Path) -> _Handle:
-    return _Handle(os.open(path, os.O_RDONLY))
-
-
-@functools.cache
-def _load_index(path: Path) -> np.ndarray:
-    """The index, mapped into memory: processes on a machine share it."""
-    return np.load(path, mmap_mode="r")
-
-
-def _current_index(tar: Path, cache_dir: str | Path | None) -> Path:
-    """The path of the tar's index, which is made if it is not there.
-
-    The tar's size and time of modification are part of its name, so that a
-    changed tar is scanned anew.
-    """
-    tar = tar.absolute()
-    stat = tar.stat()
-    folder = tar.parent if cache_dir is None else Path(cache_dir)
-    # Tars of one name from two folders may share a cache.
-    origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
-    state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{_INDEX_VERSION}"
-    # Cut, since the tar's name may have the greatest length already; the digest tells tars apart.
-    label = os.fsdecode(os.fsencode(tar.name)[:_MAX_LABEL_BYTES])
-    path = folder / f"{label}.{origin}.{state}.npy"
-    if not path.exists():
-        index = scan_tar(tar)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            own = f"{label}.{origin}."
-            outdated = [old for old in folder.glob("*.npy") if old.name.startswith(own)]
-            _write_atomically(path, index)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot keep the index of {tar} in {folder}: set cache_dir to a "
-                "folder that can be written"
-            ) from error
-        for old in outdated:
-            old.unlink(missing_ok=True)
-    return path
-
-
-def _write_atomically(path: Path, array: np.ndarray) -> None:
-    """Other processes see the whole file or none; any may be the last writer."""
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            np.save(file, array)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def scan_tar(path: Path) -> np.ndarray:
-    """Positions of the pairs in a tar, one record a pair, in order of names.
-
-    Args:
-      path: an uncompressed tar, complete or cut short.
+def _index_of_pairs(members: Iterable[tars.Member]) -> np.ndarray:
+    """Positions of the pairs of a tar, one record a pair, in order of names.
 
     Returns:
       A structured array [n]: `name` (the image's path, or the json's where the image is missing),
       `image` and `json`, each (offset, size) in bytes, offset -1 where missing.
-
-    Raises:
-      ConfigError: it is no uncompressed tar.
     """
-    pairs: dict[str, list[tuple[str, int, int]]] = {}
-    absent = ("", -1, 0)
-    num_hidden = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            complete = True
-            try:
-                for member in tar:
-                    if not member.isreg():
-                        continue
-                    if is_hidden(PurePosixPath(member.name)):
-                        num_hidden += 1
-                    else:
-                        extent = (member.name, member.offset_data, member.size)
-                        _pair_up(pairs, member.name, extent, absent, lambda value: value[0])
-            except tarfile.ReadError:
-                complete = False
-            # A tar ends with blocks of zeros; tarfile stops at garbage, too.
-            tar.fileobj.seek(tar.offset)
-            complete = complete and tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
-    except tarfile.ReadError as error:
-        raise ConfigError(f"{path} is not an uncompressed tar: {error}") from error
-    if num_hidden:
-        _log.warning("%s: %d hidden files left out", path, num_hidden)
-    if not complete:
-        _log.warning("%s is cut short or damaged: %d images", path, len(pairs))
-    names = [os.fsencode(pairs[stem][0][0] or pairs[stem][1][0]) for stem in sorted(pairs)]
-    width = max(map(len, names), default=1)
-    index = np.zeros(
-        len(pairs),
-        [("name", f"S{width}"), ("image", np.int64, 2), ("json", np.int64, 2)],
-    )
-    index["name"] = names
+    pairs: dict[str, list[tars.Member]] = {}
+    absent = tars.Member("", -1, 0)
+    for member in members:
+        _pair_up(pairs, member.name, member, absent, lambda value: value.name)
+    names = [os.fsencode(pairs[stem][0].name or pairs[stem][1].name) for stem in sorted(pairs)]
+    index = tars.empty_index(names, ("image", "json"))
     for field, part in (("image", 0), ("json", 1)):
         extents = [pairs[stem][part][1:] for stem in sorted(pairs)]
         index[field] = np.array(extents, np.int64).reshape(-1, 2)
     return index
+
+
+# The version is to be raised when other pairs are found than before.
+PAIRS = tars.Arrangement("", 2, _index_of_pairs)

@@ -26,8 +26,7 @@ from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.task import Fields, LossParts, LossSums, Sums
-from sam_jax.weights.geometry import differences
-from sam_jax.weights.load import run_config, variables_for
+from sam_jax.weights.load import run_differences, variables_for
 
 _ENCODER = "image_encoder"
 
@@ -87,7 +86,7 @@ class SegmentTask:
         return variables_for(self.model, path, key=key)
 
     def differences(self, run: Path) -> list[str]:
-        return differences(run_config(run), self.model.config)
+        return run_differences(run, self.model)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         height, width = self.model.image_size

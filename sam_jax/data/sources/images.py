@@ -1,0 +1,140 @@
+"""Images without masks, for pre-training: folders of picture files, or tars of them."""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+
+from sam_jax.data.samples import Sample, read_picture_file
+from sam_jax.data.sources import tars
+from sam_jax.data.tally import Tally
+from sam_jax.errors import ConfigError
+from sam_jax.files import data_files
+from sam_jax.images import PICTURE_SUFFIXES, Orientation
+
+_log = logging.getLogger(__name__)
+
+
+class ImagesSource:
+    """Picture files, whatever else lies beside them: samples without a mask.
+
+    Args:
+      path: a folder (tree) of pictures, a tar of them, a folder of tars, a glob pattern of any of
+        these, or several such.
+      cache_dir: where the indices of tars are kept; None is beside each tar.
+      name: what `Sample.dataset` says.
+      orientation: see `Sample`.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ConfigError: a file is no uncompressed tar, there is no picture in all of it, or an index
+        cannot be kept where it should be.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        cache_dir: str | Path | None = None,
+        name: str = "images",
+        orientation: Orientation = "upright",
+    ):
+        self.name = name
+        self.left_out = Tally()
+        self._orientation = orientation
+        found, folders = tars.find(path)
+        indices = tars.current_indices(found, cache_dir, PICTURES)
+        self._shards: list[_Shard] = [
+            _TarShard(tar, index) for tar, index in zip(found, indices, strict=True)
+        ]
+        self._shards += [_FolderShard(folder, self.left_out) for folder in folders]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        if not len(self):
+            left_out = f" (left out: {self.left_out})" if self.left_out else ""
+            raise ConfigError(
+                f"no picture in {path}{left_out}; pictures end in {', '.join(PICTURE_SUFFIXES)}"
+            )
+        if self.left_out:
+            _log.warning("%s: left out: %s", path, self.left_out)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        """The picture at 0 <= index < len.
+
+        Raises:
+          CorruptSampleError: it is gone, or the tar ends before it does.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        name, image = shard.read(index - int(self._ends[number]) + len(shard))
+        return Sample(image, (), self.name, name, orientation=self._orientation)
+
+
+class _Shard(Protocol):
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[str, bytes]:
+        """Name and content of a picture file.
+
+        Raises:
+          CorruptSampleError: it is not all there.
+        """
+        ...
+
+
+class _FolderShard:
+    """Picture files in a folder or below it."""
+
+    def __init__(self, folder: Path, left_out: Tally):
+        self._folder = folder
+        found, hidden = data_files(folder, PICTURE_SUFFIXES)
+        if hidden:
+            left_out.add("hidden files", str(hidden[0]), len(hidden))
+        # As one array, millions of paths are pickled into workers at once.
+        self._names = np.array([file.relative_to(folder).as_posix() for file in found], np.str_)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> tuple[str, bytes]:
+        path = self._folder / str(self._names[index])
+        return str(path), read_picture_file(path)
+
+
+class _TarShard:
+    """The picture files of one tar, through its index."""
+
+    def __init__(self, path: Path, index_path: Path):
+        self._path = path
+        self._index_path = index_path
+        self._length = len(tars.load_index(index_path))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> tuple[str, bytes]:
+        entry = tars.load_index(self._index_path)[index]
+        name = f"{self._path}::{os.fsdecode(entry['name'])}"
+        offset, size = entry["image"].tolist()
+        return name, tars.read_extent(self._path, name, "image", (offset, size))
+
+
+def _index_of_pictures(members: Iterable[tars.Member]) -> np.ndarray:
+    """Positions of the pictures of a tar in order of their names: `name` and `image`."""
+    found = sorted(
+        member
+        for member in members
+        if PurePosixPath(member.name).suffix.lower() in PICTURE_SUFFIXES
+    )
+    index = tars.empty_index([os.fsencode(member.name) for member in found], ("image",))
+    index["image"] = np.array([member[1:] for member in found], np.int64).reshape(-1, 2)
+    return index
+
+
+PICTURES = tars.Arrangement("images", 1, _index_of_pictures)
