@@ -260,7 +260,8 @@ class Checkpointer:
             ) from error
         ema_params = None
         if keeps_ema:
-            ema_params = restored[_EMA if _EMA in parts else _MODEL]["params"]
+            found = restored[_EMA if _EMA in parts else _MODEL]["params"]
+            ema_params = state.averaged_part(found)
             if _EMA not in parts:
                 ema_params = jax.tree.map(jax.numpy.copy, ema_params)
         return state.replace(

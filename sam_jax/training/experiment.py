@@ -33,10 +33,13 @@ class TrainConfig:
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
       remat_rounds: whether rounds of prompting are computed again in the backward pass, see
         ``rounds.run_rounds``.
+      trainable: parameters that are trained: "all", "decoder" (the mask decoder), "lora" (adapters,
+        see ``lora.LoraConfig``), or regular expressions searched in their paths; several add up.
+        The others stay as they are, and take neither gradients nor the optimizer's memory.
       ema_decay: what is left of the running average of the parameters at each step, as in 0.9999; 0
         keeps none, and the paper mentions none. Evaluation, prediction and conversion then take the
         average. It starts as the first parameters, which needs no correction of a bias; after n
-        steps they weigh ``ema_decay ** n``. Costs 4 bytes per parameter, spread like them.
+        steps they weigh ``ema_decay ** n``. Costs 4 bytes per trained parameter, spread like them.
       profile_steps: first and last step that a profile is written of, to ``workdir/profile``, for
         xprof or TensorBoard; None for no profile.
       log_every: steps between reports.
@@ -47,6 +50,7 @@ class TrainConfig:
     init_from: str | None = None
     seed: int = 0
     remat_rounds: bool = True
+    trainable: tuple[str, ...] = ("all",)
     ema_decay: float = 0.0
     profile_steps: tuple[int, int] | None = None
     log_every: int = 50
@@ -104,6 +108,7 @@ class Experiment:
             num_steps=self.train.num_steps,
             seed=self.train.seed,
             ema_decay=self.train.ema_decay,
+            trainable=self.train.trainable,
             optimizer_config=self.optimizer,
             sharding_config=self.sharding,
             kernels=self.kernels,

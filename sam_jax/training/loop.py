@@ -165,9 +165,9 @@ def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
 
 def _introduce(program: CompiledStep, reporter: Reporter) -> None:
     """Says what runs where."""
-    mesh, params = program.mesh, program.state_shapes.params
+    mesh = program.mesh
     reporter.say(
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f} M parameters on "
+        f"{_num_parameters(program)} on "
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s) of {jax.process_count()} "
         f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
@@ -176,6 +176,16 @@ def _introduce(program: CompiledStep, reporter: Reporter) -> None:
             "agrees with the reference" if check.fault is None else f"is not used: {check.fault}"
         )
         reporter.say(f"kernel {check.form} of {check.operation} {agrees}")
+
+
+def _num_parameters(program: CompiledStep) -> str:
+    total, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (program.state_shapes.params, program.trained)
+    )
+    if trained == total:
+        return f"{total / 1e6:.1f} M parameters"
+    return f"{trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters are trained ({trained:,})"
 
 
 def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:

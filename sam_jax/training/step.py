@@ -14,6 +14,7 @@ from sam_jax.errors import ConfigError
 from sam_jax.parallel import Parallel
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Fields, Task
+from sam_jax.training.trained import part_at, with_part
 
 StepMetrics = dict[str, Float[Array, "..."]]
 TrainStep = Callable[[TrainState, Fields], tuple[TrainState, StepMetrics]]
@@ -28,6 +29,7 @@ def build_train_step(
     param_specs: Any | None = None,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    trained: Any = None,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with shardings by the caller.
 
@@ -36,12 +38,14 @@ def build_train_step(
 
     Args:
       task: what is trained.
-      optimizer: made for its parameters.
+      optimizer: made for its trained parameters.
       seed: of whatever the task draws.
       parallel: the devices.
       param_specs: how they store the parameters; None for whole ones.
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
       ema_decay: see ``experiment.TrainConfig``; the state must keep an average if it is not 0.
+      trained: a tree with the paths of trained parameters; None for all. The others are no
+        variables of the gradient, so nothing is differentiated that only they are part of.
     """
     loss_sums = task.loss_sums(parallel, param_specs)
     num_shares = parallel.num_batch
@@ -56,28 +60,30 @@ def build_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # Means are taken over the whole batch, not over a device's or a part's share of it.
         count = task.count(batch)
+        trained_params = part_at(state.params, trained)
 
         def part_gradients(part: Fields, key: Array):
-            def mean_loss(params):
+            def mean_loss(trained_params):
+                params = with_part(state.params, trained_params)
                 loss, sums = loss_sums(params, state.constants, part, key)
                 return loss / count, sums
 
-            return jax.grad(mean_loss, has_aux=True)(state.params)
+            return jax.grad(mean_loss, has_aux=True)(trained_params)
 
         if accumulate_steps == 1:
             grads, sums = part_gradients(batch, key)
         else:
             grads, sums = _accumulate(part_gradients, batch, key, accumulate_steps)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained_params)
+        trained_params = optax.apply_updates(trained_params, updates)
         ema_params = state.ema_params
         if ema_decay:
-            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+            ema_params = optax.incremental_update(trained_params, ema_params, 1.0 - ema_decay)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=params,
+            params=with_part(state.params, trained_params),
             opt_state=opt_state,
             ema_params=ema_params,
         )
