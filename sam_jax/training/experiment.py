@@ -12,11 +12,13 @@ from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.models.sam import SamConfig
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.compiled_step import CompiledStep, compile_step
+from sam_jax.training.embedding_cache import EmbeddingStage
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.tasks.segment import SegmentTask
 
@@ -36,6 +38,8 @@ class TrainConfig:
       trainable: parameters that are trained: "all", "decoder" (the mask decoder), "lora" (adapters,
         see ``lora.LoraConfig``), or regular expressions searched in their paths; several add up.
         The others stay as they are, and take neither gradients nor the optimizer's memory.
+      embedding_cache: folder in which image embeddings of a frozen encoder are kept, computed the
+        first time that an image comes; None embeds images in every step. Runs may share it.
       ema_decay: what is left of the running average of the parameters at each step, as in 0.9999; 0
         keeps none, and the paper mentions none. Evaluation, prediction and conversion then take the
         average. It starts as the first parameters, which needs no correction of a bias; after n
@@ -51,6 +55,7 @@ class TrainConfig:
     seed: int = 0
     remat_rounds: bool = True
     trainable: tuple[str, ...] = ("all",)
+    embedding_cache: str | None = None
     ema_decay: float = 0.0
     profile_steps: tuple[int, int] | None = None
     log_every: int = 50
@@ -91,7 +96,10 @@ class Experiment:
             losses=from_mapping(LossConfig, sections["losses"], "losses"),
             max_masks=data.max_masks,
             remat_rounds=train.remat_rounds,
+            takes_embeddings=train.embedding_cache is not None,
         )
+        if task.takes_embeddings:
+            _check_views(data, model.config)
         return cls(
             task=task,
             kernels=model_config.kernels,
@@ -102,8 +110,13 @@ class Experiment:
         )
 
     def program(self, devices: Sequence[Any] | None = None) -> CompiledStep:
-        """The training step on these devices; see ``compile_step``."""
-        return compile_step(
+        """The training step on these devices; see ``compile_step``.
+
+        Raises:
+          ConfigError: if the config does not fit the devices or the parameters, or trains an
+            encoder whose embeddings are kept.
+        """
+        program = compile_step(
             self.task,
             num_steps=self.train.num_steps,
             seed=self.train.seed,
@@ -113,6 +126,37 @@ class Experiment:
             sharding_config=self.sharding,
             kernels=self.kernels,
             devices=devices,
+        )
+        if self.task.takes_embeddings and (changed := set(program.trained) & {"image_encoder"}):
+            raise ConfigError(
+                f"train.embedding_cache keeps what a frozen encoder answers, and train.trainable = "
+                f"{self.train.trainable} trains {', '.join(changed)}: set train.trainable to "
+                "('decoder',), or train.embedding_cache to None"
+            )
+        return program
+
+    def stage(self) -> EmbeddingStage | None:
+        """The stage from the input pipeline's batches to the task's; None where they are."""
+        if self.train.embedding_cache is None:
+            return None
+        return EmbeddingStage(self.task.model, self.train.embedding_cache, self.kernels)
+
+
+def _check_views(data: DataConfig, model: SamConfig) -> None:
+    """Refuses options under which an image is never seen twice, so that nothing can be kept of it.
+
+    Flips are no such option: an image has two views then, and both are kept.
+    """
+    endless = {
+        "data.scale_jitter": data.scale_jitter,
+        "data.color_jitter": data.color_jitter,
+        "model.drop_path_rate": getattr(model.image_encoder, "drop_path_rate", 0.0),
+    }
+    if found := [f"{name} = {value}" for name, value in endless.items() if value]:
+        raise ConfigError(
+            f"train.embedding_cache keeps embeddings of images that come again, and under "
+            f"{', '.join(found)} none does: turn that off (data.hflip_rate may stay: it makes two "
+            "views of each image, and both are kept), or set train.embedding_cache to None"
         )
 
 

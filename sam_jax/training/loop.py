@@ -48,6 +48,8 @@ class EvalReport(Protocol):
 
 
 Evaluators = Mapping[str, Callable[[dict], EvalReport]]
+# (batches of the input pipeline, variables, what to say) -> batches of the step.
+Stage = Callable[[Iterator, Mapping[str, Any], Callable[[str], None]], Iterator]
 
 
 class TrainingInterruptedError(UserError):
@@ -70,6 +72,7 @@ def train(
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
     sections: dict[str, Any] | None = None,
+    stage: Stage | None = None,
 ) -> TrainState:
     """Trains all steps, from the newest checkpoint in ``workdir`` if there is one.
 
@@ -86,6 +89,7 @@ def train(
       checkpoint_config: when to save.
       evaluators: called with the variables at evaluations, by name.
       sections: the config that all of this is from, kept beside the checkpoints; None keeps none.
+      stage: makes batches of the task of those that the iterator yields; None where they are.
 
     Raises:
       ConfigError: if the batch does not divide by the devices.
@@ -115,6 +119,8 @@ def train(
         if state is None:
             state = _new_state(program, config, reporter)
         _begin(program, checkpointer, reporter, first_step, sections)
+        if stage is not None:
+            batches = stage(batches, state.variables, reporter.say)
         if not first_step:
             reporter.say("the first step is compiled now, which can take minutes")
         return _run(

@@ -37,16 +37,18 @@ class Batch:
     """Training images with their masks, as the input pipeline yields them.
 
     Attributes:
-      image: RGB, resized, padded at the bottom and right.
       image_hw: height and width of each image without its padding.
       masks_packed: ``numpy.packbits`` of the masks along their rows.
       mask_valid: which of an image's masks exist.
+      image: RGB, resized, padded at the bottom and right.
+      image_embeddings: of the images, in their place, see ``SegmentTask.takes_embeddings``.
     """
 
-    image: UInt8[Array, "b h w 3"]
     image_hw: Int[Array, "b 2"]
     masks_packed: UInt8[Array, "b p h w8"]
     mask_valid: Bool[Array, "b p"]
+    image: UInt8[Array, "b h w 3"] | None = None
+    image_embeddings: Float[Array, "b gh gw d"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class SegmentTask:
       losses: what the losses weigh.
       max_masks: masks of each image of a batch.
       remat_rounds: see ``rounds.run_rounds``.
+      takes_embeddings: whether batches hold embeddings of a frozen encoder, float16, in place of
+        images (``embedding_cache.EmbeddingStage``).
     """
 
     model: Sam
@@ -66,6 +70,7 @@ class SegmentTask:
     losses: LossConfig
     max_masks: int
     remat_rounds: bool = True
+    takes_embeddings: bool = False
 
     @property
     def unit(self) -> str:
@@ -91,8 +96,13 @@ class SegmentTask:
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         height, width = self.model.image_size
+        encoder = self.model.config.image_encoder
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "image": ((height, width, 3), np.uint8),
+            **(
+                {"image_embeddings": ((*encoder.grid, encoder.output_dim), np.float16)}
+                if self.takes_embeddings
+                else {"image": ((height, width, 3), np.uint8)}
+            ),
             "image_hw": ((2,), np.int32),
             "masks_packed": ((self.max_masks, height, -(-width // 8)), np.uint8),
             "mask_valid": ((self.max_masks,), np.bool_),
@@ -116,11 +126,14 @@ class SegmentTask:
         def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
             batch = Batch(**fields)
             encode_key, rounds_key = jax.random.split(key)
-            embeddings = encode(
-                {_ENCODER: params[_ENCODER]},
-                normalize_images(batch.image, batch.image_hw),
-                self.model.draw_path_scales(encode_key, len(batch.image)),
-            )
+            embeddings = batch.image_embeddings
+            if batch.image is not None:
+                embeddings = encode(
+                    {_ENCODER: params[_ENCODER]},
+                    normalize_images(batch.image, batch.image_hw),
+                    self.model.draw_path_scales(encode_key, len(batch.image)),
+                )
+            assert embeddings is not None, "a batch has neither images nor embeddings"
             results = rounds(
                 {part: params[part] for part in PROMPTED_PARTS},
                 constants,
@@ -142,7 +155,12 @@ class SegmentTask:
     def flops(self, batch_size: int) -> float:
         """Operations of a step, without padding and what is computed twice."""
         return flop_counts.step_flops(
-            self.model.config, self.prompts, batch_size, self.max_masks, useful=True
+            self.model.config,
+            self.prompts,
+            batch_size,
+            self.max_masks,
+            useful=True,
+            encodes=not self.takes_embeddings,
         )
 
 
