@@ -11,6 +11,7 @@ from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.data.config import DataConfig
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.losses import LossConfig
+from sam_jax.models.lora import LoraConfig
 from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
@@ -22,6 +23,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "prompts": PromptConfig,
     "losses": LossConfig,
+    "lora": LoraConfig,
     "optimizer": OptimizerConfig,
     "sharding": ShardingConfig,
     "train": TrainConfig,
@@ -49,6 +51,7 @@ def base_config() -> ConfigDict:
     config.data = ConfigDict()
     config.prompts = ConfigDict()
     config.losses = ConfigDict()
+    config.lora = ConfigDict()
     config.optimizer = ConfigDict()
     config.sharding = ConfigDict(
         {"data": -1, "fsdp": 1, "tensor": 1, "rules": SHARDING_RULES, "cpu_devices": None}

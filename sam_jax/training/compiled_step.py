@@ -21,11 +21,11 @@ from sam_jax.sharding import (
     replicated,
     tree_shardings,
 )
+from sam_jax.trained_parameters import select_trained
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import TrainState, init_state
 from sam_jax.training.step import build_train_step
 from sam_jax.training.task import Task
-from sam_jax.training.trained import select_trained
 
 # Weights are all-gathered before a product. By default XLA pipelines pieces of both (a windowed
 # einsum): a hundred times as many transfers, and half as many cycles again.
@@ -138,7 +138,7 @@ def compile_step(
       task: what is trained.
       num_steps, seed, ema_decay: see ``experiment.TrainConfig``.
       optimizer_config, sharding_config: the experiment.
-      trainable: see ``trained.select_trained``.
+      trainable: see ``trained_parameters.select_trained``.
       kernels: see ``ops.dispatch.Target``.
       devices: by default all there are.
 

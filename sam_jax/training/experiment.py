@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.models.lora import ADAPTERS, LoraConfig
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.variants import ModelConfig, build_model
 from sam_jax.ops.dispatch import Kernels
@@ -32,6 +35,9 @@ class TrainConfig:
       init_from: weights that a new run starts from, of any form that ``weights.load.load``
         takes: another run (its averaged parameters, where it keeps them), a published or Hugging
         Face checkpoint, a masked autoencoder; None for random ones.
+      adapters_from: file of trained adapters to put on top of them, as sam-jax convert
+        --only-adapters writes it: adapters to train on if ``lora.rank`` is theirs, merged if that
+        is 0; None for none.
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
       remat_rounds: whether rounds of prompting are computed again in the backward pass, see
         ``rounds.run_rounds``.
@@ -52,6 +58,7 @@ class TrainConfig:
 
     num_steps: int
     init_from: str | None = None
+    adapters_from: str | None = None
     seed: int = 0
     remat_rounds: bool = True
     trainable: tuple[str, ...] = ("all",)
@@ -62,6 +69,8 @@ class TrainConfig:
     eval_every: int | None = None
 
     def __post_init__(self) -> None:
+        if self.adapters_from is not None and self.init_from is None:
+            raise ValueError("adapters_from needs the weights that they are put on, init_from")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
 
@@ -97,6 +106,8 @@ class Experiment:
             max_masks=data.max_masks,
             remat_rounds=train.remat_rounds,
             takes_embeddings=train.embedding_cache is not None,
+            lora=from_mapping(LoraConfig, sections["lora"], "lora"),
+            adapters_from=train.adapters_from,
         )
         if task.takes_embeddings:
             _check_views(data, model.config)
@@ -127,13 +138,34 @@ class Experiment:
             kernels=self.kernels,
             devices=devices,
         )
-        if self.task.takes_embeddings and (changed := set(program.trained) & {"image_encoder"}):
-            raise ConfigError(
-                f"train.embedding_cache keeps what a frozen encoder answers, and train.trainable = "
-                f"{self.train.trainable} trains {', '.join(changed)}: set train.trainable to "
-                "('decoder',), or train.embedding_cache to None"
-            )
+        self._check_trained(program.trained)
         return program
+
+    def _check_trained(self, trained: Any) -> None:
+        """Refuses trained parameters that contradict the cache of embeddings or the adapters."""
+        changed = sorted(set(trained) & {"image_encoder", ADAPTERS})
+        trainable = f"train.trainable = {self.train.trainable}"
+        if self.task.takes_embeddings and changed:
+            raise ConfigError(
+                f"train.embedding_cache keeps what a frozen encoder answers, and {trainable} "
+                f"trains {', '.join(changed)}: set train.trainable to ('decoder',), or "
+                "train.embedding_cache to None"
+            )
+        if not self.task.lora.rank:
+            return
+        if ADAPTERS not in trained:
+            raise ConfigError(
+                f"lora.rank = {self.task.lora.rank} makes adapters that {trainable} does not "
+                "train: add 'lora' to it, or set lora.rank to 0"
+            )
+        flat = flatten_dict(trained, sep="/")
+        layers = {path.rpartition("/")[0] for path in flat if path.startswith(f"{ADAPTERS}/")}
+        both = [f"{layer.removeprefix(f'{ADAPTERS}/')}/kernel" for layer in sorted(layers)]
+        if both := [kernel for kernel in both if kernel in flat]:
+            raise ConfigError(
+                f"{trainable} trains {both[0]}, which has an adapter (lora.targets): name 'lora' "
+                "in place of it, or set lora.rank to 0"
+            )
 
     def stage(self) -> EmbeddingStage | None:
         """The stage from the input pipeline's batches to the task's; None where they are."""

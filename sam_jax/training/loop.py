@@ -282,8 +282,9 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
                 )
             if is_evaluated:
                 with stopwatch.during("evaluation"):
+                    variables = program.task.evaluated(state.evaluated_variables)
                     for name, evaluate in evaluators.items():
-                        reporter.evaluation(step, name, evaluate(state.evaluated_variables))
+                        reporter.evaluation(step, name, evaluate(variables))
     return state
 
 

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from sam_jax.errors import ConfigError
-from sam_jax.training.trained import part_at
+from sam_jax.trained_parameters import part_at
 
 
 @dataclasses.dataclass(frozen=True)

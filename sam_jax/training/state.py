@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax.training.trained import part_at, with_part
+from sam_jax.trained_parameters import part_at, with_part
 
 
 @flax.struct.dataclass
@@ -65,7 +65,7 @@ def init_state(
       variables: of the model.
       optimizer: of the trained parameters.
       keeps_ema: whether they are averaged.
-      trained: a tree with their paths, see ``trained.part_at``; None if all are.
+      trained: a tree with their paths, see ``trained_parameters.part_at``; None if all are.
     """
     trained_params = part_at(variables["params"], trained)
     return TrainState(

@@ -12,9 +12,9 @@ from einops import rearrange
 from sam_jax.arrays import Array, Float
 from sam_jax.errors import ConfigError
 from sam_jax.parallel import Parallel
+from sam_jax.trained_parameters import part_at, with_part
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Fields, Task
-from sam_jax.training.trained import part_at, with_part
 
 StepMetrics = dict[str, Float[Array, "..."]]
 TrainStep = Callable[[TrainState, Fields], tuple[TrainState, StepMetrics]]

@@ -24,11 +24,13 @@ from sam_jax.checkpoint import (
 )
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
+from sam_jax.models.lora import merged_variables
 from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import ModelConfig, build_model, model_config_of
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.ops.resize import resize_positions
+from sam_jax.weights.adapters import merged_with, read_adapters, run_lora
 from sam_jax.weights.files import (
     SAFETENSORS,
     SAFETENSORS_SUFFIX,
@@ -188,6 +190,7 @@ def convert(
     ema: bool = True,
     decoder_heads: int | None = None,
     seed: int | None = None,
+    adapters: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> str:
     """Writes a checkpoint in another form, in float32, and says what it was.
@@ -200,6 +203,7 @@ def convert(
       ema: see ``load``.
       decoder_heads: see ``open_weights``.
       seed: for what a masked autoencoder lacks, which is all but the encoder.
+      adapters: a file of ``weights.adapters``, to put on top of the source.
       on_progress: told what is being done.
 
     Raises:
@@ -210,6 +214,8 @@ def convert(
     weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
     config, form, left_out = weights.config, weights.form, weights.left_out
+    if adapters is not None:
+        variables = merged_with(variables, read_adapters(adapters))
     if to == "orbax":
         # Copies, so that the mapped file is let go of before writing takes memory of its own.
         variables = jax.tree.map(jax.numpy.array, variables)
@@ -281,7 +287,7 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
         path = _download(str(path_or_name))
     if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
         run = path if (path / CHECKPOINTS).is_dir() else path.parent
-        variables = restore_variables(run, step, ema=ema)
+        variables = merged_variables(restore_variables(run, step, ema=ema), run_lora(run))
         return Weights(run, "orbax", run_config(run), variables)
     if step is not None:
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
@@ -322,7 +328,7 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
     Args:
       path: file (official) or folder to write; a folder must be new or empty.
       config: the shape of the model.
-      variables: ``{"params": ..., "constants": ...}``. Adapters must have been merged.
+      variables: ``{"params": ..., "constants": ...}``, adapters merged.
       target: "official" (a file, safetensors or PyTorch's, that the published code of Segment
         Anything or of MobileSAM loads strictly), "hugging-face" (a folder for
         ``transformers.SamModel.from_pretrained``), or "orbax" (a folder as ``train.py`` leaves it).

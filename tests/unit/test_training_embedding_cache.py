@@ -53,7 +53,7 @@ def batch(model: Sam) -> dict[str, np.ndarray]:
     height, width = model.image_size
     images = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), np.uint8)
     images[2] = images[0]
-    sizes = np.tile(np.int32([height, width - 8]), (3, 1))
+    sizes = np.tile(np.array([height, width - 8], np.int32), (3, 1))
     return {"image": images, "image_hw": sizes, "number": np.arange(3)}
 
 

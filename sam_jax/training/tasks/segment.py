@@ -19,6 +19,7 @@ from sam_jax import flop_counts
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.models.lora import LoraConfig, merged, merged_variables, with_adapters
 from sam_jax.models.sam import PROMPTED_PARTS, Sam, init_variables
 from sam_jax.ops.images import normalize_images
 from sam_jax.ops.packed_masks import MaskLayout
@@ -26,6 +27,7 @@ from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.task import Fields, LossSums, Sums
+from sam_jax.weights.adapters import adapted, merged_with, read_adapters, run_lora
 from sam_jax.weights.geometry import differences
 from sam_jax.weights.load import run_config, variables_for
 
@@ -63,6 +65,9 @@ class SegmentTask:
       remat_rounds: see ``rounds.run_rounds``.
       takes_embeddings: whether batches hold embeddings of a frozen encoder, float16, in place of
         images (``embedding_cache.EmbeddingStage``).
+      lora: adapters, which are merged into the model's parameters in every step.
+      adapters_from: file of adapters that a run starts from, on top of its weights; None for fresh
+        ones.
     """
 
     model: Sam
@@ -71,6 +76,8 @@ class SegmentTask:
     max_masks: int
     remat_rounds: bool = True
     takes_embeddings: bool = False
+    lora: LoraConfig = LoraConfig()
+    adapters_from: str | None = None
 
     @property
     def unit(self) -> str:
@@ -85,14 +92,37 @@ class SegmentTask:
         return self.model.remat
 
     def init(self, key: Array) -> dict[str, Any]:
-        return init_variables(self.model, key)
+        return self._with_adapters(init_variables(self.model, key), key)
 
     def load(self, path: str, key: Array) -> dict[str, Any]:
         """Variables of any form that ``sam_jax.load`` reads, and of a masked autoencoder."""
-        return variables_for(self.model, path, key=key)
+        variables = variables_for(self.model, path, key=key)
+        if self.adapters_from is None:
+            return self._with_adapters(variables, key)
+        adapters = read_adapters(self.adapters_from)
+        if not self.lora.rank:
+            return merged_with(variables, adapters)
+        if adapters.config != self.lora:
+            raise ConfigError(
+                f"{self.adapters_from} holds adapters of {adapters.config}, and the config's "
+                f"section lora is {self.lora}: take the same, or lora.rank=0 to merge them"
+            )
+        return {**variables, "params": adapted(variables["params"], adapters)}
+
+    def _with_adapters(self, variables: dict[str, Any], key: Array) -> dict[str, Any]:
+        # Apart from the key of the model's own parameters.
+        key = jax.random.fold_in(key, 1)
+        return {**variables, "params": with_adapters(variables["params"], self.lora, key)}
 
     def differences(self, run: Path) -> list[str]:
-        return differences(run_config(run), self.model.config)
+        found = differences(run_config(run), self.model.config)
+        if (lora := run_lora(run)) != self.lora:
+            found.append(f"lora: {lora} there, {self.lora} here")
+        return found
+
+    def evaluated(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables with adapters merged."""
+        return merged_variables(variables, self.lora)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         height, width = self.model.image_size
@@ -125,6 +155,7 @@ class SegmentTask:
 
         def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
             batch = Batch(**fields)
+            params = merged(params, self.lora)
             encode_key, rounds_key = jax.random.split(key)
             embeddings = batch.image_embeddings
             if batch.image is not None:

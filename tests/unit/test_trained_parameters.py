@@ -12,13 +12,13 @@ import pytest
 from sam_jax.checkpoint import CheckpointConfig, CheckpointError, restore_variables
 from sam_jax.errors import ConfigError
 from sam_jax.sharding import ShardingConfig
+from sam_jax.trained_parameters import part_at, select_trained, with_part
 from sam_jax.training import loop
 from sam_jax.training.compiled_step import CompiledStep, compile_step
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import init_state
 from sam_jax.training.step import build_train_step
-from sam_jax.training.trained import part_at, select_trained, with_part
 from tests.unit.test_training_task import MeanColor, Pixels
 
 PARAMS = {

@@ -60,7 +60,7 @@ def part_at(tree: Any, places: Any) -> Any:
 
 
 def with_part(tree: Any, part: Any) -> Any:
-    """A tree in which a part of the leaves is another."""
+    """A tree with the leaves of another in their places, those that it has not as well."""
     if not isinstance(part, Mapping):
         return part
-    return {**tree, **{name: with_part(tree[name], below) for name, below in part.items()}}
+    return {**tree, **{name: with_part(tree.get(name, {}), below) for name, below in part.items()}}
