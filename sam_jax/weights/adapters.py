@@ -1,4 +1,4 @@
-"""What a run has trained, alone in a file: adapters, a decoder, to be put on top of their base."""
+"""Files of trained parameters alone, adapters and a decoder, to be put on top of their base."""
 
 import dataclasses
 import hashlib
@@ -130,7 +130,7 @@ def write_adapters(
 
 
 def read_adapters(path: str | Path) -> Adapters:
-    """What ``write_adapters`` wrote.
+    """Trained parameters from a file that ``write_adapters`` wrote.
 
     Raises:
       WeightsError: if it is something else, or damaged.

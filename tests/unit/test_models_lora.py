@@ -107,7 +107,7 @@ def test_a_merged_layer_is_the_layer_with_its_adapter_beside_it(params: dict[str
     beside = adapters["lora"]["image_encoder"]["block_00"]["attn"]["qkv"]
     expected = Dense(18).apply({"params": layer}, x) + 6.0 / 2 * (x @ beside["a"]) @ beside["b"]
     found = Dense(18).apply({"params": plain["image_encoder"]["block_00"]["attn"]["qkv"]}, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-6, atol=1e-5)
     # Nothing else is another.
     for path, leaf in flatten_dict(plain, sep="/").items():
         before = flatten_dict(params, sep="/")[path]

@@ -78,7 +78,7 @@ def test_a_run_starts_as_its_base(base: Path) -> None:
     assert "lora" in variables["params"]
     assert_same(task.evaluated(variables), load(base).variables)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
-    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+    jax.tree.map(lambda shape, leaf: None, shapes, variables)
 
 
 def test_a_run_is_read_with_its_adapters_merged(run: tuple[Path, dict], base: Path) -> None:
