@@ -54,6 +54,10 @@ class TrainConfig:
         xprof or TensorBoard; None for no profile.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
+      watch: the figure that the run is judged by, the larger the better: name of an evaluation and
+        of a figure in its report, as in "val/mean/box" or "val/mean/center_1". The model that was
+        best is kept in RUN/best, which is a run's folder by itself; None for none.
+      patience: evaluations without a better figure after which the run ends; None for no such end.
     """
 
     num_steps: int
@@ -67,8 +71,16 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None
     log_every: int = 50
     eval_every: int | None = None
+    watch: str | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.patience is not None and (self.patience < 1 or not self.watch):
+            raise ValueError(
+                f"patience = {self.patience} needs a figure to watch, and at least one evaluation"
+            )
+        if self.watch is not None and self.eval_every == 0:
+            raise ValueError("watch needs evaluations, and eval_every is 0")
         if self.adapters_from is not None and self.init_from is None:
             raise ValueError("adapters_from needs the weights that they are put on, init_from")
         if not 0 <= self.ema_decay < 1:

@@ -23,6 +23,7 @@ from sam_jax.checkpoint import (
 from sam_jax.errors import UserError
 from sam_jax.hosts import end_now, is_first
 from sam_jax.sharding import describe
+from sam_jax.training.best import Watch
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
@@ -103,11 +104,23 @@ def train(
     _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
+    watch = None
+    if config.watch is not None:
+        watch = Watch(workdir, config.watch, config.patience, first_step, sections)
+        watch.check_names(evaluators)
     try:
         _introduce(program, reporter)
         state = None
         if first_step:
             state = _restored_state(program, checkpointer, data_iterator, reporter)
+            if watch and _is_evaluated(first_step, config) and watch.lacks(first_step):
+                _evaluate(evaluators, program.task, state, reporter, first_step, watch)
+            if watch and watch.is_over:
+                reporter.say(
+                    f"nothing is left to do: the run was over at step {first_step}, as "
+                    f"{watch.summary}; a larger train.patience goes on from here"
+                )
+                return state
             if first_step >= config.num_steps:
                 reporter.say(
                     f"nothing is left to do: step {first_step} of {config.num_steps} is done; a "
@@ -124,7 +137,8 @@ def train(
         if not first_step:
             reporter.say("the first step is compiled now, which can take minutes")
         return _run(
-            state, program, data_iterator, batches, config, checkpointer, reporter, evaluators
+            *(state, program, data_iterator, batches, config),
+            *(checkpointer, reporter, evaluators, watch),
         )
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
@@ -235,7 +249,7 @@ def _begin(program, checkpointer, reporter, first_step: int, sections) -> None:
         reporter.note("sharding.txt", "\n".join(lines))
 
 
-def _run(state, program, data_iterator, batches, config, checkpointer, reporter, evaluators):
+def _run(state, program, data_iterator, batches, config, checkpointer, reporter, evaluators, watch):
     stopwatch, interval = Stopwatch(), []
     profile = Profile(config.profile_steps, reporter)
     first_step = int(state.step)
@@ -282,10 +296,36 @@ def _run(state, program, data_iterator, batches, config, checkpointer, reporter,
                 )
             if is_evaluated:
                 with stopwatch.during("evaluation"):
-                    variables = program.task.evaluated(state.evaluated_variables)
-                    for name, evaluate in evaluators.items():
-                        reporter.evaluation(step, name, evaluate(variables))
+                    _evaluate(evaluators, program.task, state, reporter, step, watch)
+                if watch and watch.is_over and not is_last:
+                    checkpointer.save(state, data_iterator)
+                    reporter.say(
+                        f"stopping at step {step} of {config.num_steps}: in {config.patience} "
+                        f"evaluations nothing was better; {watch.summary}"
+                    )
+                    return state
+    if watch and watch.best:
+        reporter.say(watch.summary)
     return state
+
+
+def _evaluate(
+    evaluators: Evaluators,
+    task: Task,
+    state: TrainState,
+    reporter: Reporter,
+    step: int,
+    watch: Watch | None,
+) -> None:
+    """Evaluates a state, reports it, and has it judged."""
+    variables = task.evaluated(state.evaluated_variables)
+    figures: dict[str, float] = {}
+    for name, evaluate in evaluators.items():
+        report = evaluate(variables)
+        reporter.evaluation(step, name, report)
+        figures |= {f"{name}/{figure}": value for figure, value in report.as_flat_dict().items()}
+    if watch:
+        watch.see(step, figures, lambda: state.evaluated_variables)
 
 
 def _all_are_stopping(stop_requested: list[int], step: int) -> bool:
