@@ -56,7 +56,8 @@ class TrainConfig:
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
       watch: the figure that the run is judged by, the larger the better: name of an evaluation and
         of a figure in its report, as in "val/mean/box" or "val/mean/center_1". The model that was
-        best is kept in RUN/best, which is a run's folder by itself; None for none.
+        best is kept in RUN/best, which is a run's folder by itself; None for none, and without
+        evaluations there is none.
       patience: evaluations without a better figure after which the run ends; None for no such end.
     """
 
@@ -79,8 +80,6 @@ class TrainConfig:
             raise ValueError(
                 f"patience = {self.patience} needs a figure to watch, and at least one evaluation"
             )
-        if self.watch is not None and self.eval_every == 0:
-            raise ValueError("watch needs evaluations, and eval_every is 0")
         if self.adapters_from is not None and self.init_from is None:
             raise ValueError("adapters_from needs the weights that they are put on, init_from")
         if not 0 <= self.ema_decay < 1:

@@ -105,7 +105,7 @@ def train(
     first_step = checkpointer.latest_step or 0
     reporter = Reporter(workdir, first_step, config.num_steps)
     watch = None
-    if config.watch is not None:
+    if config.watch is not None and config.eval_every != 0:
         watch = Watch(workdir, config.watch, config.patience, first_step, sections)
         watch.check_names(evaluators)
     try:

@@ -498,6 +498,18 @@ def run_config(run: Path) -> SamConfig:
         raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
 
 
+def shape_of(path_or_name: str | Path, *, decoder_heads: int | None = None) -> SamConfig:
+    """The shape of the model that any checkpoint is of; reads no more of it than that takes.
+
+    Raises:
+      WeightsError: see ``open_weights``.
+    """
+    path = Path(path_or_name)
+    if (path / CHECKPOINTS).is_dir():
+        return run_config(path)
+    return open_weights(path_or_name, decoder_heads=decoder_heads).config
+
+
 def _hints_beside(path: Path) -> Hints | None:
     """Hints from the ``config.json`` beside Hugging Face's weights; None if there is none."""
     config = (path if path.is_dir() else path.parent) / "config.json"

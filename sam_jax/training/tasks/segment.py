@@ -174,7 +174,7 @@ class SegmentTask:
                 batch.masks_packed,
                 batch.image_hw,
             )
-            return _sums(results, batch.mask_valid)
+            return _sums(results, batch.mask_valid, self.losses)
 
         return loss_sums
 
@@ -261,19 +261,22 @@ def build_rounds(
     return rounds
 
 
-def _sums(results: RoundResult, mask_valid: Bool[Array, "b p"]) -> tuple[Float[Array, ""], Sums]:
-    """The loss, summed over rounds and objects, and what is reported, summed over objects."""
+def _sums(
+    results: RoundResult, mask_valid: Bool[Array, "b p"], config: LossConfig
+) -> tuple[Float[Array, ""], Sums]:
+    """The loss and what is reported, summed over objects; losses over rounds as the config says."""
+    over_rounds = {"sum": jnp.sum, "mean": jnp.mean}[config.over_rounds]
 
     def over_objects(x):
         return jnp.sum(x, axis=(-2, -1), where=mask_valid)
 
-    loss = jnp.sum(over_objects(results.loss.total))
+    loss = over_rounds(over_objects(results.loss.total))
     iou = over_objects(results.iou)
     sums = {
         "loss": loss,
-        "focal": jnp.sum(over_objects(results.loss.focal)),
-        "dice": jnp.sum(over_objects(results.loss.dice)),
-        "iou_mse": jnp.sum(over_objects(results.loss.iou_error)),
+        "focal": over_rounds(over_objects(results.loss.focal)),
+        "dice": over_rounds(over_objects(results.loss.dice)),
+        "iou_mse": over_rounds(over_objects(results.loss.iou_error)),
         "iou_prediction_error": jnp.mean(
             over_objects(jnp.abs(results.iou_prediction - results.iou))
         ),
