@@ -19,7 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.common import eval_section
-from sam_jax.evaluation.instances import InstancesConfig
+from sam_jax.evaluation.detection.instances import InstancesConfig
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs.common import eval_section
 from configs.eval_instances import truth_file
-from sam_jax.evaluation.proposals import ProposalsConfig
+from sam_jax.evaluation.detection.proposals import ProposalsConfig
 
 
 def get_config(argument: str = "") -> ConfigDict:

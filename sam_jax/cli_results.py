@@ -98,7 +98,7 @@ def compare(
 
     Both must have been evaluated with the same config on the same data, which need not be here.
     """
-    from sam_jax.evaluation.comparison import compare as compare_results
+    from sam_jax.evaluation.comparison.checkpoints import compare as compare_results
     from sam_jax.evaluation.results import read_results
 
     _check_out(out)
@@ -148,9 +148,9 @@ def fairness(
 ) -> None:
     """Mean IoU by group, with bootstrap intervals, from an evaluation's records and a table."""
     from sam_jax.data.annotation_ids import mask_numbers
-    from sam_jax.evaluation.attributes import join_attributes, read_attributes
-    from sam_jax.evaluation.bootstrap import NUM_DRAWS
-    from sam_jax.evaluation.fairness import mean_iou_by_group
+    from sam_jax.evaluation.comparison.attributes import join_attributes, read_attributes
+    from sam_jax.evaluation.comparison.bootstrap import NUM_DRAWS
+    from sam_jax.evaluation.comparison.fairness import mean_iou_by_group
     from sam_jax.evaluation.kinds import DEFAULT_KIND
     from sam_jax.evaluation.results import read_results
 

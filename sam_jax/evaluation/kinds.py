@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-from sam_jax.evaluation import instances, proposals
+from sam_jax.evaluation.detection import instances, proposals
+from sam_jax.evaluation.detection.instances import InstancesConfig, InstancesFromBoxes
+from sam_jax.evaluation.detection.proposals import ObjectProposals, ProposalsConfig
 from sam_jax.evaluation.edges.evaluation import EdgeEvalConfig, EdgeEvaluation
 from sam_jax.evaluation.edges.report import measures as edge_measures
 from sam_jax.evaluation.evaluation import EvaluationKind
-from sam_jax.evaluation.instances import InstancesConfig, InstancesFromBoxes
 from sam_jax.evaluation.mean_ious import MeanIous
 from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
-from sam_jax.evaluation.proposals import ObjectProposals, ProposalsConfig
 
 DEFAULT_KIND = "prompts"
 # By the names that configs use.

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sam_jax.evaluation.average_precision import category_matches, counted
+from sam_jax.evaluation.detection.average_precision import category_matches, counted
 
 SIDE = 128
 CATEGORIES = (2, 5, 9)

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sam_jax.evaluation.average_precision import (
+from sam_jax.evaluation.detection.average_precision import (
     RECALLS,
     average_precisions,
     category_matches,
     counted,
     gather_matches,
 )
-from sam_jax.evaluation.matching import IOU_THRESHOLDS, SIZES
+from sam_jax.evaluation.detection.matching import IOU_THRESHOLDS, SIZES
 from tests.unit.scenes import (
     CATEGORIES,
     Scene,

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from sam_jax.evaluation.average_precision import FREQUENCIES
-from sam_jax.evaluation.average_recall import (
+from sam_jax.evaluation.detection.average_precision import FREQUENCIES
+from sam_jax.evaluation.detection.average_recall import (
     average_recalls,
     found_objects,
     groups_of,
     ranked,
 )
-from sam_jax.evaluation.matching import SIZES
+from sam_jax.evaluation.detection.matching import SIZES
 from tests.unit.scenes import (
     CATEGORIES,
     Scene,

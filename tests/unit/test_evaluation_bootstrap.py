@@ -6,8 +6,8 @@ import pytest
 import scipy.stats
 from hypothesis import strategies as st
 
-from sam_jax.evaluation import bootstrap
-from sam_jax.evaluation.bootstrap import (
+from sam_jax.evaluation.comparison import bootstrap
+from sam_jax.evaluation.comparison.bootstrap import (
     default_num_draws,
     draw_multiplicities,
     paired_draws,

@@ -9,9 +9,14 @@ import pytest
 from rich.console import Console
 
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation import comparison as comparisons
-from sam_jax.evaluation.bootstrap import Interval
-from sam_jax.evaluation.comparison import Comparison, Difference, check_comparable, compare
+from sam_jax.evaluation.comparison import checkpoints as comparisons
+from sam_jax.evaluation.comparison.bootstrap import Interval
+from sam_jax.evaluation.comparison.checkpoints import (
+    Comparison,
+    Difference,
+    check_comparable,
+    compare,
+)
 from tests.unit.results_fixtures import many_records, record, results_of
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sam_jax.configuration import from_mapping
-from sam_jax.evaluation.instances import InstancesConfig
-from sam_jax.evaluation.proposals import ProposalsConfig
+from sam_jax.evaluation.detection.instances import InstancesConfig
+from sam_jax.evaluation.detection.proposals import ProposalsConfig
 
 CLASSES: dict[str, Any] = {"instances": InstancesConfig, "proposals": ProposalsConfig}
 

@@ -9,8 +9,8 @@ import scipy.stats
 from rich.console import Console
 
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.attributes import join_attributes, path_ends, read_attributes
-from sam_jax.evaluation.fairness import mean_iou_by_group
+from sam_jax.evaluation.comparison.attributes import join_attributes, path_ends, read_attributes
+from sam_jax.evaluation.comparison.fairness import mean_iou_by_group
 from tests.unit.results_fixtures import record
 
 

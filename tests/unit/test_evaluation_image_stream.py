@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam_jax.data.samples import CorruptSampleError
-from sam_jax.evaluation.image_stream import records_of_stream
+from sam_jax.evaluation.detection.image_stream import records_of_stream
 
 
 def records(indices: list[int], damaged: set[int], ahead: int) -> list[dict[str, Any]]:

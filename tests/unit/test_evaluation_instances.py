@@ -13,10 +13,10 @@ from pycocotools.cocoeval import COCOeval
 
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation import instances, proposals
+from sam_jax.evaluation.detection import instances, proposals
+from sam_jax.evaluation.detection.instances import InstancesConfig, InstancesFromBoxes
+from sam_jax.evaluation.detection.proposals import ObjectProposals, ProposalsConfig
 from sam_jax.evaluation.evaluation import Evaluation, Report
-from sam_jax.evaluation.instances import InstancesConfig, InstancesFromBoxes
-from sam_jax.evaluation.proposals import ObjectProposals, ProposalsConfig
 from sam_jax.inference.predictor import Predictor
 from sam_jax.models.sam import Sam
 from tests.golden.tiny import TINY, random_variables

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from sam_jax.data.samples import CorruptSampleError
 from sam_jax.data.sources.labelled_file import read_labelled
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.truth import InstanceTruth
+from sam_jax.evaluation.detection.truth import InstanceTruth
 
 # pycocotools decodes in a way that numpy 2 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sam_jax.arrays import UInt8
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.bootstrap import (
+from sam_jax.evaluation.comparison.bootstrap import (
     FEW,
     LEVEL,
     Interval,
@@ -22,8 +22,8 @@ from sam_jax.evaluation.bootstrap import (
     strata_of,
     two_sided_p_value,
 )
+from sam_jax.evaluation.comparison.figures import Bar, draw_differences
 from sam_jax.evaluation.evaluation import Record
-from sam_jax.evaluation.interval_figures import Bar, draw_differences
 from sam_jax.evaluation.kinds import KINDS
 from sam_jax.evaluation.mean_ious import MEAN
 from sam_jax.evaluation.results import Results

@@ -19,17 +19,16 @@ from sam_jax.arrays import Float, UInt8
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.samples import SkippedSampleError
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.average_precision import (
+from sam_jax.evaluation.clicks import keyed_number
+from sam_jax.evaluation.detection.average_precision import (
     Rules,
     average_precisions,
     category_matches,
     gather_matches,
 )
-from sam_jax.evaluation.clicks import keyed_number
-from sam_jax.evaluation.evaluation import Measures, Record
-from sam_jax.evaluation.figures_report import SKIPPED, FiguresReport, skipped_tally
-from sam_jax.evaluation.image_stream import records_of_stream
-from sam_jax.evaluation.prompt_boxes import (
+from sam_jax.evaluation.detection.figures_report import SKIPPED, FiguresReport, skipped_tally
+from sam_jax.evaluation.detection.image_stream import records_of_stream
+from sam_jax.evaluation.detection.prompt_boxes import (
     JITTERED,
     OWN,
     DetectedBoxes,
@@ -38,8 +37,9 @@ from sam_jax.evaluation.prompt_boxes import (
     TrueBoxes,
     corners_of,
 )
+from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage
+from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.targets import NotFiniteError
-from sam_jax.evaluation.truth import InstanceTruth, TruthImage
 from sam_jax.inference.box_masks import BoxedImage, BoxMask, BoxOptions, masks_of_boxes
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.visualize import draw_boxes, grid, overlay_masks, palette

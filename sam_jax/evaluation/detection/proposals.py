@@ -15,13 +15,18 @@ from sam_jax.arrays import UInt8
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.samples import SkippedSampleError
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.average_recall import average_recalls, found_objects, groups_of, ranked
 from sam_jax.evaluation.clicks import keyed_number
+from sam_jax.evaluation.detection.average_recall import (
+    average_recalls,
+    found_objects,
+    groups_of,
+    ranked,
+)
+from sam_jax.evaluation.detection.figures_report import SKIPPED, FiguresReport, skipped_tally
+from sam_jax.evaluation.detection.image_stream import records_of_stream
+from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage
 from sam_jax.evaluation.evaluation import Measures, Record
-from sam_jax.evaluation.figures_report import SKIPPED, FiguresReport, skipped_tally
-from sam_jax.evaluation.image_stream import records_of_stream
 from sam_jax.evaluation.targets import NotFiniteError
-from sam_jax.evaluation.truth import InstanceTruth, TruthImage
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.visualize import GREEN, ORANGE, RED, grid, overlay_masks

@@ -15,8 +15,8 @@ from rich.table import Table
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.attributes import AttributedMask, AttributedMasks, AttributeTable
-from sam_jax.evaluation.bootstrap import (
+from sam_jax.evaluation.comparison.attributes import AttributedMask, AttributedMasks, AttributeTable
+from sam_jax.evaluation.comparison.bootstrap import (
     FEW,
     LEVEL,
     NUM_DRAWS,
@@ -24,7 +24,7 @@ from sam_jax.evaluation.bootstrap import (
     draw_multiplicities,
     percentile_interval,
 )
-from sam_jax.evaluation.interval_figures import Bar, draw_groups
+from sam_jax.evaluation.comparison.figures import Bar, draw_groups
 
 # What the paper shows, one and three clicks of which the first is random, and the box.
 _DEFAULT_MEASURES = ("random_1", "random_3", "box")

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from sam_jax.arrays import Bool, Float, Int
-from sam_jax.evaluation.matching import (
+from sam_jax.evaluation.detection.matching import (
     IOU_THRESHOLDS,
     SIZES,
     greedy_matches,

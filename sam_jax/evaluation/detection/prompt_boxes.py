@@ -12,9 +12,9 @@ from sam_jax.arrays import Float
 from sam_jax.data.sources.json_form import Id
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.average_precision import MAX_DETECTIONS, Rules, counted
 from sam_jax.evaluation.clicks import keyed_number
-from sam_jax.evaluation.truth import InstanceTruth, TruthImage, TruthMask
+from sam_jax.evaluation.detection.average_precision import MAX_DETECTIONS, Rules, counted
+from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage, TruthMask
 from sam_jax.inference.detections import Detection, Detections, Name, check_boxes, read_detections
 
 OWN: Literal["truth"] = "truth"

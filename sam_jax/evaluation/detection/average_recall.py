@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from sam_jax.arrays import Bool, Float
-from sam_jax.evaluation.average_precision import FREQUENCIES
-from sam_jax.evaluation.evaluation import Measures
-from sam_jax.evaluation.matching import (
+from sam_jax.evaluation.detection.average_precision import FREQUENCIES
+from sam_jax.evaluation.detection.matching import (
     IOU_THRESHOLDS,
     SIZES,
     greedy_matches,
@@ -17,6 +16,7 @@ from sam_jax.evaluation.matching import (
     packed,
     unpacked,
 )
+from sam_jax.evaluation.evaluation import Measures
 
 # Groups of objects over which there is a recall: by size, and by the frequency of their category.
 GROUPS = (*SIZES, *FREQUENCIES.values())

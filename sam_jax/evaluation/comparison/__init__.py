@@ -1,0 +1,1 @@
+"""Results set side by side, with intervals: two checkpoints, and groups of masks."""

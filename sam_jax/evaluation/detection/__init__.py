@@ -1,0 +1,1 @@
+"""Instances and proposals, scored by the rules of COCO and LVIS."""
