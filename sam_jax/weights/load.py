@@ -287,8 +287,8 @@ def _open(path_or_name: str | Path, step: int | None, ema: bool, hints: Hints) -
         path = _download(str(path_or_name))
     if (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
         run = path if (path / CHECKPOINTS).is_dir() else path.parent
-        variables = merged_variables(restore_variables(run, step, ema=ema), run_lora(run))
-        return Weights(run, "orbax", run_config(run), variables)
+        variables, config = restore_variables(run, step, ema=ema), run_config(run)
+        return Weights(run, "orbax", config, merged_variables(variables, run_lora(run)))
     if step is not None:
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
