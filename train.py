@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
             checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
             evaluators=evaluators,
             sections=config,
+            stage=experiment.stage(),
         )
 
 

@@ -11,6 +11,7 @@ from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.data.config import DataConfig
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.losses import LossConfig
+from sam_jax.models.lora import LoraConfig
 from sam_jax.models.masked_autoencoder import AutoencoderConfig
 from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import ShardingConfig
@@ -28,7 +29,7 @@ SECTIONS: dict[str, type] = {
 }
 # What the model is trained to do, and the sections that describe it.
 TASK_SECTIONS: dict[str, dict[str, type]] = {
-    "segment": {"prompts": PromptConfig, "losses": LossConfig},
+    "segment": {"prompts": PromptConfig, "losses": LossConfig, "lora": LoraConfig},
     "reconstruct": {"autoencoder": AutoencoderConfig},
 }
 

@@ -350,7 +350,8 @@ class Checkpointer:
             }
         ema_params = None
         if keeps_ema:
-            ema_params = restored[_EMA if _EMA in parts else _MODEL]["params"]
+            found = restored[_EMA if _EMA in parts else _MODEL]["params"]
+            ema_params = state.averaged_part(found)
             if _EMA not in parts:
                 ema_params = jax.tree.map(jax.numpy.copy, ema_params)
         whole = state.replace(
@@ -531,10 +532,19 @@ def restore_variables(path: str | Path, step: int | None = None, *, ema: bool = 
     raise CheckpointError(f"{item} is damaged: {fault}{hint}")
 
 
-def save_variables(workdir: str | Path, variables: Any) -> None:
-    """Writes the variables of a model as the checkpoint of step 0, to be read as a run's.
+def save_variables(
+    workdir: str | Path, variables: Any, *, step: int = 0, keep: int | None = None
+) -> None:
+    """Writes the variables of a model as a checkpoint without more, to be read as a run's.
 
-    In the foreground and some arrays at a time, so that they are never in memory twice.
+    In the foreground and some arrays at a time, so that they are never in memory twice. One that is
+    there already stays.
+
+    Args:
+      workdir: as a run's.
+      variables: of the model.
+      step: of the checkpoint.
+      keep: the newest checkpoints that are kept, as soon as this one is written; None for all.
 
     Raises:
       CheckpointError: if the name of the folder cannot be that of one with checkpoints, or what
@@ -543,15 +553,19 @@ def save_variables(workdir: str | Path, variables: Any) -> None:
     folder = checkpoint_path(workdir) / CHECKPOINTS
     with ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        ),
         item_names=(_MODEL,),
         item_handlers={_MODEL: ocp.StandardCheckpointHandler(save_concurrent_gb=1)},
     ) as manager:
         # Arrays of JAX are written as they are, those of numpy from copies.
         arrays = jax.tree.map(jax.numpy.asarray, variables)
-        manager.save(0, args=ocp.args.Composite(**{_MODEL: ocp.args.StandardSave(arrays)}))
+        parts = ocp.args.Composite(**{_MODEL: ocp.args.StandardSave(arrays)})
+        if step not in manager.all_steps():
+            manager.save(step, args=parts, force=True)
     try:
-        _shapes(_part(folder, 0, _MODEL))
+        _shapes(_part(folder, step, _MODEL))
     except Exception as error:
         raise CheckpointError(f"what was written to {folder} cannot be read: {error}") from error
 

@@ -101,11 +101,32 @@ def convert(
         int | None,
         typer.Option(help="Of what a masked autoencoder lacks; gives a start for training."),
     ] = None,
+    with_adapters: Annotated[
+        Path | None,
+        typer.Option(help="File of adapters to put on top of the source, and merge."),
+    ] = None,
+    only_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--only-adapters",
+            help="Write what a run has trained alone, such as adapters and decoder: .safetensors.",
+        ),
+    ] = False,
 ) -> None:
     """Writes a checkpoint in another form: for PyTorch, Hugging Face, or train.py and eval.py."""
     from sam_jax.weights.load import FILE_TARGETS, OFFICIAL_SUFFIXES
     from sam_jax.weights.load import convert as convert_checkpoint
 
+    if only_adapters:
+        if to or with_adapters or seed is not None:
+            raise ConfigError("--only-adapters goes with none of --to, --with-adapters and --seed")
+        from sam_jax.weights.adapters import write_adapters
+
+        with _progress() as say:
+            say(f"reading {source}")
+            described = write_adapters(source, target, step=step, ema=ema)
+        typer.echo(f"{target}: {described}")
+        return
     endings = ", ".join(OFFICIAL_SUFFIXES)
     if to is None:
         if target.suffix not in OFFICIAL_SUFFIXES:
@@ -125,6 +146,7 @@ def convert(
             ema=ema,
             decoder_heads=decoder_heads,
             seed=seed,
+            adapters=with_adapters,
             on_progress=say,
         )
     typer.echo(f"{target}: {described}")

@@ -243,6 +243,7 @@ def step_flops(
     num_objects: float,
     *,
     useful: bool = False,
+    encodes: bool = True,
 ) -> float:
     """Operations of a training step: each image encoded once, its objects decoded every round.
 
@@ -252,8 +253,9 @@ def step_flops(
       batch_size: images.
       num_objects: objects of each image, on average.
       useful: see ``encoder_flops``.
+      encodes: whether images are embedded in the step.
     """
     rounds = round_flops(config, prompts, num_objects, is_first=True)
     rounds += (prompts.num_rounds - 1) * round_flops(config, prompts, num_objects, is_first=False)
-    image = encoder_flops(config.image_encoder, useful=useful) + rounds
-    return TRAINING_FACTOR * batch_size * image
+    encoder = encoder_flops(config.image_encoder, useful=useful) if encodes else 0
+    return TRAINING_FACTOR * batch_size * (encoder + rounds)

@@ -19,6 +19,7 @@ from sam_jax.data.sources.panoptic import PanopticSource, Stuff
 from sam_jax.data.sources.polygon_files import PolygonForm
 from sam_jax.data.sources.polygons import PolygonSource
 from sam_jax.data.sources.sa1b import Sa1bSource
+from sam_jax.data.sources.share import ShareSource
 from sam_jax.data.sources.synthetic import SyntheticSource
 from sam_jax.data.sources.tfds import TfdsImagesSource, TfdsSource
 from sam_jax.data.transforms import TrainTransform
@@ -79,6 +80,9 @@ class SourceConfig:
         folder. mask_folder, label_maps: the folder of images. image_folders: the folder of their
         folders.
       weight: how often to draw from this source, relative to the others; its size does not matter.
+      share: the part of the images that is used, as an interval of [0, 1] after a shuffle that is
+        always the same: (0.0, 0.8) to train on and (0.8, 1.0) to evaluate on have none in common.
+        None for all.
       name: what samples say they come from; None means the kind.
       images: coco, video_coco, polygons, panoptic: the image folder. image_folders: the name of the
         folder with the picture.
@@ -113,6 +117,7 @@ class SourceConfig:
     kind: SourceKind
     path: str | None = None
     weight: float = 1.0
+    share: tuple[float, float] | None = None
     name: str | None = None
     images: str | None = None
     crowd: Crowd | None = None
@@ -145,6 +150,8 @@ class SourceConfig:
                 )
         if not self.weight > 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
+        if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
+            raise ValueError(f"share must be 0 <= first < last <= 1, got {self.share}")
         if self.parts is not None:
             parts = tuple(
                 part if isinstance(part, SourceConfig) else SourceConfig.from_dict(part)
@@ -254,7 +261,7 @@ def build_source(config: SourceConfig) -> Source:
     given = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name not in ("kind", "weight") and getattr(config, field.name) is not None
+        if field.name not in ("kind", "weight", "share") and getattr(config, field.name) is not None
     }
     parameters = inspect.signature(cls).parameters
     unknown = sorted(set(given) - set(parameters))
@@ -273,4 +280,5 @@ def build_source(config: SourceConfig) -> Source:
         given["parts"] = [
             build_source(dataclasses.replace(part, name=name)) for part in config.parts
         ]
-    return cls(**given)
+    source: Source = cls(**given)
+    return source if config.share is None else ShareSource(source, config.share)

@@ -108,6 +108,13 @@ class MaskLayout:
         packed = jnp.sum(lines << shifts, axis=-1).astype(jnp.uint8)
         return jnp.unpackbits(packed, axis=-1)[..., : width * scale].astype(bool)
 
+    def reduced(
+        self, packed_masks: Int[Array, "*batch 16 tokens"]
+    ) -> Int[Array, "*batch 16 tokens"]:
+        """Masks at low resolution, in the layout of scale 1: pixels that are filled by half."""
+        counts = jax.lax.population_count(packed_masks)
+        return (2 * counts >= self.scale**2).astype(packed_masks.dtype)
+
     def boxes(self, packed_masks: Int[Array, "*batch 16 tokens"]) -> Float[Array, "*batch 4"]:
         """Tight boxes ``x0, y0, x1, y1`` in pixel indices, both corners inside the mask.
 

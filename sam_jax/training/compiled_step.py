@@ -22,6 +22,7 @@ from sam_jax.sharding import (
     replicated,
     tree_shardings,
 )
+from sam_jax.trained_parameters import select_trained
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import TrainState, init_state
 from sam_jax.training.step import build_train_step
@@ -39,7 +40,8 @@ class CompiledStep:
     Attributes:
       task: what is trained.
       parallel: the devices, and what they share.
-      optimizer: of its parameters.
+      trained: shapes of the trained parameters, which are a part of ``state_shapes.params``.
+      optimizer: of those.
       state_shapes: shapes and types of the training state.
       state_shardings: where it lies.
       seed: of what the steps draw.
@@ -50,6 +52,7 @@ class CompiledStep:
 
     task: Task
     parallel: Parallel
+    trained: Any
     optimizer: optax.GradientTransformation
     state_shapes: TrainState
     state_shardings: TrainState
@@ -129,7 +132,7 @@ class CompiledStep:
         return jax.jit(self._init_state, out_shardings=self.state_shardings)(on_host)
 
     def _init_state(self, variables: Any) -> TrainState:
-        return init_state(variables, self.optimizer, keeps_ema=self.keeps_ema)
+        return init_state(variables, self.optimizer, keeps_ema=self.keeps_ema, trained=self.trained)
 
 
 def compile_step(
@@ -140,6 +143,7 @@ def compile_step(
     ema_decay: float,
     optimizer_config: OptimizerConfig,
     sharding_config: ShardingConfig,
+    trainable: Sequence[str] = ("all",),
     kernels: Kernels = "auto",
     devices: Sequence[Any] | None = None,
 ) -> CompiledStep:
@@ -149,6 +153,7 @@ def compile_step(
       task: what is trained.
       num_steps, seed, ema_decay: see ``experiment.TrainConfig``.
       optimizer_config, sharding_config: the experiment.
+      trainable: see ``trained_parameters.select_trained``.
       kernels: see ``ops.dispatch.Target``.
       devices: by default all there are.
 
@@ -160,9 +165,12 @@ def compile_step(
         mesh, BATCH_AXES, TENSOR_AXIS, WEIGHTS_AXIS, sharding_config.reduce_dtype, kernels
     )
     variable_shapes = jax.eval_shape(task.init, jax.random.key(0))
-    optimizer = build_optimizer(variable_shapes["params"], optimizer_config, num_steps)
+    params = variable_shapes["params"]
+    trained = select_trained(params, trainable)
+    optimizer = build_optimizer(params, optimizer_config, num_steps, trained=trained)
     state_shapes = jax.eval_shape(
-        lambda v: init_state(v, optimizer, keeps_ema=ema_decay > 0), variable_shapes
+        lambda v: init_state(v, optimizer, keeps_ema=ema_decay > 0, trained=trained),
+        variable_shapes,
     )
     shardings = tree_shardings(state_shapes, mesh, sharding_config)
     step = jax.jit(
@@ -174,6 +182,7 @@ def compile_step(
             param_specs=jax.tree.map(lambda sharding: sharding.spec, shardings.params),
             accumulate_steps=optimizer_config.accumulate_steps,
             ema_decay=ema_decay,
+            trained=trained,
         ),
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
@@ -183,6 +192,7 @@ def compile_step(
     return CompiledStep(
         task,
         parallel,
+        trained,
         optimizer,
         state_shapes,
         shardings,

@@ -49,7 +49,7 @@ def diagnose(
 def _in_parameters(program, state, fields, key, samples) -> list[str]:
     del fields, key, samples
     count_bad = jax.jit(_count_bad, out_shardings=replicated(program.mesh))
-    lines = list(_counted(program, count_bad(state.params)))
+    lines = list(_counted(program.state_shapes.params, count_bad(state.params)))
     return ["parameters are not finite before the step:", *lines] if lines else []
 
 
@@ -99,6 +99,7 @@ def _in_gradients(program, state, fields, key, samples) -> list[str]:
         parallel=program.parallel,
         param_specs=program.param_specs,
         accumulate_steps=program.accumulate_steps,
+        trained=program.trained,
     )
 
     def bad_gradients(params: Any, constants: Any, batch: Any) -> Any:
@@ -106,7 +107,7 @@ def _in_gradients(program, state, fields, key, samples) -> list[str]:
 
     compiled = jax.jit(bad_gradients, out_shardings=replicated(program.mesh))
     counts = compiled(state.params, state.constants, fields)
-    lines = list(_counted(program, counts))
+    lines = list(_counted(program.trained, counts))
     if lines:
         return ["the loss is finite, and its gradient is not, by", *lines]
     return ["the loss and each gradient are finite; the gradients' norm overflows float32"]
@@ -116,9 +117,9 @@ def _count_bad(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.sum(~jnp.isfinite(leaf)), tree)
 
 
-def _counted(program: CompiledStep, counts: Any) -> Iterator[str]:
+def _counted(shapes: Any, counts: Any) -> Iterator[str]:
     """A line for each array that has something that is not finite."""
-    leaves = jax.tree.leaves(program.state_shapes.params)
+    leaves = jax.tree.leaves(shapes)
     named = jax.tree.leaves_with_path(jax.device_get(counts))
     for (path, count), leaf in zip(named, leaves, strict=True):
         if count:

@@ -8,16 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.models.lora import ADAPTERS, LoraConfig
 from sam_jax.models.masked_autoencoder import AutoencoderConfig
+from sam_jax.models.sam import SamConfig
 from sam_jax.models.variants import ModelConfig, build_autoencoder, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.compiled_step import CompiledStep, compile_step
+from sam_jax.training.embedding_cache import EmbeddingStage
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.tasks.reconstruct import ReconstructTask
 from sam_jax.training.tasks.segment import SegmentTask
@@ -36,13 +41,21 @@ class TrainConfig:
       init_from: weights that a new run starts from, of any form that ``weights.load.load``
         takes: another run (its averaged parameters, where it keeps them), a published or Hugging
         Face checkpoint, a masked autoencoder; None for random ones.
+      adapters_from: file of trained adapters to put on top of them, as sam-jax convert
+        --only-adapters writes it: adapters to train on if ``lora.rank`` is theirs, merged if that
+        is 0; None for none.
       seed: of the parameters, prompts, dropout; the data have a seed of their own.
       remat_rounds: whether rounds of prompting are computed again in the backward pass, see
         ``rounds.run_rounds``.
+      trainable: parameters that are trained: "all", "decoder" (the mask decoder), "lora" (adapters,
+        see ``lora.LoraConfig``), or regular expressions searched in their paths; several add up.
+        The others stay as they are, and take neither gradients nor the optimizer's memory.
+      embedding_cache: folder in which image embeddings of a frozen encoder are kept, computed the
+        first time that an image comes; None embeds images in every step. Runs may share it.
       ema_decay: what is left of the running average of the parameters at each step, as in 0.9999; 0
         keeps none, and the paper mentions none. Evaluation, prediction and conversion then take the
         average. It starts as the first parameters, which needs no correction of a bias; after n
-        steps they weigh ``ema_decay ** n``. Costs 4 bytes per parameter, spread like them.
+        steps they weigh ``ema_decay ** n``. Costs 4 bytes per trained parameter, spread like them.
       profile_steps: first and last step that a profile is written of, to ``workdir/profile``, for
         xprof or TensorBoard; None for no profile.
       max_skipped_steps: a run ends, with a diagnosis, after so many steps in a row whose loss or
@@ -55,12 +68,20 @@ class TrainConfig:
         for none. Needs its package.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
+      watch: the figure that the run is judged by, the larger the better: name of an evaluation and
+        of a figure in its report, as in "val/mean/box" or "val/mean/center_1". The model that was
+        best is kept in RUN/best, which is a run's folder by itself; None for none, and without
+        evaluations there is none.
+      patience: evaluations without a better figure after which the run ends; None for no such end.
     """
 
     num_steps: int
     init_from: str | None = None
+    adapters_from: str | None = None
     seed: int = 0
     remat_rounds: bool = True
+    trainable: tuple[str, ...] = ("all",)
+    embedding_cache: str | None = None
     ema_decay: float = 0.0
     profile_steps: tuple[int, int] | None = None
     max_skipped_steps: int = 10
@@ -68,8 +89,16 @@ class TrainConfig:
     wandb: str | None = None
     log_every: int = 50
     eval_every: int | None = None
+    watch: str | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.patience is not None and (self.patience < 1 or not self.watch):
+            raise ValueError(
+                f"patience = {self.patience} needs a figure to watch, and at least one evaluation"
+            )
+        if self.adapters_from is not None and self.init_from is None:
+            raise ValueError("adapters_from needs the weights that they are put on, init_from")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
         if self.max_skipped_steps < 1:
@@ -115,16 +144,77 @@ class Experiment:
         )
 
     def program(self, devices: Sequence[Any] | None = None) -> CompiledStep:
-        """The training step on these devices; see ``compile_step``."""
-        return compile_step(
+        """The training step on these devices; see ``compile_step``.
+
+        Raises:
+          ConfigError: if the config does not fit the devices or the parameters, or trains an
+            encoder whose embeddings are kept.
+        """
+        program = compile_step(
             self.task,
             num_steps=self.train.num_steps,
             seed=self.train.seed,
             ema_decay=self.train.ema_decay,
+            trainable=self.train.trainable,
             optimizer_config=self.optimizer,
             sharding_config=self.sharding,
             kernels=self.kernels,
             devices=devices,
+        )
+        if isinstance(self.task, SegmentTask):
+            _check_trained(self.task, self.train.trainable, program.trained)
+        return program
+
+    def stage(self) -> EmbeddingStage | None:
+        """The stage from the input pipeline's batches to the task's; None where they are."""
+        if self.train.embedding_cache is None:
+            return None
+        assert isinstance(self.task, SegmentTask), "others have no such cache"
+        return EmbeddingStage(self.task.model, self.train.embedding_cache, self.kernels)
+
+
+def _check_trained(task: SegmentTask, trainable: Sequence[str], trained: Any) -> None:
+    """Refuses trained parameters that contradict the cache of embeddings or the adapters."""
+    changed = sorted(set(trained) & {"image_encoder", ADAPTERS})
+    said = f"train.trainable = {trainable}"
+    if task.takes_embeddings and changed:
+        raise ConfigError(
+            f"train.embedding_cache keeps what a frozen encoder answers, and {said} "
+            f"trains {', '.join(changed)}: set train.trainable to ('decoder',), or "
+            "train.embedding_cache to None"
+        )
+    if not task.lora.rank:
+        return
+    if ADAPTERS not in trained:
+        raise ConfigError(
+            f"lora.rank = {task.lora.rank} makes adapters that {said} does not "
+            "train: add 'lora' to it, or set lora.rank to 0"
+        )
+    flat = flatten_dict(trained, sep="/")
+    layers = {path.rpartition("/")[0] for path in flat if path.startswith(f"{ADAPTERS}/")}
+    both = [f"{layer.removeprefix(f'{ADAPTERS}/')}/kernel" for layer in sorted(layers)]
+    if both := [kernel for kernel in both if kernel in flat]:
+        raise ConfigError(
+            f"{said} trains {both[0]}, which has an adapter (lora.targets): name 'lora' "
+            "in place of it, or set lora.rank to 0"
+        )
+
+
+def _check_views(data: DataConfig, model: SamConfig) -> None:
+    """Refuses options under which an image is never seen twice, so that nothing can be kept of it.
+
+    Flips are no such option: an image has two views then, and both are kept.
+    """
+    endless = {
+        "data.scale_jitter": data.scale_jitter,
+        "data.color_jitter": data.color_jitter,
+        "model.drop_path_rate": getattr(model.image_encoder, "drop_path_rate", 0.0),
+    }
+    if found := [f"{name} = {value}" for name, value in endless.items() if value]:
+        raise ConfigError(
+            f"train.embedding_cache keeps embeddings of images that come again, and under "
+            f"{', '.join(found)} none does: turn that off (data.hflip_rate may stay: it makes two "
+            "views of each image, and both are kept), or set train.embedding_cache to None"
         )
 
 
@@ -147,19 +237,27 @@ def _segment(
             f"data.crop_area_rates = {data.crop_area_rates} makes examples without masks, which "
             'segmentation cannot be trained on; leave it None, or take task = "reconstruct"'
         )
-    return SegmentTask(
+    task = SegmentTask(
         build_model(model),
         prompts=from_mapping(PromptConfig, sections["prompts"], "prompts"),
         losses=from_mapping(LossConfig, sections["losses"], "losses"),
         max_masks=data.max_masks,
         remat_rounds=train.remat_rounds,
+        takes_embeddings=train.embedding_cache is not None,
+        lora=from_mapping(LoraConfig, sections["lora"], "lora"),
+        adapters_from=train.adapters_from,
     )
+    if task.takes_embeddings:
+        _check_views(data, task.model.config)
+    return task
 
 
 def _reconstruct(
     model: ModelConfig, data: DataConfig, train: TrainConfig, sections: Mapping[str, Any]
 ) -> ReconstructTask:
-    del train
+    for name in ("embedding_cache", "adapters_from"):
+        if (value := getattr(train, name)) is not None:
+            raise ConfigError(f"train.{name} = {value!r} is for segmentation; leave it None")
     if data.crop_area_rates is None:
         raise ConfigError(
             "data.crop_area_rates is None: pre-training takes crops of images, as (0.2, 1.0)"

@@ -23,6 +23,7 @@ from sam_jax.checkpoint import (
 from sam_jax.errors import TRY_AGAIN, UserError, exit_code_of
 from sam_jax.hosts import end_now, is_first
 from sam_jax.training import diagnosis, manifest
+from sam_jax.training.best import Watch
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
@@ -50,6 +51,8 @@ class EvalReport(Protocol):
 
 
 Evaluators = Mapping[str, Callable[[dict], EvalReport]]
+# (batches of the input pipeline, variables, what to say) -> batches of the step.
+Stage = Callable[[Iterator, Mapping[str, Any], Callable[[str], None]], Iterator]
 
 
 class TrainingInterruptedError(UserError):
@@ -74,6 +77,7 @@ def train(
     checkpoint_config: CheckpointConfig,
     evaluators: Evaluators,
     sections: dict[str, Any] | None = None,
+    stage: Stage | None = None,
 ) -> TrainState:
     """Trains all steps, from the newest checkpoint in ``workdir`` if there is one.
 
@@ -90,6 +94,7 @@ def train(
       checkpoint_config: when to save.
       evaluators: called with the variables at evaluations, by name.
       sections: the config that all of this is from, kept beside the checkpoints; None keeps none.
+      stage: makes batches of the task of those that the iterator yields; None where they are.
 
     Raises:
       ConfigError: if the batch does not divide by the devices.
@@ -110,19 +115,27 @@ def train(
             if checkpointer.latest_step:
                 with watchdog.during("reading a checkpoint", may_work=True):
                     state = _restored_state(program, checkpointer, data_iterator, reporter)
-                if (done := int(state.step)) >= config.num_steps:
-                    reporter.say(
-                        f"nothing is left to do: step {done} of {config.num_steps} is done; a "
-                        "larger train.num_steps goes on from it, and eval.py evaluates it"
-                    )
+            done = 0 if state is None else int(state.step)
+            watch = None
+            if config.watch is not None and config.eval_every != 0:
+                watch = Watch(workdir, config.watch, config.patience, done, sections)
+                watch.check_names(evaluators)
+            if state is not None:
+                if watch and _is_evaluated(done, config) and watch.lacks(done):
+                    with watchdog.during("evaluating", may_work=True):
+                        _evaluate(evaluators, program.task, state, reporter, watch)
+                if end := _end_before(done, config, watch):
+                    reporter.say(f"nothing is left to do: {end}")
                     return state
             # Data that cannot be read are found out here.
             with watchdog.during("waiting for data", may_work=True):
                 batches = itertools.chain([next(data_iterator)], data_iterator)
             if state is None:
                 state = _new_state(program, config, reporter)
-            _begin(program, checkpointer, reporter, int(state.step), sections, data_iterator)
-            if not int(state.step):
+            _begin(program, checkpointer, reporter, done, sections, data_iterator)
+            if stage is not None:
+                batches = stage(batches, state.variables, reporter.say)
+            if not done:
                 reporter.say("the first step is compiled now, which can take minutes")
             run = _Run(
                 program,
@@ -132,6 +145,7 @@ def train(
                 checkpointer,
                 reporter,
                 evaluators,
+                watch,
                 watchdog,
             )
             return run.steps(state, batches)
@@ -147,6 +161,21 @@ def train(
             ):
                 ends.callback(checkpointer.close)
                 ends.callback(reporter.close)
+
+
+def _end_before(done: int, config: TrainConfig, watch: Watch | None) -> str:
+    """Why a run of so many steps does not go on, and what would let it; empty if it does."""
+    if watch and watch.is_over:
+        return (
+            f"the run was over at step {done}, as {watch.summary}; a larger train.patience goes on "
+            "from here"
+        )
+    if done >= config.num_steps:
+        return (
+            f"step {done} of {config.num_steps} is done; a larger train.num_steps goes on from it, "
+            "and eval.py evaluates it"
+        )
+    return ""
 
 
 # What ends all processes of a run after the same step.
@@ -202,9 +231,9 @@ def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
 
 def _introduce(program: CompiledStep, reporter: Reporter) -> None:
     """Says what runs where."""
-    mesh, params = program.mesh, program.state_shapes.params
+    mesh = program.mesh
     reporter.say(
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f} M parameters on "
+        f"{_num_parameters(program)} on "
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s) of {jax.process_count()} "
         f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
@@ -213,6 +242,16 @@ def _introduce(program: CompiledStep, reporter: Reporter) -> None:
             "agrees with the reference" if check.fault is None else f"is not used: {check.fault}"
         )
         reporter.say(f"kernel {check.form} of {check.operation} {agrees}")
+
+
+def _num_parameters(program: CompiledStep) -> str:
+    total, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (program.state_shapes.params, program.trained)
+    )
+    if trained == total:
+        return f"{total / 1e6:.1f} M parameters"
+    return f"{trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters are trained ({trained:,})"
 
 
 def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:
@@ -270,6 +309,7 @@ class _Run(NamedTuple):
     checkpointer: Checkpointer
     reporter: Reporter
     evaluators: Evaluators
+    watch: Watch | None
     watchdog: Watchdog
 
     def steps(self, state: TrainState, batches: Iterator[Mapping[str, Any]]) -> TrainState:
@@ -327,8 +367,17 @@ class _Run(NamedTuple):
                         stopwatch.during("evaluation"),
                         watchdog.during("evaluating", may_work=True),
                     ):
-                        for name, evaluate in self.evaluators.items():
-                            reporter.evaluation(step, name, evaluate(state.evaluated_variables))
+                        _evaluate(self.evaluators, program.task, state, reporter, self.watch)
+                    if self.watch and self.watch.is_over and not is_last:
+                        with watchdog.during("saving a checkpoint"):
+                            self.checkpointer.save(state, self.data_iterator)
+                        reporter.say(
+                            f"stopping at step {step} of {config.num_steps}: in {config.patience} "
+                            f"evaluations nothing was better; {self.watch.summary}"
+                        )
+                        return state
+        if self.watch and self.watch.best:
+            reporter.say(self.watch.summary)
         return state
 
     def _report(self, step: int, interval: list[dict], stopwatch: Stopwatch) -> None:
@@ -355,6 +404,24 @@ class _Run(NamedTuple):
             f"stopped at step {step} of {self.config.num_steps} by "
             f"{signal.Signals(stop_signal).name}; the same command continues"
         )
+
+
+def _evaluate(
+    evaluators: Evaluators,
+    task: Task,
+    state: TrainState,
+    reporter: Reporter,
+    watch: Watch | None,
+) -> None:
+    """Evaluates a state, reports it, and has it judged."""
+    step, variables = int(state.step), task.evaluated(state.evaluated_variables)
+    figures: dict[str, float] = {}
+    for name, evaluate in evaluators.items():
+        report = evaluate(variables)
+        reporter.evaluation(step, name, report)
+        figures |= {f"{name}/{figure}": value for figure, value in report.as_flat_dict().items()}
+    if watch:
+        watch.see(step, figures, lambda: state.evaluated_variables)
 
 
 def _agreed_signal(received: list[int], step: int) -> int:

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from sam_jax.errors import ConfigError
+from sam_jax.trained_parameters import part_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,18 +154,25 @@ def parameter_groups(params: Any, config: OptimizerConfig) -> dict[str, Paramete
 
 
 def build_optimizer(
-    params: Any, config: OptimizerConfig, num_steps: int
+    params: Any, config: OptimizerConfig, num_steps: int, *, trained: Any = None
 ) -> optax.GradientTransformation:
     """The optimizer for parameters of this tree (arrays or their shapes).
 
     As in AdamW, the layer's factor scales the decay together with the step.
+
+    Args:
+      params: of the whole model, by which layers are counted.
+      config: the optimizer.
+      num_steps: of the run.
+      trained: a tree with the paths of those that it updates; None for all.
     """
     groups = parameter_groups(params, config)
 
     def by_path(value):
-        return flax.traverse_util.unflatten_dict(
+        tree = flax.traverse_util.unflatten_dict(
             {tuple(path.split("/")): value(group) for path, group in groups.items()}
         )
+        return part_at(tree, trained)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),

@@ -71,8 +71,9 @@ def run_rounds(
     mask-only round, one new click in the error region, and asks for one candidate. Shapes are
     fixed; rounds after the first are a scan.
 
-    The logits carried on have their gradient stopped: eleven short graphs, not one of eleven
-    times the depth. (SAM 2 lets gradients pass; the paper is silent.)
+    The logits carried on have their gradient stopped unless ``loss_config.feedback_gradient``:
+    eleven short graphs, not one of eleven times the depth. (SAM 2 lets gradients pass; the paper is
+    silent.)
 
     Objects know nothing of each other, so each may be on any device.
 
@@ -108,7 +109,10 @@ def run_rounds(
             iou=of_chosen(losses.iou),
             iou_prediction=of_chosen(prediction.iou_predictions),
         )
-        return result, jax.lax.stop_gradient(of_chosen(logits)), of_chosen(losses.errors)
+        carried_on = of_chosen(logits)
+        if not loss_config.feedback_gradient:
+            carried_on = jax.lax.stop_gradient(carried_on)
+        return result, carried_on, of_chosen(losses.errors)
 
     def keys_and_seeds(round_index: Array | int) -> tuple[Array, Array]:
         """Random key for the click and dropout seed of each object in a round."""

@@ -12,6 +12,7 @@ from einops import rearrange
 from sam_jax.arrays import Array, Float
 from sam_jax.errors import ConfigError
 from sam_jax.parallel import Parallel
+from sam_jax.trained_parameters import part_at, with_part
 from sam_jax.training.state import TrainState
 from sam_jax.training.task import Fields, Sums, Task
 
@@ -30,6 +31,7 @@ def build_train_step(
     param_specs: Any | None = None,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    trained: Any = None,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with shardings by the caller.
 
@@ -42,15 +44,21 @@ def build_train_step(
 
     Args:
       task: what is trained.
-      optimizer: made for its parameters.
+      optimizer: made for its trained parameters.
       seed: of whatever the task draws.
       parallel: the devices.
       param_specs: how they store the parameters; None for whole ones.
       accumulate_steps: parts into which the batch is cut; must divide every device's share.
       ema_decay: see ``experiment.TrainConfig``; the state must keep an average if it is not 0.
+      trained: a tree with the paths of trained parameters; None for all. The others are no
+        variables of the gradient, so nothing is differentiated that only they are part of.
     """
     gradients = build_gradients(
-        task, parallel=parallel, param_specs=param_specs, accumulate_steps=accumulate_steps
+        task,
+        parallel=parallel,
+        param_specs=param_specs,
+        accumulate_steps=accumulate_steps,
+        trained=trained,
     )
 
     def train_step(state: TrainState, batch: Fields) -> tuple[TrainState, StepMetrics]:
@@ -58,19 +66,20 @@ def build_train_step(
         grads, sums, count = gradients(state.params, state.constants, batch, key)
         gradient_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm)
+        old = part_at(state.params, trained)
 
         def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, old)
+        new = optax.apply_updates(old, updates)
         ema_params = state.ema_params
         if ema_decay:
-            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+            ema_params = optax.incremental_update(new, ema_params, 1.0 - ema_decay)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=if_finite(params, state.params),
+            params=with_part(state.params, if_finite(new, old)),
             opt_state=if_finite(opt_state, state.opt_state),
             ema_params=if_finite(ema_params, state.ema_params),
         )
@@ -95,6 +104,7 @@ def build_gradients(
     parallel: Parallel,
     param_specs: Any | None = None,
     accumulate_steps: int = 1,
+    trained: Any = None,
 ) -> Gradients:
     """The gradients of a batch's mean loss as a pure function; arguments as for the step."""
     loss_sums = task.loss_sums(parallel, param_specs)
@@ -111,11 +121,12 @@ def build_gradients(
         count = task.count(batch)
 
         def part_gradients(part: Fields, key: Array):
-            def mean_loss(params):
-                loss, sums = loss_sums(params, constants, part, key)
+            def mean_loss(trained_params):
+                whole = with_part(params, trained_params)
+                loss, sums = loss_sums(whole, constants, part, key)
                 return loss / count, sums
 
-            return jax.grad(mean_loss, has_aux=True)(params)
+            return jax.grad(mean_loss, has_aux=True)(part_at(params, trained))
 
         if accumulate_steps == 1:
             grads, sums = part_gradients(batch, key)

@@ -61,6 +61,10 @@ class Task(Protocol):
         """
         ...
 
+    def evaluated(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables as whoever has only the model takes them, of those that are trained."""
+        ...
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of each field of a batch; the first axis is images."""
         ...

@@ -24,6 +24,7 @@ from sam_jax.checkpoint import (
 )
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
+from sam_jax.models.lora import merged_variables
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
@@ -35,6 +36,7 @@ from sam_jax.models.variants import (
 )
 from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
 from sam_jax.ops.resize import resize_positions
+from sam_jax.weights.adapters import merged_with, read_adapters, run_lora
 from sam_jax.weights.files import (
     SAFETENSORS,
     SAFETENSORS_SUFFIX,
@@ -246,6 +248,7 @@ def convert(
     ema: bool = True,
     decoder_heads: int | None = None,
     seed: int | None = None,
+    adapters: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> str:
     """Writes a checkpoint in another form, in float32, and says what it was.
@@ -258,6 +261,7 @@ def convert(
       ema: see ``load``.
       decoder_heads: see ``open_weights``.
       seed: for what a masked autoencoder lacks, which is all but the encoder.
+      adapters: a file of ``weights.adapters``, to put on top of the source.
       on_progress: told what is being done.
 
     Raises:
@@ -270,6 +274,8 @@ def convert(
     weights = open_weights(source, step=step, ema=ema, decoder_heads=decoder_heads)
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
     config, form, left_out = weights.config, weights.form, weights.left_out
+    if adapters is not None:
+        variables = merged_with(variables, read_adapters(adapters))
     if to == "orbax":
         # Copies, so that the mapped file is let go of before writing takes memory of its own.
         variables = jax.tree.map(jax.numpy.array, variables)
@@ -419,7 +425,8 @@ def _open_run(run: Path, step: int | None, ema: bool) -> Weights:
     variables = restore_variables(run, step, ema=ema)
     autoencoder = run_autoencoder(run)
     if autoencoder is None:
-        return Weights(run, "orbax", run_config(run), variables)
+        merged = merged_variables(variables, run_lora(run))
+        return Weights(run, "orbax", run_config(run), merged)
     try:
         tensors = mae_tensors(autoencoder, variables)
     except NamesError as error:
@@ -433,7 +440,7 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
     Args:
       path: file (official) or folder to write; a folder must be new or empty.
       config: the shape of the model.
-      variables: ``{"params": ..., "constants": ...}``. Adapters must have been merged.
+      variables: ``{"params": ..., "constants": ...}``, adapters merged.
       target: "official" (a file, safetensors or PyTorch's, that the published code of Segment
         Anything or of MobileSAM loads strictly), "hugging-face" (a folder for
         ``transformers.SamModel.from_pretrained``), or "orbax" (a folder as ``train.py`` leaves it).
@@ -656,6 +663,18 @@ def _from_sections(run: Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Re
         raise WeightsError(f"{run / CONFIG}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
+
+
+def shape_of(path_or_name: str | Path, *, decoder_heads: int | None = None) -> SamConfig:
+    """The shape of the model that any checkpoint is of; reads no more of it than that takes.
+
+    Raises:
+      WeightsError: see ``open_weights``.
+    """
+    path = Path(path_or_name)
+    if (path / CHECKPOINTS).is_dir():
+        return run_config(path)
+    return open_weights(path_or_name, decoder_heads=decoder_heads).config
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -34,11 +34,11 @@ from tests.golden.tables import assert_unchanged, folded
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER.parents[1] / "configs"
 FRAGMENTS = {"common", "mae_recipe", "sam_recipe", "small_recipe"}
-# What trains: configs of evaluations alone have tests of their own.
+# What trains from nothing: configs of evaluations and of fine-tuning have tests of their own.
 RECIPES = sorted(
     path.stem
     for path in CONFIGS.glob("*.py")
-    if path.stem not in FRAGMENTS and not path.stem.startswith("eval_")
+    if path.stem not in FRAGMENTS and not path.stem.startswith(("eval_", "finetune_"))
 )
 PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h", "mae_vit_b", "mae_vit_l", "mae_vit_h")
 
@@ -126,6 +126,15 @@ def test_sharding_and_optimizer_group_of_every_parameter() -> None:
         rates = {(group.layer, f"{group.rate_scale:.4g}") for group in groups.values()}
         tables[name] = folded(facts) + [f"layer {layer} {rate}" for layer, rate in sorted(rates)]
     assert_unchanged(FOLDER / "recipes.txt", tables)
+
+
+@pytest.mark.parametrize("config", ["sam_vit_h_stage3"], indirect=True)
+def test_the_model_of_automatic_masks_is_the_paper_s(config: ConfigDict) -> None:
+    model = from_mapping(ModelConfig, config.model.to_dict(), "model").sam
+    assert (model.mask_decoder.depth, model.image_encoder.depth) == (3, 32)
+    prompts = from_mapping(PromptConfig, config.prompts.to_dict(), "prompts")
+    assert (prompts.box_rate, prompts.num_points) == (0.0, 4)
+    assert (config.train.num_steps, config.data.scale_jitter) == (177_656, (0.1, 2.0))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ LOWER = BASE | {
     "rle",
     "sharding",
     "simulated_user",
+    "trained_parameters",
     "visualize",
     "weights",
 }
@@ -59,7 +60,8 @@ MAY_IMPORT = {
     "hosts": LEAVES,
     "flop_counts": BASE | {"models", "simulated_user"},
     "checkpoint": LEAVES | {"hosts", "sharding"},
-    "weights": BASE | {"checkpoint", "models"},
+    "trained_parameters": {"errors"},
+    "weights": BASE | {"checkpoint", "models", "trained_parameters"},
     "export": BASE | {"models", "weights"},
     "visualize": BASE,
     "training": LOWER,

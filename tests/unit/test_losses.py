@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
 from sam_jax.losses import (
     LossConfig,
@@ -129,6 +130,35 @@ def test_small_masks_exist_at_the_resolution_of_the_loss():
     losses = losses_of(logits, masks, area)
     assert 0 < expected < 1
     assert losses.iou[0, 0, 0] == pytest.approx(expected)
+
+
+def test_losses_of_low_resolution_are_those_of_reduced_masks():
+    logits, _, _ = random_case(2, 3)
+    rng = np.random.default_rng(1)
+    masks = jnp.asarray(rng.random((2, 3, 32, 48)) < 0.5)
+    # Of the last low-resolution column half is padding, of the second row in sight a quarter.
+    area = jnp.broadcast_to(
+        (jnp.arange(48) < 46)[None, :] & (jnp.arange(32) < 29)[:, None], (2, 32, 48)
+    )
+
+    def halves(x):
+        return x.reshape(*x.shape[:-2], 8, 4, 12, 4).sum((-3, -1)) >= 8
+
+    low = losses_of(logits[:, :, None], masks, area, LossConfig(resolution="low_res"))
+    expected = losses_of(logits[:, :, None], halves(masks & area[:, None]), halves(area))
+    for name in ("focal", "dice"):
+        np.testing.assert_allclose(getattr(low, name), getattr(expected, name), rtol=1e-5)
+    # What is reported and clicked on is at the resolution of the image.
+    full = losses_of(logits[:, :, None], masks, area)
+    np.testing.assert_array_equal(low.iou, full.iou)
+    np.testing.assert_array_equal(low.errors, full.errors)
+    assert not np.allclose(low.focal, full.focal, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("resolution", "high"), ("over_rounds", "max")])
+def test_unknown_switches_are_refused(name, value):
+    with pytest.raises(ConfigError, match=value):
+        from_mapping(LossConfig, {name: value}, "losses")
 
 
 def test_only_the_candidate_with_the_lowest_mask_loss_is_charged():

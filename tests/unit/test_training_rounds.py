@@ -148,7 +148,7 @@ def test_new_clicks_lie_in_the_error_region_with_the_right_sign(recorded, masks)
 def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
     """A decoder whose answer is its parameter plus the logits it is given."""
 
-    def loss(bias, remat):
+    def loss(bias, remat, feedback_gradient=False):
         def decode(prompts, multimask_output, seeds):
             del seeds
             base = 0.0 if prompts.mask_logits is None else prompts.mask_logits[:, :, None]
@@ -163,18 +163,22 @@ def test_gradients_reach_every_round_but_not_through_the_logits_fed_back(masks):
             jnp.array([IMAGE_HW, IMAGE_HW]),
             MASK_LAYOUT,
             PromptConfig(num_corrections=1, random_mask_round=False, final_mask_round=False),
-            LossConfig(iou_weight=0.0),
+            LossConfig(iou_weight=0.0, feedback_gradient=feedback_gradient),
             remat=remat,
         )
         return results.loss.total.mean(axis=(1, 2))
 
     bias = jnp.float32(-1.0)
-    differentiated = jax.jit(jax.jacrev(loss), static_argnums=1)
+    differentiated = jax.jit(jax.jacrev(loss), static_argnums=(1, 2))
     jacobian = differentiated(bias, True)
     np.testing.assert_allclose(jacobian, differentiated(bias, False), rtol=1e-5)
     # Round two's logits are twice the bias, but only once with a gradient.
     alone = jax.jit(jax.grad(lambda b: loss_of_logits(masks, b - 1.0)))(bias)
     np.testing.assert_allclose(jacobian[1], alone, rtol=1e-5)
+    # On request it passes, and counts twice.
+    through = differentiated(bias, True, True)
+    np.testing.assert_allclose(through[0], jacobian[0], rtol=1e-5)
+    np.testing.assert_allclose(through[1], 2 * alone, rtol=1e-5)
 
 
 def loss_of_logits(masks, value):

@@ -36,6 +36,9 @@ class MeanColor:
     def differences(self, run: Path) -> list[str]:
         return []
 
+    def evaluated(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(variables)
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"pixels": jax.ShapeDtypeStruct((batch_size, 4, 4, 3), np.float32)}
 

@@ -57,6 +57,9 @@ class ReconstructTask:
     def differences(self, run: Path) -> list[str]:
         return run_differences(run, self.model)
 
+    def evaluated(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(variables)
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (batch_size, *self.model.image_size, 3)
         return {"image": jax.ShapeDtypeStruct(shape, np.uint8)}

@@ -19,6 +19,7 @@ from sam_jax import flop_counts
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.models.lora import LoraConfig, merged, merged_variables, with_adapters
 from sam_jax.models.sam import PROMPTED_PARTS, Sam, init_variables
 from sam_jax.ops.images import normalize_images
 from sam_jax.ops.packed_masks import MaskLayout
@@ -26,6 +27,7 @@ from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.task import Fields, LossParts, LossSums, Sums
+from sam_jax.weights.adapters import adapted, merged_with, read_adapters, run_lora
 from sam_jax.weights.load import run_differences, variables_for
 
 _ENCODER = "image_encoder"
@@ -36,16 +38,18 @@ class Batch:
     """Training images with their masks, as the input pipeline yields them.
 
     Attributes:
-      image: RGB, resized, padded at the bottom and right.
       image_hw: height and width of each image without its padding.
       masks_packed: ``numpy.packbits`` of the masks along their rows.
       mask_valid: which of an image's masks exist.
+      image: RGB, resized, padded at the bottom and right.
+      image_embeddings: of the images, in their place, see ``SegmentTask.takes_embeddings``.
     """
 
-    image: UInt8[Array, "b h w 3"]
     image_hw: Int[Array, "b 2"]
     masks_packed: UInt8[Array, "b p h w8"]
     mask_valid: Bool[Array, "b p"]
+    image: UInt8[Array, "b h w 3"] | None = None
+    image_embeddings: Float[Array, "b gh gw d"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,11 @@ class SegmentTask:
       losses: what the losses weigh.
       max_masks: masks of each image of a batch.
       remat_rounds: see ``rounds.run_rounds``.
+      takes_embeddings: whether batches hold embeddings of a frozen encoder, float16, in place of
+        images (``embedding_cache.EmbeddingStage``).
+      lora: adapters, which are merged into the model's parameters in every step.
+      adapters_from: file of adapters that a run starts from, on top of its weights; None for fresh
+        ones.
     """
 
     model: Sam
@@ -65,6 +74,9 @@ class SegmentTask:
     losses: LossConfig
     max_masks: int
     remat_rounds: bool = True
+    takes_embeddings: bool = False
+    lora: LoraConfig = LoraConfig()
+    adapters_from: str | None = None
 
     @property
     def unit(self) -> str:
@@ -79,19 +91,47 @@ class SegmentTask:
         return self.model.remat
 
     def init(self, key: Array) -> dict[str, Any]:
-        return init_variables(self.model, key)
+        return self._with_adapters(init_variables(self.model, key), key)
 
     def load(self, path: str, key: Array) -> dict[str, Any]:
         """Variables of any form that ``sam_jax.load`` reads, and of a masked autoencoder."""
-        return variables_for(self.model, path, key=key)
+        variables = variables_for(self.model, path, key=key)
+        if self.adapters_from is None:
+            return self._with_adapters(variables, key)
+        adapters = read_adapters(self.adapters_from)
+        if not self.lora.rank:
+            return merged_with(variables, adapters)
+        if adapters.config != self.lora:
+            raise ConfigError(
+                f"{self.adapters_from} holds adapters of {adapters.config}, and the config's "
+                f"section lora is {self.lora}: take the same, or lora.rank=0 to merge them"
+            )
+        return {**variables, "params": adapted(variables["params"], adapters)}
+
+    def _with_adapters(self, variables: dict[str, Any], key: Array) -> dict[str, Any]:
+        # Apart from the key of the model's own parameters.
+        key = jax.random.fold_in(key, 1)
+        return {**variables, "params": with_adapters(variables["params"], self.lora, key)}
 
     def differences(self, run: Path) -> list[str]:
-        return run_differences(run, self.model)
+        found = run_differences(run, self.model)
+        if (lora := run_lora(run)) != self.lora:
+            found.append(f"lora: {lora} there, {self.lora} here")
+        return found
+
+    def evaluated(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables with adapters merged."""
+        return merged_variables(variables, self.lora)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         height, width = self.model.image_size
+        encoder = self.model.config.image_encoder
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "image": ((height, width, 3), np.uint8),
+            **(
+                {"image_embeddings": ((*encoder.grid, encoder.output_dim), np.float16)}
+                if self.takes_embeddings
+                else {"image": ((height, width, 3), np.uint8)}
+            ),
             "image_hw": ((2,), np.int32),
             "masks_packed": ((self.max_masks, height, -(-width // 8)), np.uint8),
             "mask_valid": ((self.max_masks,), np.bool_),
@@ -109,7 +149,7 @@ class SegmentTask:
         results = self._build_results(parallel, param_specs)
 
         def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
-            return _sums(results(params, constants, fields, key), fields["mask_valid"])
+            return _sums(results(params, constants, fields, key), fields["mask_valid"], self.losses)
 
         return loss_sums
 
@@ -138,12 +178,16 @@ class SegmentTask:
 
         def results(params: Any, constants: Any, fields: Fields, key: Array) -> RoundResult:
             batch = Batch(**fields)
+            params = merged(params, self.lora)
             encode_key, rounds_key = jax.random.split(key)
-            embeddings = encode(
-                {_ENCODER: params[_ENCODER]},
-                normalize_images(batch.image, batch.image_hw),
-                self.model.draw_path_scales(encode_key, len(batch.image)),
-            )
+            embeddings = batch.image_embeddings
+            if batch.image is not None:
+                embeddings = encode(
+                    {_ENCODER: params[_ENCODER]},
+                    normalize_images(batch.image, batch.image_hw),
+                    self.model.draw_path_scales(encode_key, len(batch.image)),
+                )
+            assert embeddings is not None, "a batch has neither images nor embeddings"
             return rounds(
                 {part: params[part] for part in PROMPTED_PARTS},
                 constants,
@@ -164,7 +208,12 @@ class SegmentTask:
     def flops(self, batch_size: int) -> float:
         """Operations of a step, without padding and what is computed twice."""
         return flop_counts.step_flops(
-            self.model.config, self.prompts, batch_size, self.max_masks, useful=True
+            self.model.config,
+            self.prompts,
+            batch_size,
+            self.max_masks,
+            useful=True,
+            encodes=not self.takes_embeddings,
         )
 
 
@@ -234,19 +283,22 @@ def build_rounds(
     return rounds
 
 
-def _sums(results: RoundResult, mask_valid: Bool[Array, "b p"]) -> tuple[Float[Array, ""], Sums]:
-    """The loss, summed over rounds and objects, and what is reported, summed over objects."""
+def _sums(
+    results: RoundResult, mask_valid: Bool[Array, "b p"], config: LossConfig
+) -> tuple[Float[Array, ""], Sums]:
+    """The loss and what is reported, summed over objects; losses over rounds as the config says."""
+    over_rounds = {"sum": jnp.sum, "mean": jnp.mean}[config.over_rounds]
 
     def over_objects(x):
         return jnp.sum(x, axis=(-2, -1), where=mask_valid)
 
-    loss = jnp.sum(over_objects(results.loss.total))
+    loss = over_rounds(over_objects(results.loss.total))
     iou = over_objects(results.iou)
     sums = {
         "loss": loss,
-        "focal": jnp.sum(over_objects(results.loss.focal)),
-        "dice": jnp.sum(over_objects(results.loss.dice)),
-        "iou_mse": jnp.sum(over_objects(results.loss.iou_error)),
+        "focal": over_rounds(over_objects(results.loss.focal)),
+        "dice": over_rounds(over_objects(results.loss.dice)),
+        "iou_mse": over_rounds(over_objects(results.loss.iou_error)),
         "iou_prediction_error": jnp.mean(
             over_objects(jnp.abs(results.iou_prediction - results.iou))
         ),

@@ -1,0 +1,207 @@
+"""Cached image embeddings: what an entry is found by, and what becomes of a damaged one."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.errors import ConfigError
+from sam_jax.models.sam import Sam
+from sam_jax.ops.images import normalize_images
+from sam_jax.parallel import Parallel
+from sam_jax.training.embedding_cache import (
+    EmbeddingCache,
+    EmbeddingStage,
+    encoder_name,
+    image_key,
+)
+from sam_jax.training.experiment import Experiment, read_config
+from sam_jax.training.tasks import segment
+from sam_jax.weights.files import WeightsError
+from tests.golden.tiny import random_variables
+
+TINY = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
+CACHED = (
+    "model.drop_path_rate=0.0",
+    "model.encoder.depth=1",
+    "model.encoder.global_attention_blocks=()",
+    "train.trainable=('decoder',)",
+)
+
+
+def experiment_of(*settings: str) -> Experiment:
+    return Experiment.of(read_config(TINY, [*CACHED, *settings]))
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam:
+    return experiment_of().task.model
+
+
+@pytest.fixture(scope="module")
+def variables(model: Sam) -> dict[str, Any]:
+    return jax.device_put(random_variables(model.config))
+
+
+@pytest.fixture(scope="module")
+def batch(model: Sam) -> dict[str, np.ndarray]:
+    """Three images, of which two are one, and a number for each."""
+    height, width = model.image_size
+    images = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), np.uint8)
+    images[2] = images[0]
+    sizes = np.tile(np.array([height, width - 8], np.int32), (3, 1))
+    return {"image": images, "image_hw": sizes, "number": np.arange(3)}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_batches_hold_what_the_encoder_answers(
+    tmp_path: Path, model: Sam, variables: dict, batch: dict
+) -> None:
+    said: list[str] = []
+    stage = EmbeddingStage(model, tmp_path)
+    (found,) = stage(iter([batch]), variables, said.append)
+    assert sorted(found) == ["image_embeddings", "image_hw", "number"]
+    np.testing.assert_array_equal(found["number"], batch["number"])
+    assert found["image_embeddings"].dtype == np.float16
+    images = normalize_images(*map(jnp.asarray, (batch["image"], batch["image_hw"])))
+    expected = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, images)
+    np.testing.assert_allclose(found["image_embeddings"], expected, rtol=2e-3, atol=2e-3)
+    # The third is the first's.
+    assert len(files(tmp_path)) == 2
+    assert "0 are there" in said[0]
+
+    # The next time in another order, and nothing is computed.
+    stage._computed = None  # type: ignore[assignment]
+    turned = {name: field[::-1] for name, field in batch.items()}
+    (again,) = stage(iter([turned]), variables, said.append)
+    np.testing.assert_array_equal(again["image_embeddings"], found["image_embeddings"][::-1])
+    assert "2 are there" in said[1]
+
+
+def test_nothing_is_read_ahead(tmp_path: Path, model: Sam, variables: dict, batch: dict) -> None:
+    taken = []
+
+    def batches() -> Any:
+        for number in range(3):
+            taken.append(number)
+            yield batch
+
+    embedded = EmbeddingStage(model, tmp_path)(batches(), variables)
+    assert taken == []
+    next(embedded)
+    assert taken == [0]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "of another shape"])
+def test_a_damaged_entry_is_said_and_made_again(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = EmbeddingCache(tmp_path, "encoder", (2, 3, 4))
+    embeddings = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float16)
+    cache.write("abc", embeddings)
+    np.testing.assert_array_equal(cache.read("abc"), embeddings)
+    (path,) = files(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        content[-1] ^= 1
+    elif damage == "cut short":
+        del content[-8:]
+    elif damage == "empty":
+        content.clear()
+    else:
+        EmbeddingCache(tmp_path, "encoder", (1, 3, 4)).write("abc", embeddings[:1])
+        content = bytearray(path.read_bytes())
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert cache.read("abc") is None
+    assert f"{path} is damaged, and computed again" in caplog.text
+    cache.write("abc", embeddings)
+    np.testing.assert_array_equal(cache.read("abc"), embeddings)
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = EmbeddingCache(tmp_path, "encoder", (1, 1, 1))
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        cache.write("abc", np.zeros((1, 1, 1), np.float16))
+    assert not files(tmp_path)
+    assert cache.read("abc") is None
+
+
+def test_other_weights_sizes_and_pixels_are_other_entries(
+    model: Sam, variables: dict, batch: dict
+) -> None:
+    params = variables["params"]["image_encoder"]
+    changed = {**params, "pos_embed": params["pos_embed"] + 1e-6}
+    half = model.clone(dtype=jnp.bfloat16)
+    names = [encoder_name(model, params), encoder_name(model, changed), encoder_name(half, params)]
+    assert len(set(names)) == 3
+    assert encoder_name(model, jax.device_put(params)) == names[0]
+
+    image, size = batch["image"][0], batch["image_hw"][0]
+    darker = image.copy()
+    darker[0, 0, 0] ^= 1
+    keys = [
+        image_key(image, size),
+        image_key(darker, size),
+        image_key(image[:, ::-1], size),
+        image_key(image, size - 1),
+        image_key(image.reshape(image.shape[1], image.shape[0], 3), size),
+    ]
+    assert len(set(keys)) == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("data.scale_jitter=(0.5, 2.0)", r"data.scale_jitter = \(0.5, 2.0\)"),
+        ("data.color_jitter=0.1", "data.color_jitter = 0.1"),
+        ("model.drop_path_rate=0.1", "model.drop_path_rate = 0.1"),
+    ],
+)
+def test_images_that_never_come_again_are_refused(setting: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"under {named} none does"):
+        experiment_of(setting, f"train.embedding_cache={tmp_path}")
+    assert experiment_of("data.hflip_rate=0.5", f"train.embedding_cache={tmp_path}").stage()
+
+
+def test_an_encoder_that_is_trained_is_refused(tmp_path: Path) -> None:
+    experiment = experiment_of(f"train.embedding_cache={tmp_path}", "train.trainable=('all',)")
+    with pytest.raises(ConfigError, match="trains image_encoder"):
+        experiment.program(jax.devices()[:1])
+
+
+def test_rounds_are_given_the_embeddings_of_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RoundsCalledError(Exception):
+        pass
+
+    def rounds(params: Any, constants: Any, embeddings: Any, *others: Any) -> None:
+        raise RoundsCalledError(embeddings)
+
+    monkeypatch.setattr(segment, "build_rounds", lambda *_, **__: rounds)
+    task = experiment_of(f"train.embedding_cache={tmp_path}").task
+    spec = task.batch_spec(2)
+    assert "image" not in spec
+    fields = {name: jnp.ones(field.shape, field.dtype) for name, field in spec.items()}
+    params: dict[str, dict] = {"image_encoder": {}, "prompt_encoder": {}, "mask_decoder": {}}
+    with pytest.raises(RoundsCalledError) as called:
+        task.loss_sums(Parallel(), None)(params, {}, fields, jax.random.key(0))
+    (embeddings,) = called.value.args
+    assert embeddings.dtype == np.float32
+    np.testing.assert_array_equal(embeddings, 1.0)
+    assert task.flops(2) < experiment_of().task.flops(2)
