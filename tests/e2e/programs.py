@@ -63,8 +63,9 @@ class Program:
     @property
     def children(self) -> list[int]:
         """Processes that it has started, where the system tells."""
-        listed = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+        # By the threads that started them.
+        listed = Path(f"/proc/{self._process.pid}/task").glob("*/children")
+        return [int(pid) for path in listed for pid in path.read_text().split()]
 
     def wait_for_end_of(self, pid: int) -> None:
         """Waits until a process that it had started is gone."""
