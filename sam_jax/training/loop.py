@@ -164,7 +164,7 @@ def train(
 
 
 def _end_before(done: int, config: TrainConfig, watch: Watch | None) -> str:
-    """Why a run of so many steps does not go on, and what would let it; empty if it does."""
+    """Reason why a run of so many steps does not go on; empty if it does."""
     if watch and watch.is_over:
         return (
             f"the run was over at step {done}, as {watch.summary}; a larger train.patience goes on "

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from sam_jax.configuration import from_mapping
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
+from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import MESH_AXES, ShardingConfig, tree_shardings
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.experiment import Experiment
