@@ -192,8 +192,14 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ENCODER = ["--variant", "tiny", "--batch", "2"]
 DECODER = ["--variant", "tiny", "--prompts", "3"]
-# A program that is compiled sooner.
+# Programs that are compiled sooner.
+ONE_LAYER = [
+    *("--set", "model.encoder.depth=1"),
+    *("--set", "model.encoder.global_attention_blocks=()"),
+    *("--set", "model.decoder.depth=1"),
+]
 ONE_ROUND = [
+    *ONE_LAYER,
     *("--set", "prompts.num_corrections=0"),
     *("--set", "prompts.random_mask_round=False"),
     *("--set", "prompts.final_mask_round=False"),
@@ -216,7 +222,7 @@ ONE_ROUND = [
             ["--grid", "4", "8", "--heads", "2", "--backward", "--dtype", "bfloat16"],
             "chunked FLOP/s",
         ),
-        (checkpoint.main, ["--config", str(CONFIG)], "restored bytes/s"),
+        (checkpoint.main, ["--config", str(CONFIG), *ONE_LAYER], "restored bytes/s"),
         (step.main, ["--config", str(CONFIG), "--fresh-batches", *ONE_ROUND], "FLOP/s"),
         (
             input.main,

@@ -25,6 +25,9 @@ SMALL = (
     "prompts.num_corrections=0",
     "prompts.random_mask_round=False",
     "prompts.final_mask_round=False",
+    "model.encoder.depth=1",
+    "model.encoder.global_attention_blocks=()",
+    "model.decoder.depth=1",
 )
 
 needs_compiler = pytest.mark.usefixtures("tpu_compiler")
@@ -211,9 +214,6 @@ def test_a_plan_for_a_tpu() -> None:
         "model.dtype=bfloat16",
         "model.image_size=(128, 128)",
         "model.encoder.embed_dim=128",
-        "model.encoder.depth=1",
-        "model.encoder.global_attention_blocks=()",
-        "model.decoder.depth=1",
         "sharding.fsdp=4",
         "data.batch_size=16",
     ]
