@@ -109,6 +109,7 @@ def test_a_kernel_takes_what_its_instructions_take_or_its_memory() -> None:
     found = planning.part_seconds([kernel(0), fusion], v5e)
     assert found is not None
     assert found["image encoder"] == pytest.approx(2 * 1e-3)
+    assert found.keys() == {"image encoder", "mask decoder"}
     rates = planning.KERNEL_PEAK_RATES["predict_masks"]
     assert found["mask decoder"] == pytest.approx(11 * 1e9 / (rates[0] * 197e12))
     newer = planning.part_seconds([kernel(0)], v6e)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from configs import common
-from sam_jax import cost_report
 from sam_jax.checkpoint import CheckpointConfig, CheckpointError
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
@@ -17,7 +16,7 @@ from sam_jax.evaluation.comparison.checkpoints import compare
 from sam_jax.evaluation.results import read_results
 from sam_jax.evaluation.run import build_evaluators, model_of
 from sam_jax.models.masked_autoencoder import MaskedAutoencoder
-from sam_jax.models.sam import Sam
+from sam_jax.models.sam import Sam, variable_shapes
 from sam_jax.ops.positional import sincos_positions
 from sam_jax.training import loop
 from sam_jax.training.experiment import Experiment, read_config
@@ -135,21 +134,30 @@ def assert_encoder_continues(encoder: Any, trained: Any) -> None:
 
 def test_promptable_training_starts_from_a_run_by_one_key(run: Run, segment: Any) -> None:
     variables = segment.load(str(run.folder), jax.random.key(1))
-    encoder, fresh = variables["params"]["image_encoder"], segment.init(jax.random.key(1))
+    encoder = variables["params"]["image_encoder"]
     assert_encoder_continues(encoder, run.params["image_encoder"])
-    assert jax.tree.structure(variables) == jax.tree.structure(fresh)
+    assert jax.tree.structure(variables) == jax.tree.structure(
+        variable_shapes(segment.model.config)
+    )
     # 4 x 4 fixed positions, interpolated to 4 x 6: rows stay, columns move.
-    fixed = sincos_positions((4, 4), 16)
-    of_rows = encoder["pos_embed"][:, :, 8:]
+    of_rows, fixed = encoder["pos_embed"][:, :, 8:], sincos_positions((4, 4), 16)
     np.testing.assert_allclose(of_rows, fixed[:, [0, 0, 1, 2, 3, 3], 8:], atol=1e-5)
-    assert np.any(encoder["pos_embed"] != fresh["params"]["image_encoder"]["pos_embed"])
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        variables["params"]["mask_decoder"],
-        fresh["params"]["mask_decoder"],
+    # What pre-training has not is as fresh as in a run from nothing.
+    assert np.std(variables["params"]["mask_decoder"]["output_tokens"]) > 0.1
+
+
+@pytest.fixture
+def quick_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros for what is drawn at random, which would be compiled first."""
+    monkeypatch.setattr(
+        "sam_jax.weights.mae.init_variables",
+        lambda model, key: jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model.config)
+        ),
     )
 
 
+@pytest.mark.usefixtures("quick_init")
 def test_written_under_the_published_names_and_read_again(
     run: Run, segment: Any, tmp_path: Path
 ) -> None:
@@ -173,6 +181,7 @@ def test_written_under_the_published_names_and_read_again(
     assert_encoder_continues(encoder, run.params["image_encoder"])
 
 
+@pytest.mark.usefixtures("quick_init")
 def test_pre_training_goes_on_from_weights_with_a_decoder(
     run: Run, segment: Any, tmp_path: Path
 ) -> None:
@@ -193,6 +202,7 @@ def test_pre_training_goes_on_from_weights_with_a_decoder(
     assert_encoder_continues(encoder, run.params["image_encoder"])
 
 
+@pytest.mark.usefixtures("quick_init")
 def test_positions_need_not_be_of_a_square(segment: Any, images: Path) -> None:
     oblong = Experiment.of(sections(images, **{"model.image_size": (16, 24)})).task.model
     trained = random_autoencoder(oblong)
@@ -203,6 +213,7 @@ def test_positions_need_not_be_of_a_square(segment: Any, images: Path) -> None:
         start_from_mae(segment.model, tensors, jax.random.key(0))
 
 
+@pytest.mark.usefixtures("quick_init")
 def test_what_a_run_of_pre_training_is_not(run: Run, segment: Any, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"only the encoder serves.*--to mae"):
         load(run.folder)
@@ -305,13 +316,6 @@ def test_tokens_decay_and_biases_and_norms_do_not(run: Run) -> None:
         for path in groups
         if path.endswith("/kernel") or path.rpartition("/")[2] in ("class_token", "mask_token")
     }
-
-
-def test_a_plan_counts_what_pre_training_costs(images: Path) -> None:
-    experiment = Experiment.of(sections(images))
-    plan = cost_report.plan(experiment, batch_size=BATCH_SIZE)
-    assert plan.work_flops * plan.num_devices == experiment.task.flops(BATCH_SIZE)
-    assert plan.memory.params > 0
 
 
 @pytest.mark.parametrize(
