@@ -4,7 +4,6 @@ python -m benchmarks.step --config configs/demo.py [--fresh-batches] [--syntheti
 """
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -150,8 +149,8 @@ def _time_parts(
 
 
 def _on_devices(local: dict[str, Any], program: CompiledStep) -> dict[str, jax.Array]:
-    """The fields of ``Batch`` by name."""
-    fields = {field.name: local[field.name] for field in dataclasses.fields(Batch)}
+    """The fields of the task's batch."""
+    fields = {name: local[name] for name in program.task.batch_spec(1)}
     return jax.device_put(fields, program.batch_sharding)
 
 

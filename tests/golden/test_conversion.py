@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import SamConfig, variable_shapes
 from sam_jax.models.variants import VARIANTS
 from sam_jax.weights.names import (
@@ -23,8 +24,12 @@ from sam_jax.weights.names import (
     native_path,
     to_native,
 )
-from tests.golden.tiny import TINY
+from tests.golden.tiny import TINY, random_autoencoder
 from tests.golden.tiny_mobile_sam import SMALL as MOBILE_SAM
+
+AUTOENCODER = MaskedAutoencoder(
+    TINY.image_encoder, AutoencoderConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2)
+)
 
 
 def shapes(config: SamConfig) -> dict[str, Any]:
@@ -78,6 +83,7 @@ def test_every_row_serves_and_no_two_overlap() -> None:
                 layer = layers.setdefault(name, path.rpartition("/")[0])
                 assert layer == path.rpartition("/")[0]
     # No row is there for nothing, and no kind of layer.
+    both.append(list(flatten_dict(random_autoencoder(AUTOENCODER), sep="/")))
     for scheme, rules in RULES.items():
         served = {name for path in itertools.chain(*both) for name in foreign_names(path, scheme)}
         for rule in rules:

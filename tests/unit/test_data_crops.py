@@ -138,6 +138,7 @@ def test_any_source_with_masks_gives_images_too(tmp_path: Any) -> None:
     data = config({"kind": "coco", "path": str(path), "images": str(tmp_path / "images")})
     iterator = train_iterator(data)
     batch = next(iterator)
+    assert len(batch.pop("sample_names")) == 4
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
         "image": ((4, 8, 12, 3), np.uint8)
     }
