@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
-# Closes by a reset, as a switch that fails does.
+# Makes closing a reset.
 _RESET = struct.pack("ii", 1, 0)
 _CHUNK_BYTES = 64 * 1024
 
@@ -38,6 +38,9 @@ class Connection:
 
     def close(self) -> None:
         """Takes no new connections."""
+        # Closing alone would not end a thread that waits for one.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -46,26 +49,28 @@ class Connection:
                 client, _ = self._listener.accept()
                 if self.is_down:
                     _reset(client)
-                    continue
-                server = socket.create_connection(("127.0.0.1", self._server_port))
-                for source, target, is_answer in ((client, server, False), (server, client, True)):
-                    threading.Thread(
-                        target=self._carry, args=(source, target, is_answer), daemon=True
-                    ).start()
+                else:
+                    threading.Thread(target=self._connect, args=(client,), daemon=True).start()
 
-    def _carry(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
-        with contextlib.suppress(OSError):
-            while content := source.recv(_CHUNK_BYTES):
-                if is_answer and self._takes_drop():
-                    target.sendall(content[: len(content) // 2])
-                    _reset(target)
-                    break
-                if is_answer and self.delay_seconds:
-                    time.sleep(self.delay_seconds)
-                target.sendall(content)
-        for end in (source, target):
+    def _connect(self, client: socket.socket) -> None:
+        """Carries requests and answers until one side, or a fault, ends the connection."""
+        with client, socket.create_connection(("127.0.0.1", self._server_port)) as server:
+            requests = threading.Thread(target=_carry, args=(client, server), daemon=True)
+            requests.start()
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                while answer := server.recv(_CHUNK_BYTES):
+                    if self._takes_drop():
+                        client.sendall(answer[: len(answer) // 2])
+                        # Closing resets, as a switch that fails does.
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                        break
+                    if self.delay_seconds:
+                        time.sleep(self.delay_seconds)
+                    client.sendall(answer)
+            for end in (client, server):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RD)
+            requests.join()
 
     def _takes_drop(self) -> bool:
         with self._lock:
@@ -74,6 +79,13 @@ class Connection:
             self.num_drops -= 1
             self.num_dropped += 1
             return True
+
+
+def _carry(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while content := source.recv(_CHUNK_BYTES):
+            target.sendall(content)
+        target.shutdown(socket.SHUT_WR)
 
 
 def _reset(end: socket.socket) -> None:

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 def files(tmp_path_factory) -> Path:
     """Two tars, loose pairs and a COCO file, as they lie on a disk."""
     root = tmp_path_factory.mktemp("disk")
+    (root / "tars").mkdir()
     write_tar(root / "tars" / "sa_0.tar", sa1b_files(range(5)))
     write_tar(root / "tars" / "sa_1.tar", sa1b_files(range(5, 12)))
     (root / "tars" / "._sa_1.tar").write_bytes(b"hidden")
