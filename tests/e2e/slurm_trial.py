@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.e2e.programs import COMPILED_QUICKLY, ONE_ROUND
 
 ROOT = Path(__file__).parents[2]
-NUM_STEPS = 1500
+NUM_STEPS = 300
 # Two partitions on one node: jobs of the second take it from those of the first, which have a
 # minute to save and are put back into the queue.
 SETTINGS = """
@@ -67,7 +68,7 @@ def main() -> None:
                 "--config=tests/e2e/tiny_run.py",
                 f"--workdir={workdir}",
                 f"--config.train.num_steps={NUM_STEPS}",
-                "--config.checkpoint.every_steps=50",
+                "--config.checkpoint.every_steps=20",
                 *ONE_ROUND,
             )
             _wait(lambda: list((workdir / "checkpoints").glob("[0-9]*")) or _has_ended(job))
@@ -93,6 +94,7 @@ def _slurm(folder: Path) -> Iterator[None]:
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": COMPILED_QUICKLY,
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
     options = [
         f"--{what}={folder}/munge.{ending}"
@@ -132,7 +134,7 @@ def _called(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
 
-def _wait(is_so, seconds: float = 1800) -> None:
+def _wait(is_so: Callable[[], Any], seconds: float = 3600) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
