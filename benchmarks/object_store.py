@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
+from sam_jax import buckets
+
 # Makes closing a reset.
 _RESET = struct.pack("ii", 1, 0)
 _CHUNK_BYTES = 64 * 1024
@@ -119,8 +121,10 @@ def serve(folder: Path) -> Iterator[Connection]:
     }
     try:
         with mock.patch.dict(os.environ, environment):
+            buckets.disconnect()
             yield connection
     finally:
+        buckets.disconnect()
         connection.close()
         server.stop()
 

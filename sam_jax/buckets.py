@@ -236,6 +236,7 @@ def _filesystem(scheme: str) -> Any:
             import s3fs
 
             files = s3fs.S3FileSystem(
+                skip_instance_cache=True,
                 use_listings_cache=False,
                 # Attempts are counted in one place.
                 config_kwargs={
@@ -245,7 +246,7 @@ def _filesystem(scheme: str) -> Any:
             )
             files.retries = 1
             return files
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
         raise BucketError(
             f"{scheme}:// needs packages that are not installed ({error}): pip install "
@@ -253,8 +254,13 @@ def _filesystem(scheme: str) -> Any:
         ) from error
 
 
-# Connections do not survive a fork.
-os.register_at_fork(after_in_child=_filesystem.cache_clear)
+def disconnect() -> None:
+    """Forgets all connections: the next request makes them anew, as settings are by then."""
+    _filesystem.cache_clear()
+
+
+# They do not survive a fork.
+os.register_at_fork(after_in_child=disconnect)
 
 
 def _answer(files: Any, request: str, name: str, options: dict[str, Any]) -> Any:

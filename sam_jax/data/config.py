@@ -277,8 +277,8 @@ def build_source(config: SourceConfig) -> Source:
     for field in _LOCATIONS:
         if config.kind not in _IN_BUCKETS and is_url(given.get(field)):
             raise ConfigError(
-                f"{field} is {given[field]}, and a source of kind {config.kind!r} reads disks only; "
-                f"copy it to one, or mount the bucket. Kinds that read buckets: "
+                f"{field} is {given[field]}, and kind {config.kind!r} reads disks only; "
+                "copy it to one, or mount the bucket. Kinds that read buckets: "
                 f"{', '.join(_IN_BUCKETS)}"
             )
     if config.parts is not None:

@@ -2,8 +2,8 @@
 
 apt-get install slurm-wlm munge, then as root: python -m tests.e2e.slurm_trial
 
-Starts munged, slurmctld and slurmd for one node, this computer, in a temporary folder. Its log is in
-docs/launch.md. Slurm is not what the tests are installed with, so this is none of them.
+Starts munged, slurmctld and slurmd for one node, this computer, in a temporary folder. Its log is
+in docs/launch.md. Slurm is not what the tests are installed with, so this is none of them.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=5,bf_interval=5
 NodeName=localhost CPUs=2 State=UNKNOWN
-PartitionName=low Nodes=localhost Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
-PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF State=UP
+PartitionName=low Nodes=localhost Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -74,8 +74,8 @@ def main() -> None:
             _wait(lambda: list((workdir / "checkpoints").glob("[0-9]*")) or _has_ended(job))
             _submit("--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
             _wait(lambda: _has_ended(job))
-            print(log.read_text().replace(str(folder), "/shared"))
-            print(_called("scontrol", "show", "job", job))
+            sys.stdout.write(log.read_text().replace(str(folder), "/shared"))
+            sys.stdout.write(_called("scontrol", "show", "job", job))
 
 
 @contextlib.contextmanager

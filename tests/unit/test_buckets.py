@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import object_store
+from benchmarks import object_store, storage
 from sam_jax import buckets
 from sam_jax.buckets import BucketError, BucketPath, UnreachableBucketError, data_path
 from sam_jax.data import DataConfig, SourceConfig, build_source, train_iterator
@@ -71,7 +71,6 @@ def connection(files, tmp_path_factory) -> Iterator[object_store.Connection]:
             | {"pairs/": b""},
         )
         yield connection
-        buckets._filesystem.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +199,7 @@ def test_every_sample_comes_once_over_a_connection_that_drops(
 
 def test_what_does_not_answer_is_given_up(connection, monkeypatch, caplog) -> None:
     monkeypatch.setattr(buckets, "_ATTEMPTS", 3)
-    buckets._filesystem.cache_clear()
+    buckets.disconnect()
     connection.is_down = True
     with pytest.raises(
         UnreachableBucketError, match=r"s3://data/tars/sa_0.tar could not be read, tried 3 times"
@@ -241,11 +240,23 @@ def test_access_denied_is_said_at_once(connection, monkeypatch, caplog) -> None:
 
 def test_packages_that_are_missing_are_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    buckets._filesystem.cache_clear()
+    buckets.disconnect()
     with pytest.raises(BucketError, match=r"pip install 'sam-jax\[gs\]'"):
         BucketPath("gs://bucket/a").read_bytes()
 
 
+def test_storage_is_measured(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "IMAGE_HW", (60, 90))
+    monkeypatch.setattr(storage, "DELAY_SECONDS", 0.001)
+    out = tmp_path / "record.json"
+    # Every pass is compared with the files on the disk.
+    record = storage.main(["--images", "6", "--repeats", "2", "--decode", "--out", str(out)])
+    assert json.loads(out.read_text()) == record
+    assert record["samples_compared"] == 6 * 4 * 2
+    assert record["connections_dropped"] > 0
+    assert record["rates"]["images/s, S3"]["achieved"] > 0
+
+
 def test_sources_that_read_disks_only_refuse_urls() -> None:
-    with pytest.raises(ConfigError, match=r"'mask_folder' reads disks only.*Kinds .* sa1b"):
+    with pytest.raises(ConfigError, match=r"'mask_folder' reads disks only.*Kinds .*sa1b"):
         build_source(SourceConfig("mask_folder", path="s3://data/a", masks="b"))
