@@ -3,8 +3,8 @@
 python -m benchmarks.storage [--images 64] [--threads 8] [--decode]
 
 Needs the extra `dev`. The server is moto's, written in Python and on the same cores: its rates are
-no measure of S3, but show what a connection's delay and its faults cost here. Every pass is compared
-with the local files, sample by sample.
+no measure of S3, but show what a delay of the connection and its faults cost. Every pass is
+compared with the local files, sample by sample.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """A run of two tasks under a Slurm of its own, preempted and requeued by it in the middle.
 
-apt-get install slurm-wlm munge, then as root: python -m tests.e2e.slurm_trial
+apt-get install slurm-wlm munge, then as root: python -m tests.e2e.slurm_trial [STEPS]
 
 Starts munged, slurmctld and slurmd for one node, this computer, in a temporary folder. Its log is
 in docs/launch.md. Slurm is not what the tests are installed with, so this is none of them.
@@ -19,6 +19,7 @@ from typing import Any
 from tests.e2e.programs import COMPILED_QUICKLY, ONE_ROUND
 
 ROOT = Path(__file__).parents[2]
+# Enough that the run has not ended before Slurm takes its node.
 NUM_STEPS = 300
 # Two partitions on one node: jobs of the second take it from those of the first, which have a
 # minute to save and are put back into the queue.
@@ -55,6 +56,7 @@ PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF
 
 def main() -> None:
     """Submits the run and what preempts it, and prints the run's log once it has ended."""
+    num_steps = int(sys.argv[1]) if sys.argv[1:] else NUM_STEPS
     with tempfile.TemporaryDirectory(prefix="slurm-trial-") as name:
         folder = Path(name)
         with _slurm(folder):
@@ -67,7 +69,7 @@ def main() -> None:
                 "launch/slurm.sbatch",
                 "--config=tests/e2e/tiny_run.py",
                 f"--workdir={workdir}",
-                f"--config.train.num_steps={NUM_STEPS}",
+                f"--config.train.num_steps={num_steps}",
                 "--config.checkpoint.every_steps=20",
                 *ONE_ROUND,
             )
@@ -88,13 +90,13 @@ def _slurm(folder: Path) -> Iterator[None]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     os.environ |= {
         "SLURM_CONF": str(settings),
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": COMPILED_QUICKLY,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
     options = [
         f"--{what}={folder}/munge.{ending}"
