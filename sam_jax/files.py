@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from sam_jax.buckets import BucketPath, DataPath
 from sam_jax.errors import ConfigError
 
 # Folders and files that systems and cameras put among data, besides those that start with a dot.
@@ -40,11 +41,11 @@ class DataFiles(NamedTuple):
       hidden: those that would be, were they not hidden.
     """
 
-    found: list[Path]
-    hidden: list[Path]
+    found: list[DataPath]
+    hidden: list[DataPath]
 
 
-def data_files(folder: Path, suffixes: Iterable[str]) -> DataFiles:
+def data_files(folder: DataPath, suffixes: Iterable[str]) -> DataFiles:
     """The files below a folder with these endings, in lower or upper case; links are followed.
 
     Args:
@@ -53,16 +54,22 @@ def data_files(folder: Path, suffixes: Iterable[str]) -> DataFiles:
 
     Raises:
       OSError: a folder cannot be read.
+      BucketError: nor can a bucket.
     """
     wanted = frozenset(suffixes)
     files = DataFiles([], [])
-    for path in _files_below(folder):
+    below = folder.files_below() if isinstance(folder, BucketPath) else _files_below(folder)
+    for path in below:
         if path.suffix.lower() in wanted:
             hidden = is_hidden(path.relative_to(folder))
             (files.hidden if hidden else files.found).append(path)
-    files.found.sort()
-    files.hidden.sort()
+    files.found.sort(key=_order)
+    files.hidden.sort(key=_order)
     return files
+
+
+def _order(path: DataPath) -> tuple[str, ...]:
+    return path.parts
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -91,12 +98,12 @@ class NamedFiles:
     is, then one that lies at the end of the path. Nothing outside of the folder is ever found.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: DataPath):
         self._folder = folder
         # Caches the listing of each folder that was looked into, by the three spellings of names.
         self._listing = functools.cache(self._list)
 
-    def find(self, name: str) -> Path | None:
+    def find(self, name: str) -> DataPath | None:
         """The file that a name means; None if there is none.
 
         Raises:
@@ -118,7 +125,10 @@ class NamedFiles:
 
     def _parts(self, name: str) -> list[str]:
         """The parts of a path below the folder: absolute ones and `..` lose what leads outside."""
-        for folder in (str(self._folder), os.path.abspath(self._folder)):  # noqa: PTH100
+        own = [str(self._folder)]
+        if isinstance(self._folder, Path):
+            own.append(os.path.abspath(self._folder))  # noqa: PTH100
+        for folder in own:
             if name.startswith(folder.rstrip("/") + "/") and name.startswith("/"):
                 name = name[len(folder.rstrip("/")) :]
         parts: list[str] = []
@@ -129,7 +139,7 @@ class NamedFiles:
                 parts.append(part)
         return parts
 
-    def _matches(self, parent: Path, parts: list[str], spelling: int) -> list[Path]:
+    def _matches(self, parent: DataPath, parts: list[str], spelling: int) -> list[DataPath]:
         if not parts:
             return []
         names = self._listing(parent)[spelling].get(_SPELLINGS[spelling](parts[0]), [])
@@ -138,7 +148,7 @@ class NamedFiles:
         inside = [self._matches(parent / name, parts[1:], spelling) for name in names]
         return [path for paths in inside for path in paths]
 
-    def _list(self, folder: Path) -> list[dict[str, list[str]]]:
+    def _list(self, folder: DataPath) -> list[dict[str, list[str]]]:
         try:
             names = sorted(path.name for path in folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):

@@ -24,8 +24,8 @@ class HostsError(UserError):
 class HostsConfig:
     """Processes of a distributed run, and where they meet.
 
-    With ``distributed`` alone they come from the scheduler's environment: Slurm, Open MPI, GKE,
-    Cloud TPU, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    With ``distributed`` alone they come from the scheduler's environment: Slurm, Open MPI, Cloud
+    TPU, TPUs of GKE.
 
     Attributes:
       distributed: whether there are others.

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from sam_jax.buckets import is_url
 from sam_jax.configuration import from_mapping
 from sam_jax.data.crops import CropTransform
 from sam_jax.data.label_encodings import Encoding
@@ -58,6 +59,10 @@ _CLASSES: dict[str, type] = {
     "joined": JoinedSource,
 }
 
+# Kinds that read buckets as they read disks, and the fields that may be URLs.
+_IN_BUCKETS = ("sa1b", "images", "coco", "video_coco")
+_LOCATIONS = ("path", "images", "masks")
+
 # What a field may say.
 _CHOICES: dict[str, Any] = {
     "kind": SourceKind,
@@ -78,7 +83,7 @@ class SourceConfig:
       path: coco, video_coco, panoptic: the annotation JSON. polygons: a JSON or a folder of them.
         sa1b, images: a tar, a folder or a glob. tfds, tfds_images: the prepared data set's version
         folder. mask_folder, label_maps: the folder of images. image_folders: the folder of their
-        folders.
+        folders. sa1b, images, coco, video_coco: also a URL, s3://BUCKET/... or gs://BUCKET/...
       weight: how often to draw from this source, relative to the others; its size does not matter.
       share: the part of the images that is used, as an interval of [0, 1] after a shuffle that is
         always the same: (0.0, 0.8) to train on and (0.8, 1.0) to evaluate on have none in common.
@@ -104,7 +109,8 @@ class SourceConfig:
       parts: joined: the sources that make it up, SourceConfigs or mappings of their fields; their
         names and weights are not read.
       split: tfds, tfds_images: which split, as in "train" or "train[:100]".
-      cache_dir: sa1b, images: where tar indices are kept.
+      cache_dir: sa1b, images: where tar indices are kept, on a disk; see
+        `data.sources.tars.current_indices`.
       orientation: of all that reads files: which way up pictures are that EXIF turns, where the
         sizes of their masks do not tell: "upright" (the default) or "stored". Mask files likewise.
       num_images: synthetic: how many.
@@ -254,8 +260,8 @@ def build_source(config: SourceConfig) -> Source:
     """The opened source.
 
     Raises:
-      ConfigError: an option is given that this kind of source does not have, or one it needs is
-        missing.
+      ConfigError: an option is given that this kind of source does not have, one it needs is
+        missing, or it does not read the bucket that a URL names.
     """
     cls = _CLASSES[config.kind]
     given = {
@@ -275,6 +281,13 @@ def build_source(config: SourceConfig) -> Source:
             f"a source of kind {config.kind!r} takes {list(parameters)}; "
             f"superfluous: {unknown}, missing: {missing}"
         )
+    for field in _LOCATIONS:
+        if config.kind not in _IN_BUCKETS and is_url(given.get(field)):
+            raise ConfigError(
+                f"{field} is {given[field]}, and kind {config.kind!r} reads disks only; "
+                "copy it to one, or mount the bucket. Kinds that read buckets: "
+                f"{', '.join(_IN_BUCKETS)}"
+            )
     if config.parts is not None:
         name = config.name or config.kind
         given["parts"] = [

@@ -4,7 +4,6 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 from sam_jax import images
 from sam_jax import rle as rle_codec
+from sam_jax.buckets import DataPath
 from sam_jax.images import Orientation, ReducedImage
 
 
@@ -91,7 +91,7 @@ class Sample:
             return images.read_header(self.image, self.name)
 
 
-def read_picture_file(path: Path) -> bytes:
+def read_picture_file(path: DataPath) -> bytes:
     """Contents of a picture file, not decoded.
 
     Raises:
@@ -104,7 +104,7 @@ def read_picture_file(path: Path) -> bytes:
 
 
 def sample_of_file(
-    path: Path,
+    path: DataPath,
     image: bytes,
     dataset: str,
     orientation: Orientation,

@@ -1,8 +1,8 @@
 """Annotations in COCO's instance format, and LVIS's: one JSON, a folder of images."""
 
-from pathlib import Path
 from typing import Literal, get_args
 
+from sam_jax.buckets import DataPath, data_path
 from sam_jax.data.sources.coco_file import CROWD, read_coco
 from sam_jax.data.sources.listed_images import ListedImagesSource
 from sam_jax.data.sources.video_coco_file import read_video_coco
@@ -21,9 +21,9 @@ class CocoSource(ListedImagesSource):
     has the whole of what is used and what is not.
 
     Args:
-      path: the JSON.
-      images: the folder of the images; None means `images` beside the JSON. A file_name may repeat
-        the folder's own name.
+      path: the JSON, on a disk or in a bucket.
+      images: the folder of the images, likewise; None means `images` beside the JSON. A file_name
+        may repeat the folder's own name.
       name: what `Sample.dataset` says.
       crowd: what becomes of annotations with iscrowd: COCO means groups by it, which are no
         objects, and CVAT all that was painted with a brush. "skip" leaves them out, "keep" takes
@@ -40,16 +40,16 @@ class CocoSource(ListedImagesSource):
 
     def __init__(
         self,
-        path: str | Path,
-        images: str | Path | None = None,
+        path: str | DataPath,
+        images: str | DataPath | None = None,
         name: str = "coco",
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",
     ):
         if crowd not in get_args(Crowd):
             raise ConfigError(f"crowd is {crowd!r}; expected one of {get_args(Crowd)}")
-        path = Path(path)
-        folder = Path(images) if images is not None else path.parent / "images"
+        path = data_path(path)
+        folder = data_path(images) if images is not None else path.parent / "images"
         if not folder.is_dir():
             # Said before the file is read, which may take a minute.
             raise FileNotFoundError(f"no image folder {folder}; say where with images=")
@@ -75,8 +75,8 @@ class VideoCocoSource(CocoSource):
 
     def __init__(
         self,
-        path: str | Path,
-        images: str | Path | None = None,
+        path: str | DataPath,
+        images: str | DataPath | None = None,
         name: str = "video_coco",
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",

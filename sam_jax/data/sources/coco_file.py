@@ -3,9 +3,9 @@
 import re
 import urllib.parse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from sam_jax.buckets import DataPath
 from sam_jax.data.sources.json_form import (
     FormError,
     Id,
@@ -32,7 +32,7 @@ OF_NO_IMAGE = "annotations of an image that is not in the file"
 _NAME_OF_2014 = re.compile(r"COCO_(?:train|val|test)2014_(\d{12}\.jpg)")
 
 
-def read_coco(path: Path, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
+def read_coco(path: DataPath, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
     """The images that have an annotation to use, and what was left out of the file.
 
     Args:

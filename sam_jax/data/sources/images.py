@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from sam_jax.buckets import DataPath
 from sam_jax.data.samples import Sample, read_picture_file
 from sam_jax.data.sources import tars
 from sam_jax.data.tally import Tally
@@ -36,7 +37,7 @@ class ImagesSource:
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: str | DataPath | Sequence[str | DataPath],
         cache_dir: str | Path | None = None,
         name: str = "images",
         orientation: Orientation = "upright",
@@ -91,7 +92,7 @@ class _Shard(Protocol):
 class _FolderShard:
     """Picture files in a folder or below it."""
 
-    def __init__(self, folder: Path, left_out: Tally):
+    def __init__(self, folder: DataPath, left_out: Tally):
         self._folder = folder
         found, hidden = data_files(folder, PICTURE_SUFFIXES)
         if hidden:
@@ -110,7 +111,7 @@ class _FolderShard:
 class _TarShard:
     """The picture files of one tar, through its index."""
 
-    def __init__(self, path: Path, index_path: Path):
+    def __init__(self, path: DataPath, index_path: Path):
         self._path = path
         self._index_path = index_path
         self._length = len(tars.load_index(index_path))

@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from sam_jax.buckets import DataPath
 from sam_jax.images import MAX_SIDE_PX
 
 Id: TypeAlias = int | str
@@ -15,7 +15,7 @@ class FormError(Exception):
     """A file is not in the form it should be in; the message says where, and what to do."""
 
 
-def parse(path: Path) -> Any:
+def parse(path: DataPath) -> Any:
     """The content of a JSON file in which no object has a name twice.
 
     Raises:

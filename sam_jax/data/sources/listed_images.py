@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pycocotools import mask as coco_mask
 
+from sam_jax.buckets import DataPath
 from sam_jax.data.samples import (
     CorruptSampleError,
     Sample,
@@ -77,8 +77,8 @@ class ListedImagesSource:
         images: list[ListedImage],
         left_out: Tally,
         *,
-        path: Path,
-        folder: Path,
+        path: DataPath,
+        folder: DataPath,
         name: str,
         orientation: Orientation,
         advice: str = "",
@@ -140,7 +140,9 @@ class ListedImagesSource:
         )
 
 
-def find_pictures(path: Path, images: list[ListedImage], folder: Path) -> list[Path | None]:
+def find_pictures(
+    path: DataPath, images: list[ListedImage], folder: DataPath
+) -> list[DataPath | None]:
     """The file of each image, None where there is none; says how many are missing or renamed.
 
     Args:
@@ -152,7 +154,7 @@ def find_pictures(path: Path, images: list[ListedImage], folder: Path) -> list[P
       ConfigError: a name may mean several files, or two images are one file.
     """
     files, paths = NamedFiles(folder), []
-    owners: dict[Path, ListedImage] = {}
+    owners: dict[DataPath, ListedImage] = {}
     missing, renamed = [], []
     for image in images:
         try:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from sam_jax.buckets import DataPath
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.data.sources import tars
 from sam_jax.data.tally import Tally
@@ -34,7 +35,7 @@ class AnnotationFile(NamedTuple):
     """
 
     name: str
-    path: Path
+    path: DataPath
     extent: tuple[int, int] | None = None
 
     def read(self) -> bytes:
@@ -60,7 +61,7 @@ class Sa1bSource:
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: str | DataPath | Sequence[str | DataPath],
         cache_dir: str | Path | None = None,
         name: str = "sa1b",
         orientation: Orientation = "upright",
@@ -171,7 +172,7 @@ class _Shard(Protocol):
 class _FolderShard:
     """Extracted pairs, in `folder` or below it."""
 
-    def __init__(self, folder: Path, left_out: Tally):
+    def __init__(self, folder: DataPath, left_out: Tally):
         self._folder = folder
         pairs: dict[str, list[str]] = {}
         found, hidden = data_files(folder, (*PICTURE_SUFFIXES, ".json"))
@@ -230,7 +231,7 @@ def _pair_up(
 class _TarShard:
     """The pairs of one tar, through its index."""
 
-    def __init__(self, path: Path, index_path: Path):
+    def __init__(self, path: DataPath, index_path: Path):
         self._path = path
         self._index_path = index_path
         self._length = len(tars.load_index(index_path))

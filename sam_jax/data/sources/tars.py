@@ -2,9 +2,11 @@
 
 A tar has no table of contents, so each is scanned once for its members'
 offsets, and the result kept in a small file; from then on a member is a
-read at a known offset and nothing is ever extracted.
+read at a known offset and nothing is ever extracted. In a bucket likewise,
+where a read is a request for a range.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sam_jax.buckets import BucketPath, DataPath, data_path
 from sam_jax.data.samples import CorruptSampleError
 from sam_jax.errors import ConfigError
 from sam_jax.files import is_hidden
@@ -27,6 +30,7 @@ _log = logging.getLogger(__name__)
 _BLOCK = tarfile.BLOCKSIZE
 # Scanning waits for storage, not for the processor.
 _SCAN_THREADS = 8
+_BUCKET_SCAN_THREADS = 32
 _MAX_OPEN_TARS = 128
 # Bytes of a tar's name in the name of its index, which has some 55 bytes more.
 _MAX_LABEL_BYTES = 190
@@ -55,7 +59,9 @@ class Arrangement(NamedTuple):
     arrange: Callable[[Iterable[Member]], np.ndarray]
 
 
-def find(path: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+def find(
+    path: str | DataPath | Sequence[str | DataPath],
+) -> tuple[list[DataPath], list[DataPath]]:
     """The tars and the folders without tars that paths or patterns name, sorted.
 
     Args:
@@ -64,9 +70,9 @@ def find(path: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path
     Raises:
       FileNotFoundError: nothing is there.
     """
-    found, folders = set[Path](), set[Path]()
-    for part in [path] if isinstance(path, (str, Path)) else path:
-        matches = _matches(Path(part))
+    found, folders = set[DataPath](), set[DataPath]()
+    for part in [path] if isinstance(path, (str, Path, BucketPath)) else path:
+        matches = _matches(data_path(part))
         if not matches:
             raise FileNotFoundError(f"nothing at {part}")
         for match in matches:
@@ -76,15 +82,17 @@ def find(path: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path
                 found.update(inside)
             else:
                 folders.add(match)
-    return sorted(found), sorted(folders)
+    return sorted(found, key=str), sorted(folders, key=str)
 
 
-def _matches(pattern: Path) -> list[Path]:
+def _matches(pattern: DataPath) -> list[DataPath]:
     """Files and folders that a path or a pattern names.
 
     Folders that are there are taken literally, as their names may hold what patterns are made of;
     where that leads nowhere, the whole is a pattern.
     """
+    if isinstance(pattern, BucketPath):
+        return [pattern] if pattern.exists() else _visible(pattern, pattern.matches())
     literal, rest = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
     while rest and (literal / rest[0]).exists():
         literal, rest = literal / rest[0], rest[1:]
@@ -93,13 +101,17 @@ def _matches(pattern: Path) -> list[Path]:
     found = list(literal.glob("/".join(rest)))
     if not found:
         found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    # A star stands for hidden files as well, which are no data unless they are named.
+    return _visible(pattern, found)
+
+
+def _visible(pattern: DataPath, found: Iterable[DataPath]) -> list[DataPath]:
+    """Matches of a pattern without hidden files, which are no data unless they are named."""
     if pattern.name.startswith("."):
-        return found
+        return list(found)
     return [match for match in found if not is_hidden(Path(match.name))]
 
 
-def read_extent(path: Path, name: str, what: str, extent: tuple[int, int]) -> bytes:
+def read_extent(path: DataPath, name: str, what: str, extent: tuple[int, int]) -> bytes:
     """A part of a tar.
 
     Args:
@@ -110,11 +122,16 @@ def read_extent(path: Path, name: str, what: str, extent: tuple[int, int]) -> by
 
     Raises:
       CorruptSampleError: it is not, or not all, there.
+      FileNotFoundError: the tar itself is gone.
+      BucketError: the bucket that it is in cannot be read.
     """
     offset, size = extent
     if offset < 0:
         raise CorruptSampleError(name, f"missing {what}")
-    content = _open_tar(path).read(offset, size)
+    if isinstance(path, BucketPath):
+        content = path.read_range(offset, size)
+    else:
+        content = _open_tar(path).read(offset, size)
     if len(content) < size:
         detail = f"{what} has {len(content)} of {size} bytes"
         raise CorruptSampleError(name, "truncated tar", detail)
@@ -154,37 +171,49 @@ def load_index(path: Path) -> np.ndarray:
 
 
 def current_indices(
-    paths: Sequence[Path], cache_dir: str | Path | None, arrangement: Arrangement
+    paths: Sequence[DataPath], cache_dir: str | Path | None, arrangement: Arrangement
 ) -> list[Path]:
     """The files of the tars' indices, which are made where they are not there or outdated.
 
     Args:
       paths: the tars.
-      cache_dir: the folder of the indices; None is beside each tar.
+      cache_dir: the folder of the indices, on a disk; None is beside each tar, and for tars in
+        buckets `sam_jax/tar_indices` in the user's cache (XDG_CACHE_HOME, ~/.cache).
       arrangement: what they hold.
 
     Raises:
       ConfigError: a file is no uncompressed tar, or an index cannot be kept where it should be.
     """
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+    in_bucket = any(isinstance(path, BucketPath) for path in paths)
+    with ThreadPoolExecutor(_BUCKET_SCAN_THREADS if in_bucket else _SCAN_THREADS) as pool:
         return list(pool.map(lambda tar: _current_index(tar, cache_dir, arrangement), paths))
 
 
-def _current_index(tar: Path, cache_dir: str | Path | None, arrangement: Arrangement) -> Path:
+def _current_index(tar: DataPath, cache_dir: str | Path | None, arrangement: Arrangement) -> Path:
     """The path of the tar's index, which is made if it is not there.
 
-    The tar's size and time of modification are part of its name, so that a
-    changed tar is scanned anew.
+    The tar's size and time of modification, or its version in a bucket, are
+    part of its name, so that a changed tar is scanned anew.
     """
-    tar = tar.absolute()
-    stat = tar.stat()
-    folder = tar.parent if cache_dir is None else Path(cache_dir)
+    if isinstance(tar, BucketPath):
+        beside = _user_cache()
+        size, version = tar.info()
+        # Versions of buckets have quotes and dashes in them.
+        state = f"{size:x}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+        location = str(tar).encode()
+    else:
+        tar = tar.absolute()
+        beside = tar.parent
+        stat = tar.stat()
+        state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        location = os.fsencode(tar)
+    folder = beside if cache_dir is None else Path(cache_dir)
     # Tars of one name from two folders may share a cache.
-    origin = hashlib.sha256(os.fsencode(tar)).hexdigest()[:8]
+    origin = hashlib.sha256(location).hexdigest()[:8]
     # Cut, since the tar's name may have the greatest length already; the digest tells tars apart.
     label = os.fsdecode(os.fsencode(tar.name)[:_MAX_LABEL_BYTES])
     own = f"{label}.{origin}." + (f"{arrangement.label}." if arrangement.label else "")
-    path = folder / f"{own}{stat.st_size:x}-{stat.st_mtime_ns:x}-{arrangement.version}.npy"
+    path = folder / f"{own}{state}-{arrangement.version}.npy"
     if not path.exists():
         index = scan(tar, arrangement)
         try:
@@ -202,6 +231,12 @@ def _current_index(tar: Path, cache_dir: str | Path | None, arrangement: Arrange
     return path
 
 
+def _user_cache() -> Path:
+    """The folder for indices of tars that have no folder of their own."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sam_jax" / "tar_indices"
+
+
 def _write_atomically(path: Path, array: np.ndarray) -> None:
     """Other processes see the whole file or none; any may be the last writer."""
     part = path.with_name(f".{uuid.uuid4().hex}.part")
@@ -213,7 +248,7 @@ def _write_atomically(path: Path, array: np.ndarray) -> None:
         part.unlink(missing_ok=True)
 
 
-def scan(path: Path, arrangement: Arrangement) -> np.ndarray:
+def scan(path: DataPath, arrangement: Arrangement) -> np.ndarray:
     """The index of a tar.
 
     Args:
@@ -239,7 +274,12 @@ def scan(path: Path, arrangement: Arrangement) -> np.ndarray:
             complete = False
 
     try:
-        with tarfile.open(path, "r:") as tar:
+        with contextlib.ExitStack() as files:
+            if isinstance(path, BucketPath):
+                file = files.enter_context(path.open())
+                tar = files.enter_context(tarfile.open(fileobj=file, mode="r:"))
+            else:
+                tar = files.enter_context(tarfile.open(path, "r:"))
             index = arrangement.arrange(members(tar))
             # A tar ends with blocks of zeros; tarfile stops at garbage, too.
             assert tar.fileobj is not None

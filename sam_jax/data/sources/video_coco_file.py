@@ -1,8 +1,8 @@
 """A YouTube-VIS or OVIS file, read and checked: its frames with what is marked in each."""
 
-from pathlib import Path
 from typing import Any
 
+from sam_jax.buckets import DataPath
 from sam_jax.data.sources.coco_file import CROWD, NO_SEGMENTATION
 from sam_jax.data.sources.json_form import (
     FormError,
@@ -24,7 +24,7 @@ from sam_jax.errors import ConfigError
 OF_NO_VIDEO = "annotations of a video that is not in the file"
 
 
-def read_video_coco(path: Path, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
+def read_video_coco(path: DataPath, keep_crowds: bool) -> tuple[list[ListedImage], Tally]:
     """The frames in which something is marked, and what was left out of the file.
 
     A video has `file_names` of its frames, and an annotation follows one object through it: its
