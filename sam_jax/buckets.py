@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from sam_jax.errors import UserError
@@ -199,7 +199,7 @@ class BucketPath(PurePosixPath):
 DataPath = Path | BucketPath
 
 
-def data_path(path: str | PurePosixPath) -> DataPath:
+def data_path(path: str | PurePath) -> DataPath:
     """The path of data on a disk, or in a bucket where it is a URL.
 
     Raises:

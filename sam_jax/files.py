@@ -6,7 +6,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from sam_jax.buckets import BucketPath, DataPath
 from sam_jax.errors import ConfigError
@@ -33,7 +33,11 @@ def is_hidden(path: PurePath) -> bool:
     )
 
 
-class DataFiles(NamedTuple):
+# On a disk or in a bucket: what lies below a path is of its kind.
+P = TypeVar("P", bound=DataPath)
+
+
+class DataFiles(NamedTuple, Generic[P]):
     """The files of a folder with certain endings, sorted.
 
     Attributes:
@@ -41,11 +45,11 @@ class DataFiles(NamedTuple):
       hidden: those that would be, were they not hidden.
     """
 
-    found: list[DataPath]
-    hidden: list[DataPath]
+    found: list[P]
+    hidden: list[P]
 
 
-def data_files(folder: DataPath, suffixes: Iterable[str]) -> DataFiles:
+def data_files(folder: P, suffixes: Iterable[str]) -> DataFiles[P]:
     """The files below a folder with these endings, in lower or upper case; links are followed.
 
     Args:
@@ -57,9 +61,9 @@ def data_files(folder: DataPath, suffixes: Iterable[str]) -> DataFiles:
       BucketError: nor can a bucket.
     """
     wanted = frozenset(suffixes)
-    files = DataFiles([], [])
+    files: DataFiles[P] = DataFiles([], [])
     below = folder.files_below() if isinstance(folder, BucketPath) else _files_below(folder)
-    for path in below:
+    for path in cast(Iterator[P], below):
         if path.suffix.lower() in wanted:
             hidden = is_hidden(path.relative_to(folder))
             (files.hidden if hidden else files.found).append(path)
@@ -89,7 +93,7 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-class NamedFiles:
+class NamedFiles(Generic[P]):
     """The files below a folder by the names that an annotation file has for them.
 
     Such names come from other disks: with backslashes or percent signs for what a URL does not
@@ -98,12 +102,12 @@ class NamedFiles:
     is, then one that lies at the end of the path. Nothing outside of the folder is ever found.
     """
 
-    def __init__(self, folder: DataPath):
+    def __init__(self, folder: P):
         self._folder = folder
         # Caches the listing of each folder that was looked into, by the three spellings of names.
         self._listing = functools.cache(self._list)
 
-    def find(self, name: str) -> DataPath | None:
+    def find(self, name: str) -> P | None:
         """The file that a name means; None if there is none.
 
         Raises:
@@ -139,13 +143,13 @@ class NamedFiles:
                 parts.append(part)
         return parts
 
-    def _matches(self, parent: DataPath, parts: list[str], spelling: int) -> list[DataPath]:
+    def _matches(self, parent: P, parts: list[str], spelling: int) -> list[P]:
         if not parts:
             return []
         names = self._listing(parent)[spelling].get(_SPELLINGS[spelling](parts[0]), [])
         if len(parts) == 1:
-            return [parent / name for name in names]
-        inside = [self._matches(parent / name, parts[1:], spelling) for name in names]
+            return [cast(P, parent / name) for name in names]
+        inside = [self._matches(cast(P, parent / name), parts[1:], spelling) for name in names]
         return [path for paths in inside for path in paths]
 
     def _list(self, folder: DataPath) -> list[dict[str, list[str]]]:

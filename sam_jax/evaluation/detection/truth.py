@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from sam_jax import rle
 from sam_jax.arrays import UInt8
+from sam_jax.buckets import DataPath
 from sam_jax.data.samples import (
     CorruptSampleError,
     Sample,
@@ -163,7 +164,7 @@ class InstanceTruth:
             unusable,
         )
 
-    def _sample(self, record: LabelledImage, path: Path) -> Sample:
+    def _sample(self, record: LabelledImage, path: DataPath) -> Sample:
         """The picture with its RLEs, whose sizes tell which way up a turned one was annotated."""
         sizes = [{"size": list(record.hw), "counts": []}] if record.hw is not None else []
         runs = [a.segmentation for a in record.annotations if isinstance(a.segmentation, dict)]
