@@ -54,7 +54,7 @@ class UnreachableBucketError(BucketError):
 
 
 class ObjectInfo(NamedTuple):
-    """What a bucket says of an object: its size in bytes, and what changes whenever it does."""
+    """Size of an object in bytes, and a version, which changes whenever the object does."""
 
     size: int
     version: str
@@ -225,7 +225,7 @@ def is_url(path: object) -> bool:
 
 @functools.cache
 def _filesystem(scheme: str) -> Any:
-    """What speaks with buckets of a kind, once in a process: it has the connections.
+    """The file system of a kind of bucket, one in a process: it has the connections.
 
     Access is as usual for that kind: environment variables, files and roles of a cloud.
     """

@@ -6,7 +6,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from sam_jax.buckets import BucketPath, DataPath
 from sam_jax.errors import ConfigError
@@ -37,39 +37,28 @@ def is_hidden(path: PurePath) -> bool:
 P = TypeVar("P", bound=DataPath)
 
 
-class DataFiles(NamedTuple, Generic[P]):
-    """The files of a folder with certain endings, sorted.
-
-    Attributes:
-      found: those that are data.
-      hidden: those that would be, were they not hidden.
-    """
-
-    found: list[P]
-    hidden: list[P]
-
-
-def data_files(folder: P, suffixes: Iterable[str]) -> DataFiles[P]:
+def data_files(folder: P, suffixes: Iterable[str]) -> tuple[list[P], list[P]]:
     """The files below a folder with these endings, in lower or upper case; links are followed.
 
     Args:
       folder: where to look; its own path may hold anything.
       suffixes: in lower case, with their dot.
 
+    Returns:
+      those that were found, sorted, and those that would have been, were they not hidden.
+
     Raises:
       OSError: a folder cannot be read.
       BucketError: nor can a bucket.
     """
     wanted = frozenset(suffixes)
-    files: DataFiles[P] = DataFiles([], [])
+    found: list[P] = []
+    hidden: list[P] = []
     below = folder.files_below() if isinstance(folder, BucketPath) else _files_below(folder)
     for path in cast(Iterator[P], below):
         if path.suffix.lower() in wanted:
-            hidden = is_hidden(path.relative_to(folder))
-            (files.hidden if hidden else files.found).append(path)
-    files.found.sort(key=_order)
-    files.hidden.sort(key=_order)
-    return files
+            (hidden if is_hidden(path.relative_to(folder)) else found).append(path)
+    return sorted(found, key=_order), sorted(hidden, key=_order)
 
 
 def _order(path: DataPath) -> tuple[str, ...]:

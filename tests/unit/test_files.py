@@ -44,7 +44,7 @@ def test_hidden_files_are_no_data(tmp_path: Path, name: str) -> None:
 
 def test_the_folder_itself_may_be_called_anything(tmp_path: Path) -> None:
     folder = fill(tmp_path / ".cache" / "__MACOSX", "a.png")
-    assert data_files(folder, [".png"]).found == [folder / "a.png"]
+    assert data_files(folder, [".png"])[0] == [folder / "a.png"]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (folder / "linked").symlink_to(tmp_path / "outside")
     (folder / "again").symlink_to(folder / "real")
     (folder / "real" / "loop").symlink_to(folder)
-    found = data_files(folder, [".png"]).found
+    found = data_files(folder, [".png"])[0]
     assert [path.relative_to(folder).as_posix() for path in found] == ["linked/b.png", "real/a.png"]
 
 

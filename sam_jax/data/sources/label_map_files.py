@@ -148,7 +148,7 @@ def _by_folder(root: Path, suffixes: Sequence[str]) -> dict[str, list[tuple[str,
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     found = collections.defaultdict(list)
-    for path in data_files(root, suffixes).found:
+    for path in data_files(root, suffixes)[0]:
         parent = path.parent.relative_to(root).as_posix()
         folder = unicodedata.normalize("NFC", "" if parent == "." else parent)
         found[folder].append((unicodedata.normalize("NFC", path.name), path))

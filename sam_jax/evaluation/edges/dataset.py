@@ -103,7 +103,7 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
-    for path in data_files(folder, suffixes).found:
+    for path in data_files(folder, suffixes)[0]:
         if path.parent != folder:
             continue
         if path.stem in files:
