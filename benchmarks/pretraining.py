@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -272,7 +273,7 @@ def _print(plan: Plan, summary: Mapping[str, Any]) -> None:
         mean, deviation = summary["mean"][start], summary["deviation"][start]
         ious = (f"{100 * mean[m]:.1f} ± {100 * deviation[m]:.1f}" for m in MEASURES)
         table.add_row(start, of_start, *ious, f"{mean['seconds']:.0f}")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 if __name__ == "__main__":
