@@ -11,6 +11,7 @@ import numpy as np
 from sam_jax.buckets import DataPath
 from sam_jax.data.samples import Sample, read_picture_file
 from sam_jax.data.sources import tars
+from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -47,11 +48,11 @@ class ImagesSource:
         self._orientation = orientation
         found, folders = tars.find(path)
         indices = tars.current_indices(found, cache_dir, PICTURES)
-        self._shards: list[_Shard] = [
+        shards: list[_Shard] = [
             _TarShard(tar, index) for tar, index in zip(found, indices, strict=True)
         ]
-        self._shards += [_FolderShard(folder, self.left_out) for folder in folders]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        shards += [_FolderShard(folder, self.left_out) for folder in folders]
+        self._shards = Shards(shards)
         if not len(self):
             left_out = f" (left out: {self.left_out})" if self.left_out else ""
             raise ConfigError(
@@ -61,7 +62,7 @@ class ImagesSource:
             _log.warning("%s: left out: %s", path, self.left_out)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> Sample:
         """The picture at 0 <= index < len.
@@ -69,11 +70,8 @@ class ImagesSource:
         Raises:
           CorruptSampleError: it is gone, or the tar ends before it does.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self._shards[number]
-        name, image = shard.read(index - int(self._ends[number]) + len(shard))
+        shard, within = self._shards.find(index)
+        name, image = shard.read(within)
         return Sample(image, (), self.name, name, orientation=self._orientation)
 
 

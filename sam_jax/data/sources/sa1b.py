@@ -15,6 +15,7 @@ import numpy as np
 from sam_jax.buckets import DataPath
 from sam_jax.data.samples import CorruptSampleError, Sample
 from sam_jax.data.sources import tars
+from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -85,11 +86,11 @@ class Sa1bSource:
         self._orientation = orientation
         found, folders = tars.find(path)
         index_paths = tars.current_indices(found, cache_dir, PAIRS)
-        self._shards: list[_Shard] = [
+        shards: list[_Shard] = [
             _TarShard(tar, index) for tar, index in zip(found, index_paths, strict=True)
         ]
-        self._shards += [_FolderShard(folder, self.left_out) for folder in folders]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        shards += [_FolderShard(folder, self.left_out) for folder in folders]
+        self._shards = Shards(shards)
         if not len(self):
             left_out = f" (left out: {self.left_out})" if self.left_out else ""
             raise ConfigError(f"no image with annotations in {path}{left_out}")
@@ -97,7 +98,7 @@ class Sa1bSource:
             _log.warning("%s: left out: %s", path, self.left_out)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> Sample:
         """The pair at 0 <= index < len.
@@ -106,20 +107,15 @@ class Sa1bSource:
           CorruptSampleError: half of the pair is missing, the tar ends before it does, or the json
             is malformed.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self._shards[number]
-        within = index - int(self._ends[number]) + len(shard)
+        shard, within = self._shards.find(index)
         name, image, annotation = shard.read(within)
         masks_rle, unusable = parse_annotation(name, annotation)
         return Sample(image, masks_rle, self.name, name, unusable, self._orientation)
 
     def annotation_file(self, index: int) -> AnnotationFile:
         """The place of a pair's json, for those who want no image; nothing is read yet."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self._shards[number]
-        return shard.annotation_file(index - int(self._ends[number]) + len(shard))
+        shard, within = self._shards.find(index)
+        return shard.annotation_file(within)
 
 
 def parse_annotation(
