@@ -17,7 +17,6 @@ from pycocotools import mask as coco_mask
 from sam_jax import rle
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data.corruption import NoObjectsError
-from sam_jax.data.samples import SkippedSampleError
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.detection.average_precision import (
@@ -167,7 +166,9 @@ class InstancesFromBoxes:
             images = (BoxedImage(a.image.pixels, corners_of(a.boxes)) for a in asked)
             return masks_of_boxes(predictor, images, self._options)
 
-        return records_of_stream(indices, self._ask, answer, self._record, self._skip)
+        return records_of_stream(
+            indices, self._ask, answer, self._record, self._truth.skipped_record
+        )
 
     def _ask(self, index: int) -> _Asked:
         image = self._truth.read(index)
@@ -202,14 +203,6 @@ class InstancesFromBoxes:
         if image.unusable:
             record["unusable"] = list(image.unusable)
         return record
-
-    def _skip(self, index: int, error: SkippedSampleError) -> Record:
-        image = self._truth.images[index]
-        return {
-            "image_id": image.image_id,
-            "image": image.file_name,
-            SKIPPED: [error.reason, str(error)],
-        }
 
     def report(self, records: Sequence[Record], seconds: float) -> FiguresReport:
         """Average precisions, with examples; writes the results if the config says where.

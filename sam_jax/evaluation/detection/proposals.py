@@ -13,7 +13,6 @@ from pycocotools import mask as coco_mask
 from sam_jax import rle
 from sam_jax.arrays import UInt8
 from sam_jax.data.corruption import NoObjectsError
-from sam_jax.data.samples import SkippedSampleError
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.detection.average_recall import (
@@ -148,7 +147,9 @@ class ObjectProposals:
                 multimask_output=self._config.multimask_output,
             )
 
-        return records_of_stream(indices, self._truth.read, answer, self._record, self._skip)
+        return records_of_stream(
+            indices, self._truth.read, answer, self._record, self._truth.skipped_record
+        )
 
     def _record(self, image: TruthImage, found: Sequence[Mapping[str, Any]]) -> Record:
         if not found:
@@ -182,14 +183,6 @@ class ObjectProposals:
         if image.unusable:
             record["unusable"] = list(image.unusable)
         return record
-
-    def _skip(self, index: int, error: SkippedSampleError) -> Record:
-        image = self._truth.images[index]
-        return {
-            "image_id": image.image_id,
-            "image": image.file_name,
-            SKIPPED: [error.reason, str(error)],
-        }
 
     def report(self, records: Sequence[Record], seconds: float) -> FiguresReport:
         """Average recalls, with examples; see ``Evaluation``."""

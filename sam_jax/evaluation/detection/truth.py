@@ -15,6 +15,7 @@ from sam_jax.buckets import DataPath
 from sam_jax.data.samples import (
     CorruptSampleError,
     Sample,
+    SkippedSampleError,
     decode_image,
     image_hw,
     read_picture_file,
@@ -28,6 +29,8 @@ from sam_jax.data.sources.labelled_file import (
 from sam_jax.data.sources.listed_images import ListedImage, find_pictures, segmentation_to_rle
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.clicks import keyed_number
+from sam_jax.evaluation.detection.figures_report import SKIPPED
+from sam_jax.evaluation.evaluation import Record
 from sam_jax.rle import BadRleError
 
 
@@ -163,6 +166,15 @@ class InstanceTruth:
             record.not_exhaustive,
             unusable,
         )
+
+    def skipped_record(self, index: int, error: SkippedSampleError) -> Record:
+        """The record of an image that cannot be read."""
+        image = self.images[index]
+        return {
+            "image_id": image.image_id,
+            "image": image.file_name,
+            SKIPPED: [error.reason, str(error)],
+        }
 
     def _sample(self, record: LabelledImage, path: DataPath) -> Sample:
         """The picture with its RLEs, whose sizes tell which way up a turned one was annotated."""
