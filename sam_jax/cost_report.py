@@ -313,7 +313,7 @@ def _read(
     text = compiled.as_text()
     instructions = list(hlo.instructions(text))
     transfers = hlo.collectives(text)
-    flops = program.task.flops(batch_size)
+    flops = program.task.flops(batch_size, program.trained)
     if chip is None:
         chip = _measured_chip(program)
     memory = _memory(program, batch, compiled, chip)

@@ -243,7 +243,8 @@ def step_flops(
     num_objects: float,
     *,
     useful: bool = False,
-    encodes: bool = True,
+    encoder_factor: float = TRAINING_FACTOR,
+    decoder_factor: float = TRAINING_FACTOR,
 ) -> float:
     """Operations of a training step: each image encoded once, its objects decoded every round.
 
@@ -253,9 +254,23 @@ def step_flops(
       batch_size: images.
       num_objects: objects of each image, on average.
       useful: see ``encoder_flops``.
-      encodes: whether images are embedded in the step.
+      encoder_factor: passes over the encoder, see ``training_factor``; 0 where batches hold
+        embeddings.
+      decoder_factor: passes over prompt encoder and mask decoder.
     """
     rounds = round_flops(config, prompts, num_objects, is_first=True)
     rounds += (prompts.num_rounds - 1) * round_flops(config, prompts, num_objects, is_first=False)
-    encoder = encoder_flops(config.image_encoder, useful=useful) if encodes else 0
-    return TRAINING_FACTOR * batch_size * (encoder + rounds)
+    encoder = encoder_flops(config.image_encoder, useful=useful)
+    return batch_size * (encoder_factor * encoder + decoder_factor * rounds)
+
+
+def training_factor(trained_rate: float, *, passes_gradients: bool) -> float:
+    """Passes over a part of a model in a training step, in units of its forward pass.
+
+    Args:
+      trained_rate: share of the part's parameters that are trained, whose gradients are computed.
+      passes_gradients: whether its activations have gradients, for what is trained in it or before
+        it. Taken to reach the part's first product, which is too much where only its last layers
+        are trained.
+    """
+    return 1 + passes_gradients + trained_rate

@@ -81,8 +81,8 @@ class Task(Protocol):
         """The figures of an interval that a person wants to see first."""
         ...
 
-    def flops(self, batch_size: int) -> float:
-        """Useful operations of a training step, counted by formula (see ``flop_counts``)."""
+    def flops(self, batch_size: int, trained: Any) -> float:
+        """Useful operations of a step that trains a tree of parameters, see ``flop_counts``."""
         ...
 
 

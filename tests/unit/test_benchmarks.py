@@ -35,11 +35,15 @@ from sam_jax import flop_counts
 from sam_jax.cost_report import KERNEL_PEAK_RATES
 from sam_jax.data import decode_masks
 from sam_jax.data.sources.sa1b import Sa1bSource
+from sam_jax.losses import LossConfig
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT
+from sam_jax.models.lora import LoraConfig
 from sam_jax.models.mask_decoder import MaskDecoderConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 from sam_jax.models.variants import VARIANTS
 from sam_jax.simulated_user import PromptConfig
+from sam_jax.trained_parameters import select_trained
+from sam_jax.training.tasks.segment import SegmentTask
 from tests.golden.tiny import TINY
 
 CONFIG = Path(__file__).parents[1] / "e2e" / "tiny_run.py"
@@ -112,6 +116,30 @@ def test_a_step_is_three_forward_passes() -> None:
     later = flop_counts.decoder_flops(TINY, 5, 3 + 2, multimask_output=False, with_mask=True)
     image = flop_counts.encoder_flops(TINY.image_encoder) + first + 3 * later
     assert flop_counts.step_flops(TINY, prompts, batch_size=4, num_objects=5) == 3 * 4 * image
+
+
+@pytest.mark.parametrize(
+    ("patterns", "lora_rank", "encoder_passes"),
+    [
+        (("all",), 0, 3),
+        (("decoder",), 0, 1),
+        (("lora", "decoder"), 2, 2),
+        (("block_00/norm",), 0, 2),
+    ],
+)
+def test_frozen_parts_have_no_gradients_of_weights(
+    patterns: tuple[str, ...], lora_rank: int, encoder_passes: int
+) -> None:
+    task = SegmentTask(Sam(TINY), PromptConfig(), LossConfig(), 2, lora=LoraConfig(rank=lora_rank))
+    params = jax.eval_shape(task.init, jax.random.key(0))["params"]
+    encoder = flop_counts.encoder_flops(TINY.image_encoder, useful=True)
+
+    def passes(trained: Any) -> float:
+        """Passes over the encoder, in units of its forward pass."""
+        without = dataclasses.replace(task, takes_embeddings=True)
+        return (task.flops(1, trained) - without.flops(1, trained)) / encoder
+
+    assert passes(select_trained(params, patterns)) == pytest.approx(encoder_passes, abs=0.3)
 
 
 def test_objects_share_the_first_layers_view_of_the_image() -> None:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam_jax import flop_counts
 from sam_jax.errors import ConfigError
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
 from sam_jax.parallel import Parallel
+from sam_jax.trained_parameters import select_trained
 from sam_jax.training.embedding_cache import (
     EmbeddingCache,
     EmbeddingStage,
@@ -204,4 +206,8 @@ def test_rounds_are_given_the_embeddings_of_the_batch(
     (embeddings,) = called.value.args
     assert embeddings.dtype == np.float32
     np.testing.assert_array_equal(embeddings, 1.0)
-    assert task.flops(2) < experiment_of().task.flops(2)
+    frozen = experiment_of().task
+    trained = select_trained(jax.eval_shape(frozen.init, jax.random.key(0))["params"], ["decoder"])
+    encoding = 2 * flop_counts.encoder_flops(task.model.config.image_encoder, useful=True)
+    # Without gradients, only the forward pass is spared.
+    assert frozen.flops(2, trained) - task.flops(2, trained) == pytest.approx(encoding)

@@ -55,7 +55,7 @@ class MeanColor:
     def headline(self, means: Mapping[str, float]) -> str:
         return f"error {means['loss']:.3f}"
 
-    def flops(self, batch_size: int) -> float:
+    def flops(self, batch_size: int, trained: Any) -> float:
         return 0.0
 
 

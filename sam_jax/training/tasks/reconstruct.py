@@ -95,7 +95,8 @@ class ReconstructTask:
         """The loss; of normalised pixels, 1 is what a patch's mean would give."""
         return f"loss {means['loss']:.4f}"
 
-    def flops(self, batch_size: int) -> float:
-        """Operations of a step, without what is computed twice."""
+    def flops(self, batch_size: int, trained: Any) -> float:
+        """Operations of a step, without what is computed twice; all counts as trained."""
+        del trained  # a frozen part is no pre-training
         image = flop_counts.autoencoder_flops(self.model.encoder, self.model.config)
         return flop_counts.TRAINING_FACTOR * batch_size * image

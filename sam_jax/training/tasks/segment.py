@@ -4,7 +4,7 @@ Source: Kirillov et al. 2023, appendix A.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +205,30 @@ class SegmentTask:
         ious = [value for name, value in means.items() if name.startswith("iou_round_")]
         return f"loss {means['loss']:.2f}  IoU {ious[0]:.3f} first, {ious[-1]:.3f} last round"
 
-    def flops(self, batch_size: int) -> float:
+    def flops(self, batch_size: int, trained: Any) -> float:
         """Operations of a step, without padding and what is computed twice."""
+        whole = jax.eval_shape(self.init, jax.random.key(0))["params"]
+        encoder_rate = _size(trained, (_ENCODER,)) / _size(whole, (_ENCODER,))
+        reaches_encoder = bool(encoder_rate or "lora" in trained)
         return flop_counts.step_flops(
             self.model.config,
             self.prompts,
             batch_size,
             self.max_masks,
             useful=True,
-            encodes=not self.takes_embeddings,
+            encoder_factor=0
+            if self.takes_embeddings
+            else flop_counts.training_factor(encoder_rate, passes_gradients=reaches_encoder),
+            decoder_factor=flop_counts.training_factor(
+                _size(trained, PROMPTED_PARTS) / _size(whole, PROMPTED_PARTS),
+                passes_gradients=True,
+            ),
         )
+
+
+def _size(params: Mapping[str, Any], parts: Iterable[str]) -> int:
+    """Number of parameters in some parts of a model."""
+    return sum(leaf.size for part in parts for leaf in jax.tree.leaves(params.get(part, {})))
 
 
 def build_rounds(
