@@ -1,4 +1,6 @@
+import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from sam_jax.data.config import DataConfig
+from sam_jax.data.pipeline import train_iterator
 from sam_jax.data.samples import CorruptSampleError, decode_image, decode_masks
 from sam_jax.data.sources import tars
 from sam_jax.data.sources.sa1b import PAIRS, Sa1bSource, parse_annotation
@@ -60,6 +64,26 @@ def test_pairs_are_read_in_place(tmp_path: Path, folder: str) -> None:
     for index in (3, -1):
         with pytest.raises(IndexError):
             source[index]
+
+
+def test_a_tar_that_vanishes_while_it_is_trained_on_ends_the_run(tmp_path: Path) -> None:
+    """An open tar is read on; one that has to be opened again is named."""
+    paths = [write_tar(tmp_path / f"{i}.tar", sa1b_files([2 * i, 2 * i + 1])) for i in range(2)]
+    config = DataConfig(
+        sources=({"kind": "sa1b", "path": str(tmp_path)},),
+        image_size=(32, 32),
+        batch_size=2,
+        prefetch_examples=1,
+    )
+    with contextlib.closing(train_iterator(config)) as batches:
+        for _ in range(3):
+            next(batches)
+        for path in paths:
+            path.unlink()
+        next(batches)
+        tars._open_tar.cache_clear()
+        with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*[01]\.tar"):
+            list(itertools.islice(batches, 100))
 
 
 def test_json_and_jpg_may_be_far_apart(tmp_path: Path) -> None:
