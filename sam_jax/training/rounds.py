@@ -161,6 +161,9 @@ def run_rounds(
         result, logits, errors = judge(decode(with_mask, False, seeds))
         return _Round(prompts, logits, errors, before.num_clicks + adds_click), result
 
+    if prompt_config.num_rounds == 1:
+        # Not as a scan of no rounds, which takes as long to compile as one of ten.
+        return jax.tree.map(lambda x: x[None], first)
     start = _Round(prompts, logits, errors, jnp.zeros(masks.shape[:2], jnp.int32))
     _, later = jax.lax.scan(one_round, start, jnp.arange(1, prompt_config.num_rounds))
     return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, later)
