@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_run.py")
+# What is compiled sooner, for tests that ask no more of a run than that it trains.
+PRETRAINING = Path(__file__).with_name("tiny_pretraining.py")
 # A few steps of a tiny model: compiling them well would take longer than running them.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-# A program that is compiled sooner, for runs of which no more is asked than that they train.
+# Prompts once an object, for runs of segmentation of which no more is asked than that they train.
 ONE_ROUND = (
     "--config.prompts.num_corrections=0",
     "--config.prompts.random_mask_round=False",

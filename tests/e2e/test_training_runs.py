@@ -7,57 +7,59 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import soak
-from tests.e2e.programs import logged, run, runner_limit, saved_steps, start
+from tests.e2e.programs import PRETRAINING, logged, run, runner_limit, saved_steps, start
 
 pytestmark = runner_limit
 
-
-@pytest.fixture(scope="module")
-def straight_run(tmp_path_factory) -> Path:
-    """Ten steps without interruption on one device, parameters averaged."""
-    workdir = tmp_path_factory.mktemp("straight")
-    rare = ("--config.checkpoint.every_steps=1000", "--config.train.log_every=1")
-    run("train.py", "--workdir", str(workdir), *rare)
-    return workdir
+RARE = ("--config.checkpoint.every_steps=1000", "--config.train.log_every=1")
 
 
 def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
-    straight_run, tmp_path
-):
-    """SIGKILL while a checkpoint is written, with a worker that reads; SIGTERM later."""
-    flags = ("--workdir", str(tmp_path), *soak.OFTEN, "--config.train.eval_every=0")
-    with start("train.py", *flags, "--config.data.num_workers=1") as process:
-        process.wait_until("a checkpoint", lambda: saved_steps(tmp_path) != [])
-        process.wait_until("a write", lambda: soak.is_writing(tmp_path), naps=0.0005)
+    tmp_path: Path,
+) -> None:
+    """SIGKILL while a checkpoint is written, with a worker that reads; SIGTERM later.
+
+    Of pre-training, which is compiled sooner; `python -m tests.e2e.soak` does it with prompts.
+    """
+    straight, workdir = tmp_path / "straight", tmp_path / "killed"
+    no_evals = "--config.train.eval_every=0"
+    run("train.py", "--workdir", str(straight), *RARE, no_evals, config=PRETRAINING)
+
+    flags = ("--workdir", str(workdir), *soak.OFTEN, no_evals)
+    with start("train.py", *flags, "--config.data.num_workers=1", config=PRETRAINING) as process:
+        process.wait_until("a checkpoint", lambda: saved_steps(workdir) != [])
+        process.wait_until("a write", lambda: soak.is_writing(workdir), naps=0.0005)
         workers = process.children
         assert len(workers) > 0
         process.send(signal.SIGKILL)
         process.end(-signal.SIGKILL)
         for worker in workers:
             process.wait_for_end_of(worker)
-    killed_at = saved_steps(tmp_path)[-1]
+    killed_at = saved_steps(workdir)[-1]
 
-    with start("train.py", *flags) as process:
+    with start("train.py", *flags, config=PRETRAINING) as process:
         process.wait_for_line(f"step {killed_at + 2}/")
         process.send(signal.SIGTERM)
         output = process.end(75)
     assert f"continuing from the checkpoint of step {killed_at}" in output
     assert "by SIGTERM; the same command continues" in output
-    stopped_at = saved_steps(tmp_path)[-1]
+    stopped_at = saved_steps(workdir)[-1]
     assert stopped_at >= killed_at + 2
 
-    output = run("train.py", *flags)
+    output = run("train.py", *flags, config=PRETRAINING)
     assert f"continuing from the checkpoint of step {stopped_at}" in output
-    assert not soak.is_writing(tmp_path)
-    soak.assert_same_end(straight_run, tmp_path)
+    assert not soak.is_writing(workdir)
+    soak.assert_same_end(straight, workdir)
 
 
-def test_eval_reproduces_the_numbers_of_the_training_loop(straight_run, tmp_path):
-    run("eval.py", "--checkpoint", str(straight_run), "--out", str(tmp_path))
-    report = json.loads((tmp_path / "shapes" / "report.json").read_text())
+def test_eval_reproduces_the_numbers_of_the_training_loop(tmp_path: Path) -> None:
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    run("train.py", "--workdir", str(workdir), *RARE)
+    run("eval.py", "--checkpoint", str(workdir), "--out", str(out))
+    report = json.loads((out / "shapes" / "report.json").read_text())
     in_loop = {
         tag.removeprefix("eval/shapes/"): values[10]
-        for tag, values in logged(straight_run).items()
+        for tag, values in logged(workdir).items()
         if tag.startswith("eval/shapes/")
     }
     assert in_loop
