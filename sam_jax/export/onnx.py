@@ -54,7 +54,7 @@ def export_onnx(
     import_onnx()
     quantize = _import_quantizer() if int8 else None
     as_float32 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(variables))
-    weights = from_native(as_float32, "official")
+    weights = from_native(as_float32, "official", channels=config.channels.count)
     graphs = {
         ENCODER: lambda: _encoder_graph(weights, config),
         DECODER: lambda: decoder_graph(weights, config, options or DecoderOptions()),

@@ -106,7 +106,7 @@ class ExportedSam:
     encoder: jax.export.Exported
     decoder: jax.export.Exported
 
-    def encode(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+    def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b gh gw d"]:
         """Image embeddings of normalised, padded images."""
         return self.encoder.call(self.weights, images)
 
@@ -148,7 +148,7 @@ def _exported(
     dim = model.config.image_encoder.output_dim
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), variables)
 
-    def encode(weights: Any, images: Float[Array, "b h w 3"]) -> Any:
+    def encode(weights: Any, images: Float[Array, "b h w c"]) -> Any:
         return model.apply(weights, images, method=Sam.encode)
 
     def decode(
@@ -191,7 +191,7 @@ def _exported(
     # Kernels are one platform's, and know their shapes.
     with tracing_for(Target(platform="cpu", kernels="none")):
         encoder = jax.export.export(jax.jit(encode), platforms=tuple(platforms))(
-            weights, array((b, height, width, 3), f32)
+            weights, array((b, height, width, model.config.channels.count), f32)
         )
         decoder = jax.export.export(jax.jit(decode), platforms=tuple(platforms))(
             weights,
