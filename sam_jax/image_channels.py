@@ -248,6 +248,8 @@ def _stored_hw(shape: tuple[int, ...], name: str) -> tuple[int, int]:
             name,
             f"has shape {list(shape)}: expected [h, w, c], [c, h, w] or [h, w], one image a file",
         )
+    if 0 in shape:
+        raise UnreadableImageError(name, f"is empty: its shape is {list(shape)}")
     hw = shape[1:] if _is_channels_first(shape) else shape[:2]
     images.check_size((hw[1], hw[0]), name)
     return hw[0], hw[1]

@@ -96,6 +96,10 @@ def hints_of(config: SamConfig) -> Hints:
     )
 
 
+class UnknownChannelsError(WeightsError):
+    """Tensors of a model whose images have channels of which nothing says mean and deviation."""
+
+
 def infer_config(
     tensors: Mapping[str, np.ndarray],
     scheme: Scheme,
@@ -114,6 +118,7 @@ def infer_config(
 
     Raises:
       WeightsError: if tensors that tell the shape are missing, or make no sense together.
+      UnknownChannelsError: see ``channels_of``.
     """
     hints = hints or Hints()
 
@@ -159,7 +164,8 @@ def channels_of(count: int, hints: Hints, where: Any) -> ImageChannels:
     else ImageNet's.
 
     Raises:
-      WeightsError: if there are other channels than three, and nothing tells their statistics.
+      UnknownChannelsError: if there are other channels than three, and nothing tells their
+        statistics.
     """
     for known in (hints.channels, hints.model_channels):
         if known is not None and known.count == count:
@@ -169,7 +175,7 @@ def channels_of(count: int, hints: Hints, where: Any) -> ImageChannels:
     if hints.model_channels is not None:
         # Of another model, which whoever compares the two says.
         return ImageChannels(count, (0.0,) * count, (1.0,) * count)
-    raise WeightsError(
+    raise UnknownChannelsError(
         f"{where} takes images of {count} channels, and nothing in it says their mean and "
         f"deviation: give model.in_channels = {count}, model.pixel_mean and model.pixel_std in a "
         "config (train.py and eval.py; `sam-jax channels FILES` computes them), or the run or the "

@@ -52,6 +52,7 @@ from sam_jax.weights.files import (
 )
 from sam_jax.weights.geometry import (
     Hints,
+    UnknownChannelsError,
     channel_differences,
     closest_variant,
     detect_scheme,
@@ -429,6 +430,8 @@ def _open(
         tensors = {name: array for name, array in tensors.items() if name not in left_out}
     try:
         config = infer_config(tensors, scheme, path, hints)
+    except UnknownChannelsError:
+        raise
     except WeightsError as error:
         # An incomplete file: all that it lacks, beside the first thing that was noticed.
         closest = closest_variant(tensors, scheme)

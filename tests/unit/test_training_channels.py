@@ -218,7 +218,7 @@ def test_the_command_line_predicts_and_annotates(run: Run, data: Path, tmp_path:
 def test_what_cannot_be_is_said_before_the_data_are_read(data: Path, rgb_weights: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.pixel_std is None.*sam-jax channels"):
         Experiment.of(sections_of(data, rgb_weights, model__pixel_std=None))
-    with pytest.raises(ConfigError, match="color_jitter = 0.1 changes red, green and blue"):
+    with pytest.raises(ConfigError, match=r"color_jitter = 0\.1 changes red, green and blue"):
         Experiment.of(sections_of(data, rgb_weights, data__color_jitter=0.1))
     synthetic = read_config(TINY)["data"]["sources"]
     experiment = Experiment.of(sections_of(data, rgb_weights, data__sources=synthetic))
