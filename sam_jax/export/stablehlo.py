@@ -17,6 +17,7 @@ from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Target, tracing_for
+from sam_jax.ops.images import RGB
 from sam_jax.weights.files import (
     SAFETENSORS,
     WeightsError,
@@ -50,8 +51,9 @@ def export_stablehlo(
 
     ``encoder.stablehlo`` is a serialised ``jax.export.Exported`` of ``(weights, images)``,
     ``decoder.stablehlo`` of ``(weights, *inputs)``; ``signature.json`` names inputs, shapes and
-    types; ``model.safetensors`` holds the weights, once for both. Images ``b``, objects ``p`` and
-    points ``n`` may be any number.
+    types, and what images are normalised by where they are not as published; ``model.safetensors``
+    holds the weights, once for both. Images ``b``, objects ``p`` and points ``n`` may be any
+    number.
 
     Args:
       folder: to write; must be new or empty.
@@ -77,7 +79,7 @@ def export_stablehlo(
                 for path, leaf in flatten_dict(variables, sep="/").items()
             },
         )
-        signature = {
+        signature: dict[str, Any] = {
             "platforms": list(platforms),
             "weights": f"a tree of {SAFETENSORS}, whose names are paths",
             "encoder": {
@@ -91,6 +93,8 @@ def export_stablehlo(
                 ),
             },
         }
+        if model.config.channels != RGB:
+            signature["channels"] = dataclasses.asdict(model.config.channels)
         (unfinished / SIGNATURE).write_text(json.dumps(signature, indent=2) + "\n")
 
 
