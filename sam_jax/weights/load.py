@@ -197,9 +197,12 @@ def variables_for(
         variables = with_channels(variables, num_before, channels.count, weights.path)
     if found := differences(compared, model.config):
         lines = "\n  ".join(found)
+        hint = ""
+        if num_before != channels.count:
+            hint = "\nOnly training starts from weights of other channels (train.init_from)"
         raise NamesError(
             f"{weights.path} is not of the model that the config describes; {len(found)} "
-            f"differences:\n  {lines}"
+            f"differences:\n  {lines}{hint}"
         )
     return _with_positions_of(variable_shapes(model.config), variables)
 
