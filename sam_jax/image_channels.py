@@ -50,6 +50,14 @@ def image_suffixes(in_channels: int | None) -> tuple[str, ...]:
     return PICTURE_SUFFIXES if in_channels is None else (*PICTURE_SUFFIXES, ".npy")
 
 
+def hint_of_arrays(folder: Any, in_channels: int | None) -> str:
+    """A remark for messages that a folder has no picture, where it has arrays; else nothing."""
+    if in_channels is not None or not isinstance(folder, Path) or not folder.is_dir():
+        return ""
+    found = next(folder.rglob("*.npy"), None)
+    return f"; {found.name} is an image only for a model with model.in_channels" if found else ""
+
+
 def read_pixels(
     path: str | Path, in_channels: int | None
 ) -> UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w c"]:

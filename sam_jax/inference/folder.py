@@ -20,7 +20,13 @@ from sam_jax import places, rle
 from sam_jax.arrays import Shaped, UInt8, UInt16
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.image_channels import header_of, image_suffixes, read_pixels, rgb_view
+from sam_jax.image_channels import (
+    header_of,
+    hint_of_arrays,
+    image_suffixes,
+    read_pixels,
+    rgb_view,
+)
 from sam_jax.images import ImageError, upright_copy
 from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.inference.box_masks import BoxOptions
@@ -109,8 +115,9 @@ def list_pictures(source: Path, in_channels: int | None = None) -> list[Path]:
     suffixes = image_suffixes(in_channels)
     found, hidden = data_files(source, suffixes)
     if not found:
+        hint = hint_of_arrays(source, in_channels)
         but = f", but {len(hidden)} hidden files such as {hidden[0]}" if hidden else ""
-        raise ConfigError(f"{source} holds no picture ({', '.join(suffixes)}){but}")
+        raise ConfigError(f"{source} holds no picture ({', '.join(suffixes)}){but}{hint}")
     if hidden:
         _log.warning("%s: %d hidden files left out, e.g. %s", source, len(hidden), hidden[0])
     by_stem: dict[Path, Path] = {}

@@ -10,7 +10,7 @@ from sam_jax.data.sources.label_map_files import MASK_SUFFIXES, NO_MASK_FILE
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files, is_hidden
-from sam_jax.image_channels import image_suffixes
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ class ImageFoldersSource:
         if not self._entries:
             raise ConfigError(
                 f"none of the {len(folders)} folders in {root} has a picture in {images}/ and "
-                f"masks in {masks}/" + (f": {self.left_out}" if self.left_out else "")
+                f"masks in {masks}/"
+                + (f": {self.left_out}" if self.left_out else "")
+                + hint_of_arrays(root, in_channels)
             )
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", root, line)

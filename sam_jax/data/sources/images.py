@@ -16,7 +16,7 @@ from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.image_channels import image_suffixes
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class ImagesSource:
             left_out = f" (left out: {self.left_out})" if self.left_out else ""
             raise ConfigError(
                 f"no picture in {path}{left_out}; pictures end in {', '.join(suffixes)}"
+                + "".join(hint_of_arrays(folder, in_channels) for folder in folders[:1])
             )
         if self.left_out:
             _log.warning("%s: left out: %s", path, self.left_out)

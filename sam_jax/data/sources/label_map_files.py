@@ -14,7 +14,7 @@ from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.image_channels import image_suffixes
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class LabelMapsSource:
                 f"x{image_suffix or '.jpg'}, one of "
                 f"{', '.join(f'x{suffix}' for suffix in mask_suffixes)} would be"
                 + (f". Left out: {self.left_out}" if self.left_out else "")
+                + ("" if image_files else hint_of_arrays(self._path, in_channels))
             )
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", path, line)

@@ -13,7 +13,7 @@ from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.image_channels import image_suffixes
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class MaskFolderSource:
                 f"none of the {num_masks} masks (png, bmp, tif, npy) in {masks} belongs "
                 f"to one of the {len(images)} images in {path}; for cat.jpg, "
                 f"cat.png, cat_*.png and cat/*.png would{left_out}"
+                + ("" if images else hint_of_arrays(Path(path), in_channels))
             )
         for stem in sorted(images.keys() - found.keys()):
             self.left_out.add("images without a mask file", str(images[stem]))
