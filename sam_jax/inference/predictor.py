@@ -27,7 +27,7 @@ from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
 from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.ops.images import normalize_images
+from sam_jax.ops.images import RGB, ImageChannels, normalize_images
 from sam_jax.parallel import BATCH, Parallel, replicated
 from sam_jax.weights.load import load
 
@@ -136,9 +136,15 @@ class PointBatch:
     low_res_logits: Float[np.ndarray, "k lh lw"]
 
 
-def fingerprint_of(variables: Any) -> str:
-    """A short name of variables, the same wherever they are kept."""
-    checksum = 0
+def fingerprint_of(variables: Any, channels: ImageChannels) -> str:
+    """A short name of variables, the same wherever they are kept.
+
+    Args:
+      variables: of a model.
+      channels: of its images: with others than published models', the same variables answer
+        otherwise.
+    """
+    checksum = 0 if channels == RGB else zlib.crc32(repr(channels).encode())
     for leaf in jax.tree.leaves(variables):
         checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
     return f"{checksum:08x}"
@@ -480,8 +486,8 @@ class Predictor:
             )
 
     def fingerprint(self) -> str:
-        """A short name of the weights, the same wherever they are kept."""
-        return fingerprint_of(self._variables)
+        """A short name of weights and channels, the same wherever they are kept."""
+        return fingerprint_of(self._variables, self._model.config.channels)
 
     def _encode_on_device(
         self,

@@ -100,8 +100,8 @@ class Reconstructor:
         return self._images_per_call
 
     def fingerprint(self) -> str:
-        """A short name of the weights, the same wherever they are kept."""
-        return fingerprint_of(self._variables)
+        """A short name of weights and channels, the same wherever they are kept."""
+        return fingerprint_of(self._variables, self._model.channels)
 
     def reconstruct(
         self,

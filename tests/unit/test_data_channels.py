@@ -137,7 +137,11 @@ def _new(folder: Path) -> Path:
 )
 def test_for_rgb_arrays_are_no_images(form: str, tmp_path: Path) -> None:
     """They may lie beside pictures, as somebody's features do."""
-    said = "no picture in" if form == "images_in_a_tar" else r"npy is an image only.*model\.in_channels"
+    said = (
+        "no picture in"
+        if form == "images_in_a_tar"
+        else r"npy is an image only.*model\.in_channels"
+    )
     with pytest.raises(ConfigError, match=said):
         build_source(SourceConfig.from_dict(FORMS[form](tmp_path)))
 

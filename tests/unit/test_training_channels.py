@@ -18,6 +18,8 @@ from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.run import build_evaluators, model_of
 from sam_jax.inference.predictor import Predictor
+from sam_jax.models.sam import Sam
+from sam_jax.ops.images import ImageChannels
 from sam_jax.resizing import fit_longest_side, resize_image
 from sam_jax.training import loop
 from sam_jax.training.experiment import Experiment, read_config
@@ -197,6 +199,17 @@ def test_prediction_takes_arrays_and_files_of_its_channels(run: Run, data: Path)
             predictor.embed([wrong])
     with pytest.raises(ValueError, match="not finite"):
         predictor.embed([np.full((8, 8, 4), np.nan)])
+
+
+def test_the_same_weights_with_other_statistics_have_another_name(run: Run) -> None:
+    """So that records of an evaluation, and masks of a folder, are not taken for each other's."""
+    model, variables = load(run.folder)
+    channels = [model.config.channels, ImageChannels(4, MEAN, (1.0,) * 4)]
+    names = [
+        Predictor(Sam(dataclasses.replace(model.config, channels=one)), variables).fingerprint()
+        for one in (*channels, channels[0])
+    ]
+    assert names[0] == names[2] != names[1]
 
 
 def test_the_command_line_predicts_and_annotates(run: Run, data: Path, tmp_path: Path) -> None:

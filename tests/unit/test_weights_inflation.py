@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sam_jax import flop_counts
+from sam_jax.configuration import from_mapping
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.models.variants import ModelConfig, build_model, model_config_of
@@ -198,6 +199,12 @@ def test_autoencoders_are_inflated_with_what_they_predict(tmp_path: Path) -> Non
     np.testing.assert_allclose(
         kernel, inflated(filters, 4, axis=1).reshape(4 * patch**2, -1), atol=1e-6
     )
+
+
+def test_configs_of_before_are_of_rgb() -> None:
+    before = {k: v for k, v in dataclasses.asdict(ModelConfig()).items() if "pixel" not in k}
+    del before["in_channels"]
+    assert from_mapping(ModelConfig, before, "model").sam.channels == RGB
 
 
 def test_configs_carry_channels() -> None:
