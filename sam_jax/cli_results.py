@@ -60,7 +60,7 @@ def channels(
     except KeyboardInterrupt:
         stopped = True
     for line in totals.unreadable[:5]:
-        console.print(Text(f"left out: {line}"))
+        typer.echo(f"left out: {line}", err=True)
     if not totals.num_images:
         raise ConfigError(
             f"none of {len(paths)} files was read"
