@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from sam_jax.checkpoint import CheckpointConfig
-from sam_jax.data.config import DataConfig
+from sam_jax.data.config import OF_THE_MODEL, DataConfig
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.losses import LossConfig
 from sam_jax.models.lora import LoraConfig
@@ -107,6 +107,8 @@ def _complete_evals(config: ConfigDict) -> None:
 def _complete_section(section: ConfigDict, cls: type) -> None:
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.metadata == OF_THE_MODEL:
+            continue  # the program sets it
         default: Any = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sam_jax.cli_results import compare, fairness, report, stats
+from sam_jax.cli_results import channels, compare, fairness, report, stats
 from sam_jax.errors import ConfigError, readable_errors
 
 app = typer.Typer(
@@ -230,6 +230,7 @@ def inspect(
         "form": found.form.replace("_", " "),
         "variant": found.variant,
         "image size": f"{height} x {width}, patches of {encoder.patch_size}",
+        "channels": str(found.config.channels),
         "encoder": str(encoder),
         "decoder": f"{decoder.depth} layers of width {encoder.output_dim}, "
         f"{decoder.num_heads} heads",
@@ -280,7 +281,7 @@ def predict(
     import numpy as np
 
     from sam_jax import places
-    from sam_jax.images import read_image
+    from sam_jax.image_channels import read_pixels, rgb_view
     from sam_jax.inference.predictor import Predictor
     from sam_jax.inference.prompts import Prompt
     from sam_jax.visualize import (
@@ -308,7 +309,7 @@ def predict(
         places.check_file(target)
         if target.exists() and target.samefile(image):
             raise ConfigError(f"{target} is the picture itself: name another file to write")
-    pixels = read_image(image)
+    pixels = read_pixels(image, _in_channels(checkpoint, decoder_heads))
     with _progress() as say:
         say(f"reading {checkpoint}")
         predictor = Predictor.load(checkpoint, step=step, ema=ema, decoder_heads=decoder_heads)
@@ -319,7 +320,7 @@ def predict(
             embeddings, [[prompt]], multimask_output=len(clicks) + 2 * (corners is not None) == 1
         )
     mask = found.mask(0)
-    picture = overlay_masks(pixels, mask[None])
+    picture = overlay_masks(rgb_view(pixels), mask[None])
     if corners is not None:
         picture = draw_boxes(picture, np.array([corners]))
     if clicks:
@@ -422,12 +423,13 @@ def masks(
     if boxes is not None and automatic != _automatic_options(Preset.released, {}, []):
         raise ConfigError("--boxes takes no options of the grid: no grid is searched")
     # Before minutes are spent on loading.
-    pictures = folder.list_pictures(source)
+    in_channels = _in_channels(checkpoint, decoder_heads)
+    pictures = folder.list_pictures(source, in_channels)
     folder.check_target(source, out)
     picture_boxes, box_options = None, BoxOptions(refine)
     if boxes is not None:
         root = source if source.is_dir() else source.parent
-        picture_boxes = boxes_of_pictures(boxes, pictures, root, min_score)
+        picture_boxes = boxes_of_pictures(boxes, pictures, root, min_score, in_channels)
         for remark in picture_boxes.remarks:
             typer.echo(remark, err=True)
     if compilation_cache is not None:
@@ -592,6 +594,13 @@ def plan(
         raise typer.Exit(1)
 
 
+def _in_channels(checkpoint: str, decoder_heads: int | None) -> int | None:
+    """Channels of the images that a checkpoint's model takes; None for 8-bit RGB."""
+    from sam_jax.weights.load import shape_of
+
+    return shape_of(checkpoint, decoder_heads=decoder_heads).channels.in_chans
+
+
 def _automatic_options(preset: Preset, named: dict[str, Any], others: list[str]) -> Any:
     """Options of the generator of automatic masks: those of a preset, changed."""
     import dataclasses
@@ -640,7 +649,7 @@ def datasets(
     console.print("sam-jax datasets NAME says what to put where.", highlight=False)
 
 
-for command in (stats, compare, fairness, report):
+for command in (stats, channels, compare, fairness, report):
     app.command()(command)
 
 

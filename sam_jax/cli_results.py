@@ -26,6 +26,89 @@ class Resampled(enum.StrEnum):
     masks = "masks"
 
 
+def channels(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Images of a data set: a folder (sub-folders included), a file, or a pattern in "
+            "quotes, as 'tiles/*.npy'.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Mean and deviation of each channel of images, as model.pixel_mean and pixel_std take them.
+
+    Values are taken as files store them: .npy, TIFF of any channels, and ordinary pictures. Stopped
+    by a key, it says what it has.
+    """
+    import shlex
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from sam_jax.channel_statistics import ChannelTotals, image_files
+
+    paths = image_files(files)
+    totals, stopped = ChannelTotals(), False
+    console = Console(stderr=True, highlight=False)
+    try:
+        with console.status("reading") as status:
+            for number, path in enumerate(paths, start=1):
+                totals.add_file(path)
+                status.update(Text(f"{number} of {len(paths)}  {path.name}"))
+    except KeyboardInterrupt:
+        stopped = True
+    for line in totals.unreadable[:5]:
+        typer.echo(f"left out: {line}", err=True)
+    if not totals.num_images:
+        raise ConfigError(
+            f"none of {len(paths)} files was read"
+            + (f": {totals.unreadable[0]}" if totals.unreadable else "; it was stopped before")
+        )
+    found = totals.statistics()
+    dtypes = ", ".join(sorted(totals.dtypes))
+    table = Table(title=f"{totals.num_images} images, {found.num_channels} channels, {dtypes}")
+    for title in ("channel", "min", "max", "mean", "std"):
+        table.add_column(title, justify="right")
+    for channel, row in enumerate(
+        zip(found.minimum, found.maximum, found.mean, found.std, strict=True)
+    ):
+        table.add_row(str(channel), *(f"{value:.6g}" for value in row))
+    # A file takes lines of any length.
+    Console(width=None if console.is_terminal else 100).print(table)
+    left = len(paths) - totals.num_images - len(totals.unreadable)
+    if totals.unreadable:
+        typer.echo(f"{len(totals.unreadable)} files could not be read, and are left out", err=True)
+    if flat := [str(channel) for channel, std in enumerate(found.std) if not std > 0]:
+        typer.echo(
+            f"channel {', '.join(flat)} is the same everywhere: its deviation of 0 divides "
+            "nothing; leave the channel out of the files, or write 1",
+            err=True,
+        )
+    options = {
+        "in_channels": str(found.num_channels),
+        "pixel_mean": _tuple(found.mean),
+        "pixel_std": _tuple(found.std),
+    }
+    typer.echo("\nfor train.py and eval.py:")
+    typer.echo(
+        " ".join(f"--config.model.{key}={shlex.quote(value)}" for key, value in options.items())
+    )
+    typer.echo("\nfor sam-jax plan:")
+    typer.echo(
+        " ".join("--set " + shlex.quote(f"model.{key}={value}") for key, value in options.items())
+    )
+    if stopped:
+        typer.echo(f"stopped: {left} of {len(paths)} files were not read", err=True)
+        raise typer.Exit(130)
+
+
+def _tuple(values: Any) -> str:
+    """Numbers of seven digits, as many as float32 has, as Python writes a tuple."""
+    return "(" + ", ".join(f"{value:.7g}" for value in values) + ",)"
+
+
 def stats(
     stores: Annotated[
         list[str],

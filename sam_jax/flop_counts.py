@@ -35,6 +35,7 @@ def encoder_flops(
     image_size: tuple[int, int] | None = None,
     *,
     useful: bool = False,
+    num_channels: int = 3,
 ) -> int:
     """Operations of encoding one image.
 
@@ -44,16 +45,17 @@ def encoder_flops(
       useful: counts only tokens of the image as queries. Without it the zeros that fill up the last
         windows count too, as they are computed. They stay keys either way: the published model
         attends to them.
+      num_channels: of the image.
     """
     height, width = image_size or config.image_size
     gh, gw = height // config.patch_size, width // config.patch_size
     if isinstance(config, TinyViTConfig):
-        return _tiny_vit_flops(config, (height, width), useful=useful)
+        return _tiny_vit_flops(config, (height, width), num_channels, useful=useful)
     image_tokens, dim, side = gh * gw, config.embed_dim, config.window_size
     padded = (gh + -gh % side) * (gw + -gw % side) if side else image_tokens
 
     mlp = 2 * image_tokens * dim * int(dim * config.mlp_rate)
-    total = image_tokens * 3 * config.patch_size**2 * dim
+    total = image_tokens * num_channels * config.patch_size**2 * dim
     for index in range(config.depth):
         if index in config.global_attention_blocks or not side:
             total += _grid_attention(image_tokens, (gh, gw), dim) + mlp
@@ -62,11 +64,13 @@ def encoder_flops(
     return 2 * (total + _neck(image_tokens, dim, config.output_dim))
 
 
-def autoencoder_flops(encoder: ImageEncoderConfig, config: AutoencoderConfig) -> int:
+def autoencoder_flops(
+    encoder: ImageEncoderConfig, config: AutoencoderConfig, num_channels: int = 3
+) -> int:
     """Operations of reconstructing one image: blocks of the encoder see the kept patches alone."""
     num_patches = encoder.grid[0] * encoder.grid[1]
     visible = 1 + kept_patches(num_patches, config.mask_rate)
-    dim, pixels = config.decoder_dim, 3 * encoder.patch_size**2
+    dim, pixels = config.decoder_dim, num_channels * encoder.patch_size**2
     total = num_patches * pixels * encoder.embed_dim
     total += encoder.depth * _plain_block(visible, encoder.embed_dim, encoder.mlp_rate)
     total += visible * encoder.embed_dim * dim
@@ -84,11 +88,13 @@ def _neck(image_tokens: int, dim: int, output_dim: int) -> int:
     return image_tokens * output_dim * (dim + 9 * output_dim)
 
 
-def _tiny_vit_flops(config: TinyViTConfig, image_size: tuple[int, int], *, useful: bool) -> int:
+def _tiny_vit_flops(
+    config: TinyViTConfig, image_size: tuple[int, int], num_channels: int, *, useful: bool
+) -> int:
     """Operations of encoding one image, see ``encoder_flops``."""
     height, width = (size // 2 for size in image_size)
     dims = config.embed_dims
-    total = height * width * 9 * 3 * (dims[0] // 2)
+    total = height * width * 9 * num_channels * (dims[0] // 2)
     height, width = height // 2, width // 2
     total += height * width * 9 * (dims[0] // 2) * dims[0]
     for stage, dim in enumerate(dims):
@@ -260,7 +266,7 @@ def step_flops(
     """
     rounds = round_flops(config, prompts, num_objects, is_first=True)
     rounds += (prompts.num_rounds - 1) * round_flops(config, prompts, num_objects, is_first=False)
-    encoder = encoder_flops(config.image_encoder, useful=useful)
+    encoder = encoder_flops(config.image_encoder, useful=useful, num_channels=config.channels.count)
     return batch_size * (encoder_factor * encoder + decoder_factor * rounds)
 
 

@@ -90,6 +90,9 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 100, "subsampling": "4:4:4"},
 }
 _EIGHT_BITS = "save it with 8 bits a channel, black at 0 and white at 255"
+_AS_STORED = "a model that takes values as they are stored, of any channels, has model.in_channels"
+# Modes of Pillow's whose numbers are values of channels; 16-bit grey has several more.
+_MODES_OF_VALUES = ("L", "LA", "RGB", "RGBA", "I", "F")
 # Beginnings of files that are often found under a picture's name, and what they are.
 _NO_PICTURES = {
     b"": "it is empty",
@@ -98,6 +101,7 @@ _NO_PICTURES = {
     b"<html": "it is an HTML page: what was downloaded is not the picture",
     b"<svg": "it is a vector graphic; save it as PNG",
     b"%pdf": "it is a PDF; save its page as PNG",
+    b"\x93numpy": f"it is an array of numpy's, expected 8-bit RGB; {_AS_STORED}",
 }
 
 
@@ -150,12 +154,13 @@ class ReducedImage(NamedTuple):
     """An image that may have been decoded to a fraction of its size.
 
     Attributes:
-      image: RGB, with sides of those in the file over ``reduction``, rounded up.
+      image: RGB, with sides of those in the file over ``reduction``, rounded up; or an array
+        ``[h, w, c]`` of other channels.
       reduction: 1, 2, 4 or 8. One pixel spans so many of the file, though the last of a row or
         column may be cut short.
     """
 
-    image: Image.Image
+    image: Image.Image | Shaped[np.ndarray, "h w c"]
     reduction: int
 
 
@@ -280,6 +285,54 @@ def decode_in_own_mode(
         return _turned(image, image.copy(), exif, orientation == "upright" and exif != 1)
 
 
+def stored_values(
+    content: bytes, name: str, orientation: Orientation = "upright"
+) -> Shaped[np.ndarray, "h w *channels"]:
+    """The values of a picture file as they are stored: nothing is stretched, or made RGB.
+
+    Grey of any depth, grey with transparency, RGB and RGBA, of 8 or 16 bits; of a TIFF, whose other
+    forms Pillow does not read or cuts to 8 bits, see ``image_channels``.
+
+    Args:
+      content: the file.
+      name: what to call it in messages.
+      orientation: whether it is turned as its EXIF says.
+
+    Raises:
+      UnreadableImageError: if it is damaged, too large, no picture, or has other numbers than
+        values of channels.
+    """
+    with _opened(content, name) as image:
+        exif, bits = _orientation(image, content), _bits(image, content)
+        image.load()
+        if image.mode not in _MODES_OF_VALUES and not image.mode.startswith("I;16"):
+            raise _RefusedError(
+                f"has pixels of Pillow's mode {image.mode}, which are no values of channels: save "
+                "it as .npy, TIFF, grey, RGB or RGBA"
+            )
+        turn = orientation == "upright" and exif != 1
+        if bits > 8 and image.mode in ("LA", "RGB", "RGBA"):
+            if image.mode == "LA":
+                raise _RefusedError(f"has {bits}-bit grey with transparency: save it as .npy")
+            values = _deep_values(image, content, bits)
+            return turned_array(values, exif) if turn else values
+        return np.asarray(_turned(image, image.copy(), exif, turn))
+
+
+def turned_array(
+    values: Shaped[np.ndarray, "h w *channels"], orientation: int
+) -> Shaped[np.ndarray, "h2 w2 *channels"]:
+    """Stored values turned upright, of an EXIF orientation from 1 to 8."""
+    if orientation >= 5:
+        values = values.swapaxes(0, 1)
+    # Of the rows and columns of the upright picture.
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values
+
+
 def upright_copy(content: bytes, name: str) -> bytes:
     """The file of a picture that is stored turned, upright, in the same format.
 
@@ -317,7 +370,7 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
             # Pillow has one limit a process, and no argument for another.
             Image.MAX_IMAGE_PIXELS = MAX_PIXELS
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            _check_size(image.size, name)
+            check_size(image.size, name)
             yield image
 
 
@@ -355,11 +408,15 @@ def _what_it_is(content: bytes) -> str:
         return "it is a HEIC picture; save it as JPEG or PNG"
     readable = ", ".join(_formats())
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return f"a TIFF of a kind that is not read (as several floats a pixel); {_EIGHT_BITS}"
+        return (
+            "a TIFF of a kind that is not read (as several floats a pixel, or many bands); "
+            f"{_EIGHT_BITS}; {_AS_STORED}"
+        )
     return f"{len(content)} bytes that no decoder knows, of {readable}"
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Raises UnreadableImageError for a width and height that no image may have."""
     if 0 in size:
         raise UnreadableImageError(name, f"is empty: {size[0]} x {size[1]} pixels")
     if max(size) > MAX_SIDE_PX or size[0] * size[1] > MAX_PIXELS:
@@ -387,7 +444,7 @@ def _check_shape(array: Shaped[np.ndarray, "..."], name: str) -> None:
         )
     if 0 in shape:
         raise UnreadableImageError(name, f"is empty: its shape is {shape}")
-    _check_size((shape[1], shape[0]), name)
+    check_size((shape[1], shape[0]), name)
 
 
 def _check_depth(array: Shaped[np.ndarray, "..."], name: str) -> None:
@@ -460,9 +517,11 @@ def _turned(file: Image.Image, image: Image.Image, exif: int, turn: bool) -> Ima
 def _from_pillow(image: Image.Image, name: str) -> Image.Image:
     content = _deep_content(image)
     if content is not None:
-        return decode(content, name).image
+        whole = decode(content, name).image
+        assert isinstance(whole, Image.Image)
+        return whole
     with _decoder_errors(name):
-        _check_size(image.size, name)
+        check_size(image.size, name)
         exif = _orientation(image)
         return _turned(image, _to_rgb(image, None), exif, exif != 1)
 
@@ -541,7 +600,12 @@ def _tag(image: Image.Image, tag: Base, default: int | None = None) -> int:
 
 
 def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.ndarray, "h w 3"]:
-    """The colours of a deep picture in full, of which Pillow decodes the high bits.
+    """The colours of a deep picture in full; see ``_deep_values``."""
+    return _deep_values(image, content, bits)[..., :3]
+
+
+def _deep_values(image: Image.Image, content: bytes, bits: int) -> Shaped[np.ndarray, "h w c"]:
+    """RGB or RGBA of a deep picture in full, of which Pillow decodes the high bits.
 
     Those bits must agree: they tell whether both decoders mean the same by this file.
     """
@@ -560,13 +624,14 @@ def _deep_channels(image: Image.Image, content: bytes, bits: int) -> Shaped[np.n
         or deep.dtype != np.uint16
     ):
         raise refusal
-    rgb = deep[..., 2::-1].astype(np.uint16, copy=False)
+    values = deep[..., [2, 1, 0, *range(3, deep.shape[2])]].astype(np.uint16, copy=False)
+    rgb = values[..., :3]
     high = np.asarray(image.convert("RGB")).astype(np.int32)
     # Pillow rounds JPEG 2000 to the high bits, and cuts the low ones off in other formats.
     tolerance = 1 if image.format == "JPEG2000" else 0
     if rgb.shape != high.shape or np.abs((rgb >> (bits - 8)) - high).max() > tolerance:
         raise refusal
-    return rgb
+    return values
 
 
 def _stretched(

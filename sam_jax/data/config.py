@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -62,6 +63,9 @@ _CLASSES: dict[str, type] = {
 # Kinds that read buckets as they read disks, and the fields that may be URLs.
 _IN_BUCKETS = ("sa1b", "images", "coco", "video_coco")
 _LOCATIONS = ("path", "images", "masks")
+
+# Metadata of a field that no config sets: the program takes it from the model.
+OF_THE_MODEL = types.MappingProxyType({"of_the_model": True})
 
 # What a field may say.
 _CHOICES: dict[str, Any] = {
@@ -199,6 +203,7 @@ class DataConfig:
       scale_jitter: as there.
       color_jitter: as there.
       reduced_decoding: as there.
+      in_channels: as there; the program takes it from the model.
     """
 
     sources: tuple[Any, ...]
@@ -219,6 +224,7 @@ class DataConfig:
     scale_jitter: tuple[float, float] | None = None
     color_jitter: float = 0.0
     reduced_decoding: bool = True
+    in_channels: int | None = dataclasses.field(default=None, metadata=OF_THE_MODEL)
 
     def __post_init__(self):
         sources = tuple(
@@ -251,17 +257,23 @@ class DataConfig:
                 crop_area_rates=self.crop_area_rates,
                 hflip_rate=self.hflip_rate,
                 reduced_decoding=self.reduced_decoding,
+                in_channels=self.in_channels,
             )
         names = [field.name for field in dataclasses.fields(TrainTransform)]
         return TrainTransform(**{name: getattr(self, name) for name in names})
 
 
-def build_source(config: SourceConfig) -> Source:
+def build_source(config: SourceConfig, in_channels: int | None = None) -> Source:
     """The opened source.
+
+    Args:
+      config: what to open.
+      in_channels: channels of the images that the model takes; None for 8-bit RGB.
 
     Raises:
       ConfigError: an option is given that this kind of source does not have, one it needs is
-        missing, or it does not read the bucket that a URL names.
+        missing, it has no other images than 8-bit RGB, or it does not read the bucket that a URL
+        names.
     """
     cls = _CLASSES[config.kind]
     given = {
@@ -269,7 +281,8 @@ def build_source(config: SourceConfig) -> Source:
         for field in dataclasses.fields(config)
         if field.name not in ("kind", "weight", "share") and getattr(config, field.name) is not None
     }
-    parameters = inspect.signature(cls).parameters
+    parameters = dict(inspect.signature(cls).parameters)
+    takes_channels = parameters.pop("in_channels", None) is not None or config.kind == "joined"
     unknown = sorted(set(given) - set(parameters))
     missing = [
         name
@@ -288,10 +301,18 @@ def build_source(config: SourceConfig) -> Source:
                 "copy it to one, or mount the bucket. Kinds that read buckets: "
                 f"{', '.join(_IN_BUCKETS)}"
             )
+    if in_channels is not None and not takes_channels:
+        raise ConfigError(
+            f"a source of kind {config.kind!r} has 8-bit RGB, and the model takes {in_channels} "
+            "channels as they are stored (model.in_channels): take files of them, as with kind "
+            "'mask_folder' or 'coco', or leave model.in_channels None"
+        )
     if config.parts is not None:
         name = config.name or config.kind
         given["parts"] = [
-            build_source(dataclasses.replace(part, name=name)) for part in config.parts
+            build_source(dataclasses.replace(part, name=name), in_channels) for part in config.parts
         ]
+    elif in_channels is not None:
+        given["in_channels"] = in_channels
     source: Source = cls(**given)
     return source if config.share is None else ShareSource(source, config.share)

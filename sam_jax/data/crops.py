@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
+from sam_jax import resizing
 from sam_jax.data.samples import Sample, image_hw, open_reduced
+from sam_jax.data.transforms import image_zeros
 
 # Crops are drawn so often before the middle of the image is taken instead.
 _NUM_DRAWS = 10
@@ -25,9 +27,9 @@ class Box(NamedTuple):
 
 
 class CropExample(NamedTuple):
-    """An image of the size of the model input, RGB."""
+    """An image of the size of the model input, RGB or of other channels."""
 
-    image: UInt8[np.ndarray, "h w 3"]
+    image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"]
 
     def unpack_into(self, example: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Writes the example into arrays; see `CropTransform.zeros`."""
@@ -45,6 +47,7 @@ class CropTransform:
         input's, drawn uniformly by its logarithm.
       hflip_rate: probability of a horizontal flip.
       reduced_decoding: as `TrainTransform.reduced_decoding`.
+      in_channels: as `TrainTransform.in_channels`.
 
     Source: Szegedy et al. 2015, section 6, in the form that He et al. 2022 (MAE), appendix A.1,
         pre-train with: parts of 0.2 to 1, bicubic, flips, and nothing else.
@@ -55,6 +58,7 @@ class CropTransform:
     crop_aspect_rates: tuple[float, float] = (3 / 4, 4 / 3)
     hflip_rate: float = 0.5
     reduced_decoding: bool = True
+    in_channels: int | None = None
 
     def __post_init__(self):
         if min(self.image_size) < 1:
@@ -72,7 +76,7 @@ class CropTransform:
 
     def zeros(self, batch_size: int) -> dict[str, np.ndarray]:
         """A batch to write examples into."""
-        return {"image": np.zeros((batch_size, *self.image_size, 3), np.uint8)}
+        return {"image": image_zeros((batch_size, *self.image_size), self.in_channels)}
 
     def packed(self, sample: Sample, rng: np.random.Generator) -> tuple[CropExample, tuple[()]]:
         """A training example; masks are not looked at, so none is dropped.
@@ -118,19 +122,21 @@ def central_box(hw: tuple[int, int], aspect: float) -> Box:
 
 
 def central_crop(
-    image: UInt8[np.ndarray, "h w 3"], size_hw: tuple[int, int]
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+    image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"], size_hw: tuple[int, int]
+) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 c"]:
     """The largest part in the middle of an image that has the form of a size, at that size."""
     box = central_box((image.shape[0], image.shape[1]), size_hw[1] / size_hw[0])
-    return resized_crop(Image.fromarray(image), box, size_hw)
+    return resized_crop(image, box, size_hw)
 
 
 def resized_crop(
-    image: Image.Image, box: Box, size_hw: tuple[int, int]
-) -> UInt8[np.ndarray, "h w 3"]:
+    image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"] | Image.Image,
+    box: Box,
+    size_hw: tuple[int, int],
+) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 c"]:
     """A part of an image at another size, bicubic with antialiasing."""
     # A reduced image may end within its last pixel.
-    right = min(box.x + box.width, image.width)
-    bottom = min(box.y + box.height, image.height)
+    height, width = resizing.image_hw(image)
+    right, bottom = min(box.x + box.width, width), min(box.y + box.height, height)
     corners = (box.x, box.y, right, bottom)
-    return np.asarray(image.resize(size_hw[::-1], Image.Resampling.BICUBIC, box=corners))
+    return resizing.resample(image, size_hw, corners, Image.Resampling.BICUBIC)

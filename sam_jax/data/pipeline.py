@@ -154,7 +154,7 @@ def train_iterator(
     streams, sizes = [], []
     described = []
     for number, source_config in enumerate(config.sources):
-        source = build_source(source_config)
+        source = build_source(source_config, config.in_channels)
         sizes.append(len(source))
         described.append(_description(source_config, source))
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
@@ -468,7 +468,7 @@ class EvalExample(NamedTuple):
     """A decoded sample at its original size.
 
     Attributes:
-      image: uint8 [h, w, 3], RGB.
+      image: uint8 [h, w, 3], RGB, or float32 [h, w, c] of other channels.
       masks: bool [k, h, w], k >= 1, in the order of the annotations; unusable and empty ones are
         left out. For `eval_images`, none.
       dataset: the source's name.

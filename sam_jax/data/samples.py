@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from PIL import Image
 
-from sam_jax import images
+from sam_jax import image_channels, images
 from sam_jax import rle as rle_codec
 from sam_jax.buckets import DataPath
 from sam_jax.images import Orientation, ReducedImage
@@ -58,7 +58,8 @@ class Sample:
     """An image with its masks, still encoded.
 
     Attributes:
-      image: a picture file (see `sam_jax.images`) or uint8 [h, w, 3] RGB.
+      image: a picture file (see `sam_jax.images`, or `sam_jax.image_channels` for those of other
+        channels) or uint8 [h, w, 3] RGB.
       masks_rle: one {"size": [h, w], "counts": ...} per mask, counts compressed (bytes or str) or a
         list. Not validated yet.
       dataset: which source it comes from.
@@ -69,6 +70,8 @@ class Sample:
         tell; see `is_turned`.
       remarks: (reason, detail) of what the source decided or changed about masks that are used,
         such as a part of a polygon; see `all_remarks`.
+      in_channels: channels of the image, whose values are taken as they are stored; None for 8-bit
+        RGB.
     """
 
     image: bytes | np.ndarray
@@ -78,6 +81,7 @@ class Sample:
     unusable_masks: tuple[str, ...] = ()
     orientation: Orientation = "upright"
     remarks: tuple[tuple[str, str], ...] = ()
+    in_channels: int | None = None
 
     @functools.cached_property
     def header(self) -> images.Header:
@@ -88,7 +92,7 @@ class Sample:
         """
         assert isinstance(self.image, bytes)
         with _picture_errors(self.name):
-            return images.read_header(self.image, self.name)
+            return image_channels.header_of(self.image, self.name, self.in_channels)
 
 
 def read_picture_file(path: DataPath) -> bytes:
@@ -111,16 +115,18 @@ def sample_of_file(
     masks_rle: Iterable[dict[str, Any]],
     unusable_masks: Iterable[str],
     remarks: Iterable[tuple[str, str]],
+    in_channels: int | None = None,
 ) -> Sample:
     """The sample of a picture file of its own; arguments as the fields of `Sample`."""
-    masks, unusable = tuple(masks_rle), tuple(unusable_masks)
-    return Sample(image, masks, dataset, str(path), unusable, orientation, tuple(remarks))
+    masks, unusable, said = tuple(masks_rle), tuple(unusable_masks), tuple(remarks)
+    return Sample(image, masks, dataset, str(path), unusable, orientation, said, in_channels)
 
 
-def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:
+def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"]:
     """The image, 8-bit RGB, as `sam_jax.images` makes it and docs/pictures.md says.
 
-    A picture that is stored turned is taken the way that its masks fit, see `is_turned`.
+    Of other channels, float32 as `sam_jax.image_channels` makes it. A picture that is stored turned
+    is taken the way that its masks fit, see `is_turned`.
 
     Raises:
       CorruptSampleError: the bytes are truncated or no readable image.
@@ -130,8 +136,8 @@ def decode_image(sample: Sample) -> UInt8[np.ndarray, "h w 3"]:
     return np.asarray(open_image(sample))
 
 
-def open_image(sample: Sample) -> Image.Image:
-    """The image as `decode_image` has it, in Pillow's form.
+def open_image(sample: Sample) -> Image.Image | Float32[np.ndarray, "h w c"]:
+    """The image as `decode_image` has it, if it is RGB in Pillow's form.
 
     What is resized anyway need not become an array first, which takes as long
     as decoding half of it.
@@ -157,6 +163,11 @@ def open_reduced(sample: Sample, at_least_hw: tuple[int, int] | None) -> Reduced
         return ReducedImage(Image.fromarray(sample.image), 1)
     orientation: Orientation = "upright" if is_turned(sample) else "stored"
     with _picture_errors(sample.name):
+        if sample.in_channels is not None:
+            values = image_channels.decode(
+                sample.image, sample.name, sample.in_channels, orientation
+            )
+            return ReducedImage(values, 1)
         return images.decode(
             sample.image, sample.name, orientation=orientation, at_least_hw=at_least_hw
         )

@@ -3,8 +3,8 @@
 Frames: the image is resized to fit the model input with its longest side,
 placed at the upper left and padded with zeros at the bottom and right.
 Normalising (and zeroing the pad again afterwards) happens on the device:
-uint8 pixels and bit-packed masks cross the bus at an eighth to a quarter of
-the size.
+uint8 pixels (float32 values of other channels) and bit-packed masks cross the
+bus at an eighth to a quarter of the size.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int32, Shaped, UInt8
 from PIL import Image
 
-from sam_jax import rle
+from sam_jax import resizing, rle
 from sam_jax.data.samples import (
     CorruptSampleError,
     NoObjectError,
@@ -95,15 +95,27 @@ class _Placement(NamedTuple):
 
 
 def resize_reduced(
-    image: Image.Image, reduction: int, hw: tuple[int, int], placement: _Placement
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+    image: Image.Image | Float32[np.ndarray, "h w c"],
+    reduction: int,
+    hw: tuple[int, int],
+    placement: _Placement,
+) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 c"]:
     """The placed part of an image that was decoded to a fraction of its size `hw`."""
     extent_hw = hw[0] / reduction, hw[1] / reduction
     steps = [have / want for have, want in zip(extent_hw, placement.scaled_hw, strict=True)]
-    is_whole = placement.crop_hw == placement.scaled_hw and extent_hw == image.size[::-1]
+    is_whole = placement.crop_hw == placement.scaled_hw and extent_hw == resizing.image_hw(image)
     if reduction > 1 and is_whole and max(steps) <= _SMALL_STEP:
         return cv2.resize(np.asarray(image), placement.scaled_hw[::-1])
     return resize_image(image, placement.scaled_hw, placement.crop_yx, placement.crop_hw, extent_hw)
+
+
+def image_zeros(
+    shape: tuple[int, int, int], in_channels: int | None
+) -> UInt8[np.ndarray, "b h w 3"] | Float32[np.ndarray, "b h w c"]:
+    """Images to write into: uint8 RGB, or float32 of so many channels."""
+    if in_channels is None:
+        return np.zeros((*shape, 3), np.uint8)
+    return np.zeros((*shape, in_channels), np.float32)
 
 
 class PackedMask(NamedTuple):
@@ -131,13 +143,13 @@ class PackedExample(NamedTuple):
     """A training example before it is padded, a fifth of its size: what processes hand over.
 
     Attributes:
-      window: the part of the model input that the image fills, RGB.
+      window: the part of the model input that the image fills, RGB or other channels.
       original_hw: the image's size in the file.
       mask_boxes: of each mask, as in `PackedMask`.
       mask_bits: of all masks, one after the other.
     """
 
-    window: UInt8[np.ndarray, "h w 3"]
+    window: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"]
     original_hw: tuple[int, int]
     mask_boxes: Int32[np.ndarray, "k 4"]
     mask_bits: UInt8[np.ndarray, "n"]
@@ -179,6 +191,7 @@ class TrainTransform:
         [1-s, 1+s], hue turned by up to s/2 rad.
       reduced_decoding: JPEGs of twice the size needed, or more, are decoded to a half, a quarter or
         an eighth of it. Masks are not concerned.
+      in_channels: channels of the images, with values as they are stored; None for 8-bit RGB.
 
     Source: Appendix A, training recipe (up to 64 masks drawn at random, masks
         above 90 % of the image dropped, scale jitter [0.1, 2.0]).
@@ -194,8 +207,15 @@ class TrainTransform:
     scale_jitter: tuple[float, float] | None = None
     color_jitter: float = 0.0
     reduced_decoding: bool = True
+    in_channels: int | None = None
 
     def __post_init__(self):
+        if self.color_jitter and self.in_channels is not None:
+            raise ValueError(
+                f"color_jitter = {self.color_jitter} changes red, green and blue, and "
+                f"model.in_channels = {self.in_channels} takes channels as they are stored: set "
+                "color_jitter to 0"
+            )
         if min(self.image_size) < 1 or self.image_size[1] % 8:
             raise ValueError(
                 "image_size must be positive and its width a multiple of 8 "
@@ -236,14 +256,15 @@ class TrainTransform:
         """An empty batch.
 
         Returns:
-          image: uint8 [b, H, W, 3], RGB, zeros outside image_hw; image_hw: int32 [b, 2], the part
-          of it the image fills; original_hw: int32 [b, 2], the size before resizing; masks_packed:
-          uint8 [b, p, H, W/8], `np.packbits` of bool masks over the last axis (most significant bit
-          first), zero where invalid; mask_valid: bool [b, p], true for the leading ones.
+          image: uint8 [b, H, W, 3], RGB, or float32 [b, H, W, c], zeros outside image_hw; image_hw:
+          int32 [b, 2], the part of it the image fills; original_hw: int32 [b, 2], the size before
+          resizing; masks_packed: uint8 [b, p, H, W/8], `np.packbits` of bool masks over the last
+          axis (most significant bit first), zero where invalid; mask_valid: bool [b, p], true for
+          the leading ones.
         """
         h, w = self.image_size
         return {
-            "image": np.zeros((batch_size, h, w, 3), np.uint8),
+            "image": image_zeros((batch_size, h, w), self.in_channels),
             "image_hw": np.zeros((batch_size, 2), np.int32),
             "original_hw": np.zeros((batch_size, 2), np.int32),
             "masks_packed": np.zeros((batch_size, self.max_masks, h, w // 8), np.uint8),

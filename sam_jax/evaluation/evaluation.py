@@ -87,12 +87,12 @@ class EvaluationKind:
 
     Attributes:
       config: dataclass of its options.
-      open: opens its data.
+      open: opens its data, of 8-bit RGB or of so many channels of the model's images.
       measures: what records add up to. Takes the records and the evaluation's settings.
       model: class of the models that it is for.
     """
 
     config: type[Any]
-    open: Callable[[Any], Evaluation]
+    open: Callable[[Any, int | None], Evaluation]
     measures: Callable[[Sequence[Record], Mapping[str, Any]], Measures] | None = None
     model: type[Any] = Sam

@@ -13,6 +13,7 @@ from sam_jax.data.pipeline import EvalExample
 from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.evaluation import Record
 from sam_jax.evaluation.targets import mask_key, tight_box
+from sam_jax.image_channels import rgb_view
 from sam_jax.visualize import Example, example_sheet
 
 # The typical masks are those nearest to the median among so many drawn at random.
@@ -109,7 +110,7 @@ def _drawn(mask: Mapping[str, Any], example: EvalExample, caption: str) -> Examp
     size = (ground_truth.shape[0], ground_truth.shape[1])
     clicks = np.array(mask["clicks"], int).reshape(-1, 3)
     return Example(
-        image=example.image,
+        image=rgb_view(example.image),
         ground_truth=ground_truth,
         prediction=rle.decode(rle.run_lengths({"size": size, "counts": mask["counts"]}), size),
         caption=caption,

@@ -29,6 +29,7 @@ from sam_jax.evaluation.protocols import PROTOCOLS
 from sam_jax.evaluation.protocols.protocol import Outcome, ProtocolContext
 from sam_jax.evaluation.report import EvalReport, summarize
 from sam_jax.evaluation.targets import EvalImage, TargetBatch, TargetMask, make_batches
+from sam_jax.image_channels import rgb_view
 from sam_jax.inference.predictor import Buckets, Predictor
 
 BASELINES = (DISK_BASELINE, *BOX_BASELINES)
@@ -113,16 +114,17 @@ class PromptedMasks:
 
     Args:
       config: datasets and protocols.
+      in_channels: of the images that the model takes; None for 8-bit RGB.
 
     Raises:
       FileNotFoundError: a dataset is not where the config says.
       ConfigError: a source lacks an option or has one too many.
     """
 
-    def __init__(self, config: EvalConfig):
+    def __init__(self, config: EvalConfig, in_channels: int | None = None):
         self._config = config
         try:
-            self._sources = [_Drawn(build_source(s), config) for s in config.sources]
+            self._sources = [_Drawn(build_source(s, in_channels), config) for s in config.sources]
         except ValueError as error:
             raise ConfigError(f"a dataset of the evaluation: {error}") from error
         self._places = [(source, index) for source in self._sources for index in range(len(source))]
@@ -231,7 +233,9 @@ class PromptedMasks:
         ground_truth, ious = target.ground_truth, {}
         for name in self._config.baselines:
             if name in BOX_BASELINES:
-                prediction = BOX_BASELINES[name].mask(target.image.pixels, target.box_xyxy)
+                prediction = BOX_BASELINES[name].mask(
+                    rgb_view(target.image.pixels), target.box_xyxy
+                )
                 ious[name] = mask_iou(prediction, ground_truth)
                 continue
             for rule in self._first_clicks:

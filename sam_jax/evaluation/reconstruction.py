@@ -29,6 +29,7 @@ from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.draw import draw
 from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.mean_ious import MEAN
+from sam_jax.image_channels import rgb_view
 from sam_jax.inference.predictor import Buckets
 from sam_jax.inference.reconstructor import Reconstructor
 from sam_jax.visualize import grid
@@ -81,16 +82,17 @@ class MaskedReconstruction:
 
     Args:
       config: the datasets.
+      in_channels: of the images that the model takes; None for 8-bit RGB.
 
     Raises:
       FileNotFoundError: a dataset is not where the config says.
       ConfigError: a source lacks an option or has one too many.
     """
 
-    def __init__(self, config: ReconstructionConfig):
+    def __init__(self, config: ReconstructionConfig, in_channels: int | None = None):
         self._config = config
         try:
-            self._sources = [build_source(source) for source in config.sources]
+            self._sources = [build_source(source, in_channels) for source in config.sources]
         except ValueError as error:
             raise ConfigError(f"a dataset of the evaluation: {error}") from error
         self._places = [
@@ -160,7 +162,7 @@ class MaskedReconstruction:
                 record[_LOSS] = float(answers.losses[row])
                 if number in self._shown:
                     panels = (images[row], answers.seen(row), answers.whole(row))
-                    record["picture"] = _encoded(np.concatenate(panels, axis=1))
+                    record["picture"] = _encoded(rgb_view(np.concatenate(panels, axis=1)))
                 row += 1
             yield record
 

@@ -180,10 +180,12 @@ def build_evaluators(
                 f"config.evals.{name}.kind is {kind!r}, which is not for a "
                 f"{type(model).__name__}: expected {' or '.join(fitting)}"
             )
+    channels = model.channels if isinstance(model, MaskedAutoencoder) else model.config.channels
+    in_channels = channels.in_chans
     return {
         name: Evaluator(
             model,
-            KINDS[kind].open(config),
+            KINDS[kind].open(config, in_channels),
             kind=kind,
             kernels=kernels,
             show_progress=show_progress,

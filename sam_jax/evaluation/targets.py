@@ -28,7 +28,7 @@ class EvalImage:
     Attributes:
       dataset: which dataset it belongs to.
       name: its name there.
-      pixels: RGB at the original size.
+      pixels: RGB, or other channels of the model, at the original size.
       masks: ground truth at the original size; none is empty.
       mask_indices: which of the sample's masks those are.
       number: of its example in the evaluation.
@@ -36,7 +36,7 @@ class EvalImage:
 
     dataset: str
     name: str
-    pixels: UInt8[np.ndarray, "oh ow 3"]
+    pixels: UInt8[np.ndarray, "oh ow 3"] | Float[np.ndarray, "oh ow c"]
     masks: Bool[np.ndarray, "k oh ow"]
     mask_indices: tuple[int, ...]
     number: int = 0

@@ -1,6 +1,8 @@
 """A folder of ONNX files: encoder, decoder, and both in 8 bits."""
 
 import contextlib
+import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,10 +17,13 @@ from sam_jax.export.onnx_graph import LARGEST_MESSAGE, Graph, import_onnx
 from sam_jax.export.onnx_tiny_vit import tiny_vit_graph
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.tiny_vit import TinyViTConfig
+from sam_jax.ops.images import RGB
 from sam_jax.weights.files import WeightsError, written_whole
 from sam_jax.weights.names import from_native
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+# Says, of images other than published models take, how they are normalised.
+CHANNELS = "channels.json"
 
 
 # Parts of the names of weights that are not quantised.
@@ -35,6 +40,8 @@ def export_onnx(
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Writes ``encoder.onnx`` and ``decoder.onnx``, whole or not at all.
+
+    Images other than published models take, and their mean and deviation, are in ``channels.json``.
 
     Args:
       folder: to write; must be new or empty.
@@ -54,13 +61,16 @@ def export_onnx(
     import_onnx()
     quantize = _import_quantizer() if int8 else None
     as_float32 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(variables))
-    weights = from_native(as_float32, "official")
+    weights = from_native(as_float32, "official", channels=config.channels.count)
     graphs = {
         ENCODER: lambda: _encoder_graph(weights, config),
         DECODER: lambda: decoder_graph(weights, config, options or DecoderOptions()),
     }
     with written_whole(folder) as unfinished:
         unfinished.mkdir()
+        if config.channels != RGB:
+            text = json.dumps(dataclasses.asdict(config.channels), indent=2)
+            (unfinished / CHANNELS).write_text(text + "\n")
         for name, build in graphs.items():
             on_progress(f"writing {name}")
             build().write(unfinished / name, LARGEST_MESSAGE)

@@ -15,8 +15,9 @@ _ENCODER = "image_encoder"
 def encoder_graph(weights: Mapping[str, np.ndarray], config: ImageEncoderConfig) -> Graph:
     """The graph from ``images`` to ``image_embeddings``.
 
-    ``images`` is [batch, 3, h, w] at the model's size: RGB, longest side resized, normalised with
-    ImageNet's mean and deviation, then padded with zeros at the bottom and right.
+    ``images`` is [batch, channels, h, w] at the model's size: RGB, or what the model was trained
+    on, longest side resized, normalised with the model's mean and deviation (ImageNet's for
+    published weights), then padded with zeros at the bottom and right.
     ``image_embeddings`` is [batch, d, h / 16, w / 16], as the decoder's input of that name.
 
     Args:
@@ -30,7 +31,7 @@ def encoder_graph(weights: Mapping[str, np.ndarray], config: ImageEncoderConfig)
     for index in range(config.depth):
         x = _block(graph, x, index, config)
     neck(graph, graph.op("Transpose", x, perm=[0, 3, 1, 2]))
-    declare_encoder(graph, config)
+    declare_encoder(graph, config, graph.array(f"{_ENCODER}.patch_embed.proj.weight").shape[1])
     return graph
 
 
@@ -42,12 +43,14 @@ def neck(graph: Graph, x: str) -> None:
     graph.name_output(graph.channel_norm(x, f"{_ENCODER}.neck.3"), "image_embeddings")
 
 
-def declare_encoder(graph: Graph, config: ImageEncoderConfig | TinyViTConfig) -> None:
-    """Says what an encoder's graph takes and gives."""
+def declare_encoder(
+    graph: Graph, config: ImageEncoderConfig | TinyViTConfig, num_channels: int
+) -> None:
+    """Says what an encoder's graph takes, of so many channels, and gives."""
     (height, width), (rows, columns) = config.image_size, config.grid
     graph.declare(
         "sam_image_encoder",
-        inputs={"images": ("batch", 3, height, width)},
+        inputs={"images": ("batch", num_channels, height, width)},
         outputs={"image_embeddings": ("batch", config.output_dim, rows, columns)},
     )
 

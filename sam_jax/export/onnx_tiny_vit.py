@@ -23,7 +23,7 @@ def tiny_vit_graph(weights: Mapping[str, np.ndarray], config: TinyViTConfig) -> 
       config: the encoder's shape.
     """
     graph = Graph(weights)
-    x = _conv(graph, "images", f"{_ENCODER}.patch_embed.seq.0", stride=2)
+    x = _conv(graph, "images", f"{_ENCODER}.patch_embed.seq.0", stride=2, is_of_images=True)
     x = _conv(graph, graph.gelu(x), f"{_ENCODER}.patch_embed.seq.2", stride=2)
     grid = config.image_size[0] // 4, config.image_size[1] // 4
     for stage, (dim, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
@@ -40,11 +40,12 @@ def tiny_vit_graph(weights: Mapping[str, np.ndarray], config: TinyViTConfig) -> 
             x = _inverted(graph, x, f"{layer}.downsample", stride=stride)
             grid = grid[0] // stride, grid[1] // stride
     neck(graph, x)
-    declare_encoder(graph, config)
+    num_channels = graph.array(f"{_ENCODER}.patch_embed.seq.0.c.weight").shape[1]
+    declare_encoder(graph, config, num_channels)
     return graph
 
 
-def _conv(graph: Graph, x: str, name: str, *, stride: int = 1) -> str:
+def _conv(graph: Graph, x: str, name: str, *, stride: int = 1, is_of_images: bool = False) -> str:
     """A convolution of [b, c, h, w] with the bias that its batch normalisation became."""
     weight = graph.array(f"{name}.c.weight")
     channels, in_channels, side, _ = weight.shape
@@ -55,8 +56,8 @@ def _conv(graph: Graph, x: str, name: str, *, stride: int = 1) -> str:
         graph.weight(f"{name}.bn.bias"),
         strides=[stride] * 2,
         pads=[side // 2] * 4,
-        # Those of each channel by itself have one input each.
-        group=channels if in_channels == 1 else 1,
+        # Those of each channel by itself have one input each; so have images of one channel.
+        group=channels if in_channels == 1 and not is_of_images else 1,
     )
 
 

@@ -17,6 +17,7 @@ from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Target, tracing_for
+from sam_jax.ops.images import RGB
 from sam_jax.weights.files import (
     SAFETENSORS,
     WeightsError,
@@ -50,8 +51,9 @@ def export_stablehlo(
 
     ``encoder.stablehlo`` is a serialised ``jax.export.Exported`` of ``(weights, images)``,
     ``decoder.stablehlo`` of ``(weights, *inputs)``; ``signature.json`` names inputs, shapes and
-    types; ``model.safetensors`` holds the weights, once for both. Images ``b``, objects ``p`` and
-    points ``n`` may be any number.
+    types, and what images are normalised by where they are not as published; ``model.safetensors``
+    holds the weights, once for both. Images ``b``, objects ``p`` and points ``n`` may be any
+    number.
 
     Args:
       folder: to write; must be new or empty.
@@ -77,7 +79,7 @@ def export_stablehlo(
                 for path, leaf in flatten_dict(variables, sep="/").items()
             },
         )
-        signature = {
+        signature: dict[str, Any] = {
             "platforms": list(platforms),
             "weights": f"a tree of {SAFETENSORS}, whose names are paths",
             "encoder": {
@@ -91,6 +93,8 @@ def export_stablehlo(
                 ),
             },
         }
+        if model.config.channels != RGB:
+            signature["channels"] = dataclasses.asdict(model.config.channels)
         (unfinished / SIGNATURE).write_text(json.dumps(signature, indent=2) + "\n")
 
 
@@ -106,7 +110,7 @@ class ExportedSam:
     encoder: jax.export.Exported
     decoder: jax.export.Exported
 
-    def encode(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+    def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b gh gw d"]:
         """Image embeddings of normalised, padded images."""
         return self.encoder.call(self.weights, images)
 
@@ -148,7 +152,7 @@ def _exported(
     dim = model.config.image_encoder.output_dim
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), variables)
 
-    def encode(weights: Any, images: Float[Array, "b h w 3"]) -> Any:
+    def encode(weights: Any, images: Float[Array, "b h w c"]) -> Any:
         return model.apply(weights, images, method=Sam.encode)
 
     def decode(
@@ -191,7 +195,7 @@ def _exported(
     # Kernels are one platform's, and know their shapes.
     with tracing_for(Target(platform="cpu", kernels="none")):
         encoder = jax.export.export(jax.jit(encode), platforms=tuple(platforms))(
-            weights, array((b, height, width, 3), f32)
+            weights, array((b, height, width, model.config.channels.count), f32)
         )
         decoder = jax.export.export(jax.jit(decode), platforms=tuple(platforms))(
             weights,

@@ -11,33 +11,41 @@ from sam_jax.images import ImageError
 from sam_jax.inference.images import ImageEmbeddings
 from sam_jax.inference.prompts import Prompt, PromptError
 
+# Channels of 8-bit images: grey, RGB, RGBA.
 _CHANNELS = (1, 3, 4)
 # Iterables that are no lists of images.
 _NO_LISTS = (str, bytes, Path, set, frozenset, Prompt, ImageEmbeddings)
 
 
-def images_in(images: Any) -> Iterator[Any]:
+def images_in(images: Any, in_channels: int | None = None) -> Iterator[Any]:
     """The images of an argument, one after the other; each an array or a picture of Pillow's.
 
     A picture of Pillow's, an array ``[h, w]`` and an array ``[h, w, c]`` of 1, 3 or 4 channels are
     one image. An array ``[n, h, w, c]`` is n of them, as is anything else that can be gone through
     once: a list, a tuple, a generator.
 
+    Args:
+      images: the argument.
+      in_channels: channels of the model's images, which an array ``[h, w, c]`` has then; None for
+        8-bit RGB.
+
     Raises:
       ImageError: if it is none of these, at once; or an entry is no image, when it is reached.
     """
+    channels = _CHANNELS if in_channels is None else (in_channels,)
     if isinstance(images, Image.Image):
         return _each([images])
     shape = getattr(images, "shape", None)
     holds_objects = isinstance(images, np.ndarray) and images.dtype.kind == "O"
     if isinstance(shape, tuple) and not holds_objects:
-        if len(shape) == 2 or (len(shape) == 3 and shape[2] in _CHANNELS):
+        if len(shape) == 2 or (len(shape) == 3 and shape[2] in channels):
             return _each([images])
         if len(shape) != 4:
+            c = in_channels or 3
             raise ImageError(
-                f"images is one array of shape {tuple(shape)}, which is neither an image [h, w, 3] "
-                "nor several of one size, [n, h, w, 3], channels last; images of several sizes "
-                "are given as a list: [image, other]"
+                f"images is one array of shape {tuple(shape)}, which is neither an image "
+                f"[h, w, {c}] nor several of one size, [n, h, w, {c}], channels last; images of "
+                "several sizes are given as a list: [image, other]"
             )
     elif isinstance(images, Mapping):
         raise ImageError("images is a mapping, which has no order: give list(images.values())")

@@ -14,7 +14,8 @@ from pycocotools import mask as coco_mask
 from sam_jax import rle
 from sam_jax.arrays import Float, UInt8
 from sam_jax.errors import ConfigError
-from sam_jax.images import ImageError, as_rgb
+from sam_jax.image_channels import as_pixels
+from sam_jax.images import ImageError
 from sam_jax.inference.arguments import checked_embeddings, images_in, one_image
 from sam_jax.inference.candidates import (
     EDGE_TOLERANCE,
@@ -150,7 +151,7 @@ def generate_masks(
 
     Args:
       predictor: of the model.
-      image: see ``sam_jax.images.as_rgb``.
+      image: see ``sam_jax.image_channels.as_pixels``.
       options: how to search.
       output_mode: a boolean array, run lengths as a list, or COCO's compressed string.
       embeddings: of the whole image, if they are at hand; only without crops and tiles.
@@ -199,7 +200,8 @@ def generate_masks_of_many(
       ImageError: if an image cannot be used; those before it have been answered.
     """
     checked = _checked(options, output_mode)
-    return _generate(predictor, images_in(images), checked, output_mode, None, multimask_output)
+    found = images_in(images, predictor.in_channels)
+    return _generate(predictor, found, checked, output_mode, None, multimask_output)
 
 
 def _checked(options: Any, output_mode: Any) -> AutomaticOptions:
@@ -224,7 +226,7 @@ _LINE_PER_WORKER = 4
 class _Search:
     """An image on its way: what was found so far, and how many regions are still to be searched."""
 
-    pixels: UInt8[np.ndarray, "h w 3"]
+    pixels: UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w c"]
     regions: list[Region]
     num_left: int
     found: list[Candidate] = dataclasses.field(default_factory=list)
@@ -261,7 +263,7 @@ def _generate(
 ) -> Iterator[list[dict[str, Any]]]:
     batch_size = options.regions_per_batch * predictor.num_devices
     open_searches: list[_Search] = []
-    work = _regions_of(images, options, open_searches)
+    work = _regions_of(images, predictor.in_channels, options, open_searches)
     error: ImageError | None = None
     while error is None:
         batch = []
@@ -285,11 +287,14 @@ def _generate(
 
 
 def _regions_of(
-    images: Iterable[Any], options: AutomaticOptions, open_searches: list[_Search]
+    images: Iterable[Any],
+    in_channels: int | None,
+    options: AutomaticOptions,
+    open_searches: list[_Search],
 ) -> Iterator[tuple[_Search, Region]]:
     """Every region of every image; an image is opened when its first region is wanted."""
     for number, image in enumerate(images):
-        pixels = as_rgb(image, f"image {number}")
+        pixels = as_pixels(image, in_channels, f"image {number}")
         size = (pixels.shape[0], pixels.shape[1])
         boxes, layers = crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio)
         regions = [

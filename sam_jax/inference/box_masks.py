@@ -75,11 +75,11 @@ class BoxedImage(NamedTuple):
     """An image and the boxes in it.
 
     Attributes:
-      pixels: RGB.
+      pixels: RGB, or other channels of the model.
       boxes_xyxy: edges in its pixels; what lies outside of it is cut off.
     """
 
-    pixels: UInt8[np.ndarray, "oh ow 3"]
+    pixels: UInt8[np.ndarray, "oh ow 3"] | Float[np.ndarray, "oh ow c"]
     boxes_xyxy: Float[np.ndarray, "k 4"]
 
 

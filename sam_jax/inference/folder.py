@@ -17,10 +17,17 @@ from typing import Any
 import numpy as np
 
 from sam_jax import places, rle
-from sam_jax.arrays import UInt8, UInt16
+from sam_jax.arrays import Shaped, UInt8, UInt16
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.images import PICTURE_SUFFIXES, ImageError, read_header, read_image, upright_copy
+from sam_jax.image_channels import (
+    header_of,
+    hint_of_arrays,
+    image_suffixes,
+    read_pixels,
+    rgb_view,
+)
+from sam_jax.images import ImageError, upright_copy
 from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.inference.box_masks import BoxOptions
 from sam_jax.inference.candidates import label_map
@@ -90,8 +97,12 @@ class Summary:
     skipped: Sequence[str]
 
 
-def list_pictures(source: Path) -> list[Path]:
+def list_pictures(source: Path, in_channels: int | None = None) -> list[Path]:
     """A picture file itself, or all those below a folder, as `data_files` has them.
+
+    Args:
+      source: the file or the folder.
+      in_channels: of the model, whose images may be ``.npy`` if it is not None.
 
     Raises:
       ConfigError: if there is none, or two differ in their suffix alone.
@@ -101,10 +112,12 @@ def list_pictures(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist")
-    found, hidden = data_files(source, PICTURE_SUFFIXES)
+    suffixes = image_suffixes(in_channels)
+    found, hidden = data_files(source, suffixes)
     if not found:
+        hint = hint_of_arrays(source, in_channels)
         but = f", but {len(hidden)} hidden files such as {hidden[0]}" if hidden else ""
-        raise ConfigError(f"{source} holds no picture ({', '.join(PICTURE_SUFFIXES)}){but}")
+        raise ConfigError(f"{source} holds no picture ({', '.join(suffixes)}){but}{hint}")
     if hidden:
         _log.warning("%s: %d hidden files left out, e.g. %s", source, len(hidden), hidden[0])
     by_stem: dict[Path, Path] = {}
@@ -169,10 +182,10 @@ def annotate_folder(
         made otherwise.
     """
     masks = picture_masks(options, boxes)
-    pictures = list_pictures(source)
+    pictures = list_pictures(source, predictor.in_channels)
     root = source if source.is_dir() else source.parent
     check_target(source, target)
-    _check_endings(pictures if link_pictures else [])
+    _check_endings(pictures if link_pictures else [], image_suffixes(predictor.in_channels))
     made_by = {"weights": predictor.fingerprint(), "source": str(root.resolve())}
     _keep_settings(target, {**made_by, **masks.settings()})
     files = {
@@ -188,7 +201,7 @@ def annotate_folder(
         on_progress(Progress(done, len(pictures), path, count))
 
     def readable() -> Iterator[Picture]:
-        for path, pixels in _read_ahead(left):
+        for path, pixels in _read_ahead(left, predictor.in_channels):
             if isinstance(pixels, ImageError):
                 skipped.append(str(pixels))
                 report(path, None)
@@ -202,12 +215,14 @@ def annotate_folder(
             relative = path.relative_to(root)
             try:
                 if overlays:
-                    _save_picture(target / OVERLAYS_FOLDER / relative, overlay_of(pixels, records))
+                    picture = overlay_of(rgb_view(pixels), records)
+                    _save_picture(target / OVERLAYS_FOLDER / relative, picture)
                 if label_maps:
                     labels = _label_picture(path, records, pixels)
                     _save_picture(target / LABELS_FOLDER / relative, labels)
                 if link_pictures:
-                    _put_beside(path, target / ANNOTATIONS_FOLDER / relative)
+                    beside = target / ANNOTATIONS_FOLDER / relative
+                    _put_beside(path, beside, predictor.in_channels)
                 # Last, since this is the file that says that the picture is done.
                 _write_json(files[path], sa1b_annotation(records, relative, pixels.shape[:2]))
             except (ImageError, WeightsError, OSError) as error:
@@ -323,12 +338,12 @@ def overlay_of(
     return picture
 
 
-def _read_ahead(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
+def _read_ahead(paths: Sequence[Path], in_channels: int | None) -> Iterator[tuple[Path, Any]]:
     """Pictures in their order, or the error in place of one; the next are read meanwhile."""
 
     def read(path: Path) -> Any:
         try:
-            return read_image(path)
+            return read_pixels(path, in_channels)
         except ImageError as error:
             return error
 
@@ -355,13 +370,13 @@ def _check_apart(source: Path, root: Path, target: Path) -> None:
             )
 
 
-def _check_endings(pictures: Sequence[Path]) -> None:
+def _check_endings(pictures: Sequence[Path], suffixes: Sequence[str]) -> None:
     """Refuses pictures that would not be found beside their masks."""
     for picture in pictures:
-        if picture.suffix.lower() not in PICTURE_SUFFIXES:
+        if picture.suffix.lower() not in suffixes:
             raise ConfigError(
                 f"{picture} has no picture's ending: beside its masks nobody would find it; rename "
-                f"it ({', '.join(PICTURE_SUFFIXES)}), or leave link_pictures out"
+                f"it ({', '.join(suffixes)}), or leave link_pictures out"
             )
 
 
@@ -384,7 +399,7 @@ def _save_picture(path: Path, picture: np.ndarray) -> None:
 
 
 def _label_picture(
-    path: Path, records: Sequence[Mapping[str, Any]], pixels: UInt8[np.ndarray, "h w 3"]
+    path: Path, records: Sequence[Mapping[str, Any]], pixels: Shaped[np.ndarray, "h w c"]
 ) -> UInt16[np.ndarray, "h w"]:
     if len(records) > _MAX_LABEL:
         raise ConfigError(f"{path} has {len(records)} masks: too many for 16 bits")
@@ -398,7 +413,7 @@ def _is_there(file: Path) -> bool:
         return False  # a name that cannot be
 
 
-def _put_beside(path: Path, beside: Path) -> None:
+def _put_beside(path: Path, beside: Path, in_channels: int | None) -> None:
     """Links a picture, or copies it upright if it is stored turned: its masks are upright."""
     if beside.exists() and not beside.is_symlink():
         return
@@ -406,7 +421,12 @@ def _put_beside(path: Path, beside: Path) -> None:
         content = path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path} cannot be read any more: {error.strerror or error}") from None
-    if read_header(content, str(path)).orientation != 1:
+    if header_of(content, str(path), in_channels).orientation != 1:
+        if in_channels is not None:
+            raise ImageError(
+                f"{path} is stored turned, and its channels would be lost in an upright copy: save "
+                "it upright, or leave link_pictures out"
+            )
         with written_whole(beside) as unfinished:
             unfinished.write_bytes(upright_copy(content, str(path)))
         return

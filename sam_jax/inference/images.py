@@ -13,11 +13,11 @@ from sam_jax.weights.files import WeightsError, read_tensors, write_safetensors
 
 
 def model_input(
-    image: UInt8[np.ndarray, "oh ow 3"], size: tuple[int, int]
-) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
+    image: UInt8[np.ndarray, "oh ow 3"] | Float[np.ndarray, "oh ow c"], size: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w c"], tuple[int, int]]:
     """An image resized to fit and padded at the bottom and right, and its size without padding."""
     resized_hw = fit_longest_side(image.shape[:2], size)
-    padded = np.zeros((*size, 3), np.uint8)
+    padded = np.zeros((*size, image.shape[2]), image.dtype)
     padded[: resized_hw[0], : resized_hw[1]] = resize_image(image, resized_hw)
     return padded, resized_hw
 

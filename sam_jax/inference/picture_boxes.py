@@ -8,7 +8,8 @@ from typing import Any
 
 from sam_jax.errors import ConfigError
 from sam_jax.files import NamedFiles
-from sam_jax.images import ImageError, read_header
+from sam_jax.image_channels import header_of
+from sam_jax.images import ImageError
 from sam_jax.inference.detections import (
     Detection,
     Detections,
@@ -42,7 +43,11 @@ class PictureBoxes:
 
 
 def boxes_of_pictures(
-    path: Path, pictures: Sequence[Path], root: Path, min_score: float | None = None
+    path: Path,
+    pictures: Sequence[Path],
+    root: Path,
+    min_score: float | None = None,
+    in_channels: int | None = None,
 ) -> PictureBoxes:
     """Reads a detector's file, and finds the picture of each box.
 
@@ -54,6 +59,7 @@ def boxes_of_pictures(
       pictures: below ``root``.
       root: a folder.
       min_score: boxes of a lower score are left out; None takes all.
+      in_channels: of the pictures; None for 8-bit RGB.
 
     Raises:
       ConfigError: the file or one of its boxes is refused, a name may mean several pictures, two
@@ -80,7 +86,7 @@ def boxes_of_pictures(
         f"{path}: {count} boxes of {detections.names} {name!r}, which is none of the pictures"
         for name, count in missing.items()
     ]
-    leaving = check_boxes(detections, _sizes(found))
+    leaving = check_boxes(detections, _sizes(found, in_channels))
     if leaving:
         name, detection = leaving[0]
         remarks.append(
@@ -133,12 +139,13 @@ def _found(detections: Detections, pictures: Sequence[Path], root: Path) -> dict
     return found
 
 
-def _sizes(found: Mapping[Name, Path]) -> dict[Name, tuple[int, int]]:
+def _sizes(found: Mapping[Name, Path], in_channels: int | None) -> dict[Name, tuple[int, int]]:
     """Sizes of upright pictures; those that cannot be read are named when it is their turn."""
     sizes = {}
     for name, picture in found.items():
         try:
-            sizes[name] = read_header(picture.read_bytes(), str(picture)).upright_hw
+            header = header_of(picture.read_bytes(), str(picture), in_channels)
+            sizes[name] = header.upright_hw
         except (ImageError, OSError):
             continue
     return sizes

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam_jax.arrays import UInt8
+from sam_jax.arrays import Float, UInt8
 from sam_jax.errors import ConfigError
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.box_masks import BoxedImage, BoxMask, BoxOptions, masks_of_boxes
@@ -18,7 +18,7 @@ from sam_jax.inference.picture_boxes import PictureBoxes
 from sam_jax.inference.predictor import Predictor
 
 # A picture file and its pixels.
-Picture: TypeAlias = tuple[Path, UInt8[np.ndarray, "h w 3"]]
+Picture: TypeAlias = tuple[Path, UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w c"]]
 
 
 @runtime_checkable

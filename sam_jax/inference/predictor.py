@@ -18,7 +18,7 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.arrays import Array, Bool, Float, Int, UInt8
-from sam_jax.images import as_rgb
+from sam_jax.image_channels import as_pixels
 from sam_jax.inference.arguments import checked_embeddings, images_in, prompts_per_image
 from sam_jax.inference.images import ImageEmbeddings, model_input
 from sam_jax.inference.prompts import Prompt, PromptError, check_prompt, pad_rows, rows_of
@@ -27,7 +27,7 @@ from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskPrediction
 from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.ops.images import normalize_images
+from sam_jax.ops.images import RGB, ImageChannels, normalize_images
 from sam_jax.parallel import BATCH, Parallel, replicated
 from sam_jax.weights.load import load
 
@@ -136,9 +136,15 @@ class PointBatch:
     low_res_logits: Float[np.ndarray, "k lh lw"]
 
 
-def fingerprint_of(variables: Any) -> str:
-    """A short name of variables, the same wherever they are kept."""
-    checksum = 0
+def fingerprint_of(variables: Any, channels: ImageChannels) -> str:
+    """A short name of variables, the same wherever they are kept.
+
+    Args:
+      variables: of a model.
+      channels: of its images: with others than published models', the same variables answer
+        otherwise.
+    """
+    checksum = 0 if channels == RGB else zlib.crc32(repr(channels).encode())
     for leaf in jax.tree.leaves(variables):
         checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
     return f"{checksum:08x}"
@@ -233,20 +239,25 @@ class Predictor:
         """Height and width of the model's input, pixels."""
         return self._model.image_size
 
+    @property
+    def in_channels(self) -> int | None:
+        """Channels of the model's images, with values as they are stored; None for 8-bit RGB."""
+        return self._model.config.channels.in_chans
+
     def embed(self, images: Any) -> ImageEmbeddings:
         """Embeds images, which may differ in size.
 
         Args:
-          images: a list of images, see ``sam_jax.images.as_rgb``, or anything else that gives them
-            one by one. A lone image, which is an array ``[h, w, 3]`` or a picture of Pillow's, is a
-            list of one; see ``arguments.images_in``.
+          images: a list of images, see ``sam_jax.image_channels.as_pixels``, or anything else that
+            gives them one by one. A lone image, which is an array ``[h, w, c]`` or a picture of
+            Pillow's, is a list of one; see ``arguments.images_in``.
 
         Raises:
           ImageError: if an image cannot be used; it is named by its number.
         """
-        size = self._model.image_size
-        found = enumerate(images_in(images))
-        checked = [as_rgb(image, f"image {index}") for index, image in found]
+        size, channels = self._model.image_size, self._model.config.channels
+        found = enumerate(images_in(images, channels.in_chans))
+        checked = [as_pixels(image, channels.in_chans, f"image {index}") for index, image in found]
         inputs, resized_hw = [], []
         for image in checked:
             padded, hw = model_input(image, size)
@@ -254,7 +265,7 @@ class Predictor:
             resized_hw.append(hw)
         features = []
         for start, stop, length in self._parts(len(checked), self._buckets.images):
-            batch = np.zeros((length, *size, 3), np.uint8)
+            batch = np.zeros((length, *size, channels.count), channels.dtype)
             batch_hw = np.zeros((length, 2), np.int32)
             for row, index in enumerate(range(start, stop)):
                 batch[row], batch_hw[row] = inputs[index], resized_hw[index]
@@ -433,7 +444,9 @@ class Predictor:
           num_points: of the prompt.
           points_per_batch: of automatic masks, to compile what they need as well.
         """
-        embeddings = self.embed([np.zeros((*self._model.image_size, 3), np.uint8)])
+        channels = self._model.config.channels
+        shape = (*self._model.image_size, channels.count)
+        embeddings = self.embed([np.zeros(shape, channels.dtype)])
         if points_per_batch is not None:
             for _ in self.predict_points(
                 embeddings,
@@ -473,13 +486,16 @@ class Predictor:
             )
 
     def fingerprint(self) -> str:
-        """A short name of the weights, the same wherever they are kept."""
-        return fingerprint_of(self._variables)
+        """A short name of weights and channels, the same wherever they are kept."""
+        return fingerprint_of(self._variables, self._model.config.channels)
 
     def _encode_on_device(
-        self, variables: Any, images: UInt8[Array, "b h w 3"], image_hw: Int[Array, "b 2"]
+        self,
+        variables: Any,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+        image_hw: Int[Array, "b 2"],
     ) -> Any:
-        normalized = normalize_images(images, image_hw)
+        normalized = normalize_images(images, image_hw, self._model.config.channels)
         return self._encode_images(variables["params"], normalized, None)
 
     def _points_decoder(self, multimask_output: bool) -> Callable[..., MaskPrediction]:

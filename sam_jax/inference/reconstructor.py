@@ -8,34 +8,40 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sam_jax.arrays import Array, Float, UInt8
+from sam_jax.arrays import Array, Float, Shaped, UInt8
 from sam_jax.inference.predictor import fingerprint_of
 from sam_jax.models.masked_autoencoder import MaskedAutoencoder, blanked
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.ops.images import as_pixels, normalize_whole_images
+from sam_jax.ops.images import ImageChannels, as_pixels, normalize_whole_images
 from sam_jax.parallel import BATCH, Parallel, replicated
 
 
 class Reconstructions:
     """Answers for some images; pictures stay on the device until they are asked for.
 
+    Pixels are 8-bit RGB, or of other channels in the units of their files.
+
     Attributes:
       losses: mean squared error over the dropped patches of each image.
     """
 
     def __init__(
-        self, losses: Float[np.ndarray, " n"], seen: Float[Array, "..."], whole: Float[Array, "..."]
+        self,
+        losses: Float[np.ndarray, " n"],
+        seen: Float[Array, "..."],
+        whole: Float[Array, "..."],
+        channels: ImageChannels,
     ):
         self.losses = losses
-        self._seen, self._whole = seen, whole
+        self._seen, self._whole, self._channels = seen, whole, channels
 
-    def seen(self, image: int) -> UInt8[np.ndarray, "h w 3"]:
+    def seen(self, image: int) -> Shaped[np.ndarray, "h w c"]:
         """The part of an image that the encoder saw, dropped patches grey."""
-        return as_pixels(np.asarray(self._seen[image]))
+        return as_pixels(np.asarray(self._seen[image]), self._channels)
 
-    def whole(self, image: int) -> UInt8[np.ndarray, "h w 3"]:
+    def whole(self, image: int) -> Shaped[np.ndarray, "h w c"]:
         """The image with dropped patches as predicted; see ``MaskedAutoencoder.reconstruction``."""
-        return as_pixels(np.asarray(self._whole[image]))
+        return as_pixels(np.asarray(self._whole[image]), self._channels)
 
 
 class Reconstructor:
@@ -94,16 +100,18 @@ class Reconstructor:
         return self._images_per_call
 
     def fingerprint(self) -> str:
-        """A short name of the weights, the same wherever they are kept."""
-        return fingerprint_of(self._variables)
+        """A short name of weights and channels, the same wherever they are kept."""
+        return fingerprint_of(self._variables, self._model.channels)
 
     def reconstruct(
-        self, images: UInt8[np.ndarray, "n h w 3"], noise: Float[np.ndarray, "n k"]
+        self,
+        images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
+        noise: Float[np.ndarray, "n k"],
     ) -> Reconstructions:
         """Losses and pictures of up to ``images_per_call`` images of the model's size.
 
         Args:
-          images: RGB.
+          images: RGB, or other channels of the model.
           noise: see ``random_masking``.
         """
         missing = self._images_per_call - len(images)
@@ -113,12 +121,17 @@ class Reconstructor:
         ]
         placed = jax.device_put(padded, self._by_image)
         losses, seen, whole = self._reconstruct(self._variables, *placed)
-        return Reconstructions(np.asarray(losses)[: len(images)], seen, whole)
+        channels = self._model.channels
+        return Reconstructions(np.asarray(losses)[: len(images)], seen, whole, channels)
 
     def _reconstruct_on_device(
-        self, variables: Any, images: UInt8[Array, "b h w 3"], noise: Float[Array, "b k"]
+        self,
+        variables: Any,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+        noise: Float[Array, "b k"],
     ) -> tuple[Array, Array, Array]:
-        model, pixels = self._model, normalize_whole_images(images)
+        model = self._model
+        pixels = normalize_whole_images(images, model.channels)
         predictions, mask = model.reconstruct(variables, pixels, noise)
         losses = model.errors(pixels, predictions, mask).mean(axis=1)
         seen = blanked(pixels, mask, model.encoder)

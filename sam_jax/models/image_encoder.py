@@ -88,7 +88,7 @@ class PatchEmbed(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b gh gw d"]:
         patches = rearrange(
             images.astype(self.dtype),
             "b (gh i) (gw j) c -> b gh gw (i j c)",
@@ -213,7 +213,7 @@ def drop_path_scales(
     return jnp.where(kept, 1.0 / np.maximum(kept_rates, np.finfo(np.float32).tiny), 0.0)
 
 
-def check_multiple(images: Float[Array, "b h w 3"], patch_size: int) -> None:
+def check_multiple(images: Float[Array, "b h w c"], patch_size: int) -> None:
     """Raises ValueError unless height and width of images are multiples of the patch size."""
     _, height, width, _ = images.shape
     if height % patch_size or width % patch_size:
@@ -257,7 +257,7 @@ class ImageEncoderViT(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Float[Array, "b h w c"],
         path_scales: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b gh gw d"]:
         """Embeds images of any size that is a multiple of the patch size.

@@ -25,6 +25,7 @@ from sam_jax.models.image_encoder import (
 from sam_jax.models.layers import Dense, Remat, layer_norm, remat_block, scan_modules
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.full_precision import broadcast_to
+from sam_jax.ops.images import RGB, ImageChannels
 from sam_jax.ops.positional import sincos_positions
 
 _NORM_EPSILON = 1e-6
@@ -100,14 +101,14 @@ def kept_patches(num_patches: int, mask_rate: float) -> int:
     return int(num_patches * (1 - mask_rate))
 
 
-def patchify(images: Float[Array, "b h w 3"], patch_size: int) -> Float[Array, "b k c"]:
-    """Pixels of each patch: row by row, and so within a patch, c = 3 patch_size^2."""
+def patchify(images: Float[Array, "b h w channels"], patch_size: int) -> Float[Array, "b k c"]:
+    """Pixels of each patch: row by row, and so within a patch, c = channels * patch_size^2."""
     return rearrange(images, "b (gh i) (gw j) c -> b (gh gw) (i j c)", i=patch_size, j=patch_size)
 
 
 def unpatchify(
     patches: Float[Array, "b k c"], grid: tuple[int, int], patch_size: int
-) -> Float[Array, "b h w 3"]:
+) -> Float[Array, "b h w channels"]:
     """The images that ``patchify`` was given."""
     return rearrange(
         patches,
@@ -120,8 +121,8 @@ def unpatchify(
 
 
 def blanked(
-    images: Float[Array, "b h w 3"], mask: PatchMask, encoder: ImageEncoderConfig
-) -> Float[Array, "b h w 3"]:
+    images: Float[Array, "b h w channels"], mask: PatchMask, encoder: ImageEncoderConfig
+) -> Float[Array, "b h w channels"]:
     """Normalised images whose dropped patches are zero, a grey, for people to look at."""
     patches = patchify(images, encoder.patch_size)
     shown = jnp.where(mask.is_dropped[..., None], 0.0, patches)
@@ -203,7 +204,7 @@ class VisiblePatchEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w 3"], kept: Int[Array, "b v"]
+        self, images: Float[Array, "b h w channels"], kept: Int[Array, "b v"]
     ) -> Float[Array, "b 1+v d"]:
         """Encoded tokens of the class and of the kept patches, in their order."""
         cfg, dtype = self.config, self.blocks.dtype
@@ -230,12 +231,14 @@ class PixelDecoder(nn.Module):
       config: its shape.
       grid: rows and columns of patches.
       patch_size: side of a patch in pixels.
+      num_channels: of the images.
       blocks: how its blocks compute.
     """
 
     config: AutoencoderConfig
     grid: tuple[int, int]
     patch_size: int
+    num_channels: int
     blocks: _Blocks
 
     @nn.compact
@@ -264,7 +267,7 @@ class PixelDecoder(nn.Module):
             is_initializing=self.is_initializing(),
         )
         tokens = layer_norm(_NORM_EPSILON, jnp.float32, "norm")(tokens[:, 1:])
-        return Dense(3 * self.patch_size**2, jnp.float32, name="prediction")(tokens)
+        return Dense(self.num_channels * self.patch_size**2, jnp.float32, name="prediction")(tokens)
 
 
 def _take(tokens: Float[Array, "b t d"], indices: Int[Array, "b s"]) -> Float[Array, "b s d"]:
@@ -278,6 +281,7 @@ class MaskedAutoencoder(nn.Module):
     Attributes:
       encoder: shape of the image encoder, for images of its size alone.
       config: what pre-training adds to it.
+      channels: of the images, with the statistics that they are normalised by.
       remat: see ``layers.remat_block``.
       scan: see ``ImageEncoderViT``.
       attention: see ``ops.attention.grid_attention``.
@@ -288,6 +292,7 @@ class MaskedAutoencoder(nn.Module):
 
     encoder: ImageEncoderConfig
     config: AutoencoderConfig = AutoencoderConfig()
+    channels: ImageChannels = RGB
     remat: Remat = "none"
     scan: bool = False
     attention: Implementation = "auto"
@@ -297,7 +302,11 @@ class MaskedAutoencoder(nn.Module):
         blocks = _Blocks(self.remat, self.scan, self.attention, self.dtype)
         self.image_encoder = VisiblePatchEncoder(self.encoder, blocks)
         self.pixel_decoder = PixelDecoder(
-            self.config, self.encoder.grid, self.encoder.patch_size, blocks
+            self.config,
+            self.encoder.grid,
+            self.encoder.patch_size,
+            self.channels.count,
+            blocks,
         )
 
     @property
@@ -317,14 +326,14 @@ class MaskedAutoencoder(nn.Module):
         return self.num_patches - kept_patches(self.num_patches, self.config.mask_rate)
 
     def encode(
-        self, images: Float[Array, "b h w 3"], kept: Int[Array, "b v"]
+        self, images: Float[Array, "b h w channels"], kept: Int[Array, "b v"]
     ) -> Float[Array, "b 1+v d"]:
         """Tokens of the class and of the kept patches; see ``VisiblePatchEncoder``."""
         check_multiple(images, self.encoder.patch_size)
         return self.image_encoder(images, kept)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], noise: Float[Array, "b k"]
+        self, images: Float[Array, "b h w channels"], noise: Float[Array, "b k"]
     ) -> tuple[Float[Array, "b k c"], PatchMask]:
         """Predictions for all patches, and which of them were dropped.
 
@@ -336,7 +345,7 @@ class MaskedAutoencoder(nn.Module):
         return self.pixel_decoder(self.encode(images, mask.kept), mask.restore), mask
 
     def reconstruct(
-        self, variables: Any, images: Float[Array, "b h w 3"], noise: Float[Array, "b k"]
+        self, variables: Any, images: Float[Array, "b h w channels"], noise: Float[Array, "b k"]
     ) -> tuple[Float[Array, "b k c"], PatchMask]:
         """``__call__`` of a model that is not bound, with its variables."""
         predictions, mask = self.apply(variables, images, noise)
@@ -345,7 +354,7 @@ class MaskedAutoencoder(nn.Module):
 
     def errors(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Float[Array, "b h w channels"],
         predictions: Float[Array, "b k c"],
         mask: PatchMask,
     ) -> Float[Array, "b u"]:
@@ -360,10 +369,10 @@ class MaskedAutoencoder(nn.Module):
 
     def reconstruction(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Float[Array, "b h w channels"],
         predictions: Float[Array, "b k c"],
         mask: PatchMask,
-    ) -> Float[Array, "b h w 3"]:
+    ) -> Float[Array, "b h w channels"]:
         """Images whose dropped patches are as predicted, for people to look at.
 
         Predictions of normalised pixels get the patch's own mean and deviation back, which nobody
@@ -387,7 +396,7 @@ def init_variables(model: MaskedAutoencoder, key: Array) -> dict:
 
 
 def _fresh_params(model: MaskedAutoencoder, key: Array) -> dict:
-    images = jnp.zeros((1, *model.image_size, 3), jnp.float32)
+    images = jnp.zeros((1, *model.image_size, model.channels.count), jnp.float32)
     noise = jnp.zeros((1, model.num_patches), jnp.float32)
     leaves, structure = jax.tree.flatten(model.init(key, images, noise)["params"])
     xavier = nn.initializers.xavier_uniform()

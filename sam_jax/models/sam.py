@@ -20,6 +20,7 @@ from sam_jax.models.mask_decoder import (
 from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
 from sam_jax.models.tiny_vit import TinyViT, TinyViTConfig
 from sam_jax.ops.attention import Implementation
+from sam_jax.ops.images import RGB, ImageChannels
 
 # The parts of ``Sam`` that answer prompts; the other is the image encoder.
 PROMPTED_PARTS = ("prompt_encoder", "mask_decoder")
@@ -34,11 +35,13 @@ class SamConfig:
         embeddings and decoder.
       mask_decoder: shape of the mask decoder.
       mask_channels: channels in the middle of the branch that embeds masks.
+      channels: of the images, with the statistics that they are normalised by.
     """
 
     image_encoder: ImageEncoderConfig | TinyViTConfig = ImageEncoderConfig()
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
     mask_channels: int = 16
+    channels: ImageChannels = RGB
 
     def __post_init__(self):
         encoder = self.image_encoder
@@ -105,7 +108,7 @@ class Sam(nn.Module):
 
     def encode(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Float[Array, "b h w c"],
         path_scales: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b gh gw d"]:
         """Image embeddings of normalised, zero-padded images (``ops.images.normalize_images``).
@@ -175,7 +178,7 @@ class Sam(nn.Module):
         )
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], prompts: Prompts, *, multimask_output: bool
+        self, images: Float[Array, "b h w c"], prompts: Prompts, *, multimask_output: bool
     ) -> MaskPrediction:
         """``encode`` and ``decode`` in one call."""
         return self.decode(self.encode(images), prompts, multimask_output=multimask_output)
@@ -192,7 +195,7 @@ def init_variables(model: Sam, key: Array) -> dict:
         point_labels=jnp.ones((1, 1, 1), jnp.int32),
         point_valid=jnp.ones((1, 1, 1), bool),
     )
-    images = jnp.zeros((1, height, width, 3), jnp.float32)
+    images = jnp.zeros((1, height, width, model.config.channels.count), jnp.float32)
     variables = jax.jit(model.init, static_argnames="multimask_output")(
         key, images, prompts, multimask_output=True
     )

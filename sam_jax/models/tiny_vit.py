@@ -123,7 +123,7 @@ class PatchEmbed(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b gh gw d"]:
         x = Conv(self.embed_dim // 2, 3, stride=2, dtype=self.dtype, name="conv1")(images)
         return Conv(self.embed_dim, 3, stride=2, dtype=self.dtype, name="conv2")(gelu(x))
 
@@ -212,7 +212,7 @@ class TinyViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w 3"], path_scales: None = None
+        self, images: Float[Array, "b h w c"], path_scales: None = None
     ) -> Float[Array, "b gh gw d"]:
         """Embeds images of any size that is a multiple of 16.
 

@@ -20,6 +20,7 @@ from sam_jax.models.sam import Sam, SamConfig
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.dispatch import Kernels
+from sam_jax.ops.images import RGB, ImageChannels
 
 # The small ones keep the published design: patches of 16 pixels, one block in three global. Their
 # windows divide the grid, so none of their work goes into padding, and their decoder is half as
@@ -68,6 +69,12 @@ class ModelConfig:
         variant's.
       decoder: fields of ``MaskDecoderConfig`` that differ from the variant's.
       mask_channels: see ``SamConfig``.
+      in_channels: channels of the images, whose values are taken as files store them; None for
+        8-bit RGB, which all pictures are made. 3 and 1 are numbers, too: RGB or grey without
+        stretching to 8 bits.
+      pixel_mean: mean of each channel, by which images are normalised, in the units of the files;
+        ``sam-jax channels`` computes it. None, for 8-bit RGB alone, is ImageNet's.
+      pixel_std: deviation of each channel, likewise.
       remat: see ``layers.remat_block``.
       scan: see ``ImageEncoderViT``; not for a TinyViT.
       attention: see ``ops.attention.grid_attention``; not for a TinyViT.
@@ -82,6 +89,9 @@ class ModelConfig:
     encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mask_channels: int = SamConfig.mask_channels
+    in_channels: int | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
     remat: Remat = "none"
     scan: bool = False
     attention: Implementation = "auto"
@@ -93,7 +103,8 @@ class ModelConfig:
         """The shape of the model.
 
         Raises:
-          ConfigError: if there is no such variant or field, or the shape is impossible.
+          ConfigError: if there is no such variant or field, the shape is impossible, or statistics
+            of channels are missing or no such.
         """
         if self.variant not in VARIANTS:
             raise ConfigError(
@@ -110,7 +121,32 @@ class ModelConfig:
             image_encoder=_changed(base.image_encoder, encoder, "model.encoder"),
             mask_decoder=_changed(base.mask_decoder, self.decoder, "model.decoder"),
             mask_channels=self.mask_channels,
+            channels=self.channels,
         )
+
+    @property
+    def channels(self) -> ImageChannels:
+        """The channels of the images.
+
+        Raises:
+          ConfigError: if their statistics are missing or no such.
+        """
+        given = {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std}
+        if self.in_channels is not None:
+            for name, value in given.items():
+                if value is None:
+                    raise ConfigError(
+                        f"model.{name} is None with model.in_channels = {self.in_channels}: "
+                        "expected a number for each channel, in the units of the files; "
+                        "`sam-jax channels FILES` computes them, and prints the options to paste"
+                    )
+        try:
+            return ImageChannels(
+                self.in_channels,
+                **{name: value for name, value in given.items() if value is not None},
+            )
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from None
 
 
 def model_config_of(shape: SamConfig) -> ModelConfig:
@@ -123,7 +159,17 @@ def model_config_of(shape: SamConfig) -> ModelConfig:
         encoder=dataclasses.asdict(encoder),
         decoder=dataclasses.asdict(shape.mask_decoder),
         mask_channels=shape.mask_channels,
+        # ImageNet's are the default.
+        **{} if shape.channels == RGB else _channel_options(shape.channels),
     )
+
+
+def _channel_options(channels: ImageChannels) -> dict[str, Any]:
+    return {
+        "in_channels": channels.in_chans,
+        "pixel_mean": channels.pixel_mean,
+        "pixel_std": channels.pixel_std,
+    }
 
 
 def _changed(base: Any, changes: Mapping[str, Any], section: str) -> Any:
@@ -183,6 +229,7 @@ def build_autoencoder(config: ModelConfig, autoencoder: AutoencoderConfig) -> Ma
     return MaskedAutoencoder(
         encoder,
         autoencoder,
+        config.channels,
         config.remat,
         config.scan,
         config.attention,

@@ -1,9 +1,10 @@
 """Image embeddings that are computed once and kept on disk, for training what comes after them.
 
 A frozen encoder gives the same embeddings of an image in every epoch. An entry is found by what it
-follows from: the pixels that the encoder takes, the encoder's shape and weights, and the type that
-it computes in. So nothing stale is ever found, whatever the order of the images, their files' names
-or the data sets that they are in, and runs and hosts share a folder without a word to each other.
+follows from: the pixels that the encoder takes, the encoder's shape and weights, what pixels are
+normalised by, and the type that it computes in. So nothing stale is ever found, whatever the order
+of the images, their files' names or the data sets that they are in, and runs and hosts share a
+folder without a word to each other.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from sam_jax import places
 from sam_jax.arrays import Array, Float, Int, UInt8
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
-from sam_jax.ops.images import normalize_images
+from sam_jax.ops.images import RGB, normalize_images
 from sam_jax.parallel import Parallel, replicated
 from sam_jax.weights.files import failing_as_os_error, written_whole
 
@@ -102,9 +103,12 @@ def _say_damaged(path: Path, reason: str) -> None:
 
 
 def encoder_name(model: Sam, encoder_params: Any) -> str:
-    """A name that no other encoder has: of its shape, its weights and the type it computes in."""
+    """A name that no other encoder has: of shape, channels, weights and the type it computes in."""
     hashed = hashlib.blake2b(digest_size=16)
-    hashed.update(f"{model.config.image_encoder!r} {np.dtype(model.dtype).name}".encode())
+    config = model.config
+    # Those of published weights were not named at first, and embeddings of them are kept.
+    channels = "" if config.channels == RGB else f" {config.channels!r}"
+    hashed.update(f"{config.image_encoder!r} {np.dtype(model.dtype).name}{channels}".encode())
     flat = flax.traverse_util.flatten_dict(encoder_params, sep="/")
     for path in sorted(flat):
         hashed.update(path.encode())
@@ -112,7 +116,9 @@ def encoder_name(model: Sam, encoder_params: Any) -> str:
     return hashed.hexdigest()
 
 
-def image_key(image: UInt8[np.ndarray, "h w 3"], image_hw: Int[np.ndarray, " 2"]) -> str:
+def image_key(
+    image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"], image_hw: Int[np.ndarray, " 2"]
+) -> str:
     """A name that no other input of the encoder has."""
     hashed = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16)
     hashed.update(f"{image.shape} {tuple(map(int, image_hw))}".encode())
@@ -144,9 +150,12 @@ class EmbeddingStage:
         encode = Parallel(mesh, ("image",), kernels=kernels).encode(model)
 
         def embed(
-            params: Any, images: UInt8[Array, "b h w 3"], image_hw: Int[Array, "b 2"]
+            params: Any,
+            images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+            image_hw: Int[Array, "b 2"],
         ) -> Float[Array, "b gh gw d"]:
-            return encode(params, normalize_images(images, image_hw), None).astype(np.float16)
+            normalized = normalize_images(images, image_hw, model.config.channels)
+            return encode(params, normalized, None).astype(np.float16)
 
         self._embed = jax.jit(embed)
 
@@ -202,7 +211,10 @@ class EmbeddingStage:
             yield {FIELD: np.stack([found[key] for key in keys]), **others}
 
     def _computed(
-        self, params: Any, images: UInt8[np.ndarray, "k h w 3"], sizes: Int[np.ndarray, "k 2"]
+        self,
+        params: Any,
+        images: UInt8[np.ndarray, "k h w c"] | Float[np.ndarray, "k h w c"],
+        sizes: Int[np.ndarray, "k 2"],
     ) -> Iterator[Float[np.ndarray, "gh gw d"]]:
         """Embeddings of each image, in calls of one size."""
         size = self._by_image.mesh.size

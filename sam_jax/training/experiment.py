@@ -129,7 +129,11 @@ class Experiment:
         model_config = from_mapping(ModelConfig, sections["model"], "model")
         data = from_mapping(
             DataConfig,
-            {**sections["data"], "image_size": model_config.sam.image_encoder.image_size},
+            {
+                **sections["data"],
+                "image_size": model_config.sam.image_encoder.image_size,
+                "in_channels": model_config.in_channels,
+            },
             "data",
         )
         train = from_mapping(TrainConfig, sections["train"], "train")

@@ -152,6 +152,19 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, or of that in a folder; none of any other file."""
+    if path.is_dir():
+        path = path / SAFETENSORS
+    if not path.is_file() or not is_safetensors(path):
+        return {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError:
+        return {}  # whoever reads the tensors says so
+
+
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = import_torch(f"reading {path.name}")
     # What training scripts save beside the tensors: a plain record, whose loading runs no code.
@@ -236,14 +249,23 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file, whole or not at all; see ``written_whole``."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, whole or not at all; see ``put_safetensors``."""
     with written_whole(path) as unfinished:
-        put_safetensors(unfinished, tensors)
+        put_safetensors(unfinished, tensors, about)
 
 
-def put_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def put_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file within a folder that is itself written whole.
+
+    Args:
+      path: the file.
+      tensors: by name.
+      about: further metadata, see ``read_metadata``.
 
     Raises:
       OSError: if it cannot be written.
@@ -253,7 +275,7 @@ def put_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             {name: np.asarray(array, order="C") for name, array in tensors.items()},
             path,
             # Without this entry the ``transformers`` library refuses the file.
-            metadata={"format": "pt"},
+            metadata={"format": "pt", **(about or {})},
         )
 
 

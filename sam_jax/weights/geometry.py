@@ -13,6 +13,7 @@ from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import VARIANTS
+from sam_jax.ops.images import RGB, ImageChannels
 from sam_jax.weights.files import WeightsError
 from sam_jax.weights.names import Scheme, foreign_names
 from sam_jax.weights.strangers import which_model, which_part, without_wrapping
@@ -71,19 +72,32 @@ class Hints:
       window_size: side of the encoder's windows, which their tables tell unless the whole grid is
         as large.
       global_attention_blocks: blocks without windows, likewise.
+      channels: of the images, as the file's own metadata say; tensors tell their number alone.
+      model_channels: of the images of the model that the tensors are for, where that is known.
     """
 
     decoder_heads: int | None = None
     window_size: int | None = None
     global_attention_blocks: tuple[int, ...] | None = None
+    channels: ImageChannels | None = None
+    model_channels: ImageChannels | None = None
 
 
 def hints_of(config: SamConfig) -> Hints:
     """Facts that tensors do not tell, of a shape that is known."""
     encoder, heads = config.image_encoder, config.mask_decoder.num_heads
     if isinstance(encoder, TinyViTConfig):
-        return Hints(heads)
-    return Hints(heads, encoder.window_size, tuple(encoder.global_attention_blocks))
+        return Hints(heads, model_channels=config.channels)
+    return Hints(
+        heads,
+        encoder.window_size,
+        tuple(encoder.global_attention_blocks),
+        model_channels=config.channels,
+    )
+
+
+class UnknownChannelsError(WeightsError):
+    """Tensors of a model whose images have channels of which nothing says mean and deviation."""
 
 
 def infer_config(
@@ -104,6 +118,7 @@ def infer_config(
 
     Raises:
       WeightsError: if tensors that tell the shape are missing, or make no sense together.
+      UnknownChannelsError: see ``channels_of``.
     """
     hints = hints or Hints()
 
@@ -137,7 +152,35 @@ def infer_config(
         iou_head_dim=shape(f"{decoder}/iou_head/dense_0/kernel", 2)[0],
     )
     mask_channels = shape("params/prompt_encoder/mask_downscaling/conv2/kernel", 4)[0]
-    return SamConfig(image_encoder, mask_decoder, mask_channels)
+    layer = "conv1" if isinstance(image_encoder, TinyViTConfig) else "proj"
+    count = shape(f"params/image_encoder/patch_embed/{layer}/kernel", 4)[1]
+    return SamConfig(image_encoder, mask_decoder, mask_channels, channels_of(count, hints, where))
+
+
+def channels_of(count: int, hints: Hints, where: Any) -> ImageChannels:
+    """The channels of a model whose patch embedding takes so many.
+
+    Their mean and deviation are those that the file says, else those of the model that it is for,
+    else ImageNet's.
+
+    Raises:
+      UnknownChannelsError: if there are other channels than three, and nothing tells their
+        statistics.
+    """
+    for known in (hints.channels, hints.model_channels):
+        if known is not None and known.count == count:
+            return known
+    if count == RGB.count:
+        return RGB
+    if hints.model_channels is not None:
+        # Of another model, which whoever compares the two says.
+        return ImageChannels(count, (0.0,) * count, (1.0,) * count)
+    raise UnknownChannelsError(
+        f"{where} takes images of {count} channels, and nothing in it says their mean and "
+        f"deviation: give model.in_channels = {count}, model.pixel_mean and model.pixel_std in a "
+        "config (train.py and eval.py; `sam-jax channels FILES` computes them), or the run or the "
+        ".safetensors file that it was made of, which hold them"
+    )
 
 
 def is_tiny_vit(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -182,11 +225,9 @@ def _vit_config(
 ) -> ImageEncoderConfig:
     """The shape of a vision transformer."""
     encoder = "params/image_encoder"
-    embed_dim, channels, patch, patch_w = shape(f"{encoder}/patch_embed/proj/kernel", 4)
-    if channels != 3 or patch != patch_w:
-        raise WeightsError(
-            f"{where}: expected square RGB patches, found {channels, patch, patch_w}"
-        )
+    embed_dim, _, patch, patch_w = shape(f"{encoder}/patch_embed/proj/kernel", 4)
+    if patch != patch_w:
+        raise WeightsError(f"{where}: expected square patches, found {patch} x {patch_w} pixels")
     grid = shape(f"{encoder}/pos_embed", 4)[1:3]
     depth = _count(tensors, f"{encoder}/block_00/attn/qkv/kernel", scheme)
     if not depth:
@@ -298,6 +339,21 @@ def differences(found: SamConfig, expected: SamConfig) -> list[str]:
         f"{name} is {ours.get(name)}, expected {theirs.get(name)}"
         for name in sorted(ours | theirs)
         if ours.get(name) != theirs.get(name)
+    ] + channel_differences(found.channels, expected.channels)
+
+
+def channel_differences(found: ImageChannels, expected: ImageChannels) -> list[str]:
+    """In what the channels of two models' images differ, a line each."""
+    if found.in_chans != expected.in_chans:
+        ours, theirs = (
+            "None (8-bit RGB)" if channels.in_chans is None else channels.in_chans
+            for channels in (found, expected)
+        )
+        return [f"in_channels is {ours}, expected {theirs}"]
+    return [
+        f"{name} is {getattr(found, name)}, expected {getattr(expected, name)}"
+        for name in ("pixel_mean", "pixel_std")
+        if getattr(found, name) != getattr(expected, name)
     ]
 
 
@@ -320,7 +376,7 @@ def _count(tensors: Mapping[str, np.ndarray], first: str, scheme: Scheme) -> int
 
 
 def variant_name(config: SamConfig) -> str:
-    """The variant that a shape is, perhaps at another image size, or "custom"."""
+    """The variant that a shape is, perhaps of other image size and channels, or "custom"."""
 
     def essence(shape: SamConfig) -> SamConfig:
         encoder = shape.image_encoder
@@ -330,7 +386,10 @@ def variant_name(config: SamConfig) -> str:
             changes["drop_path_rate"] = 0.0
         decoder = dataclasses.replace(shape.mask_decoder, dropout_rate=0.0)
         return dataclasses.replace(
-            shape, image_encoder=dataclasses.replace(encoder, **changes), mask_decoder=decoder
+            shape,
+            image_encoder=dataclasses.replace(encoder, **changes),
+            mask_decoder=decoder,
+            channels=RGB,
         )
 
     for name, shape in VARIANTS.items():
@@ -369,7 +428,7 @@ def to_hugging_face(config: SamConfig) -> dict[str, Any]:
             "output_channels": encoder.output_dim,
             "num_hidden_layers": encoder.depth,
             "num_attention_heads": encoder.num_heads,
-            "num_channels": 3,
+            "num_channels": config.channels.count,
             "image_size": side,
             "patch_size": encoder.patch_size,
             "hidden_act": "gelu",

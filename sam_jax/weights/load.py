@@ -34,7 +34,7 @@ from sam_jax.models.variants import (
     build_model,
     model_config_of,
 )
-from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
+from sam_jax.ops.images import RGB, ImageChannels
 from sam_jax.ops.resize import resize_positions
 from sam_jax.weights.adapters import merged_with, read_adapters, run_lora
 from sam_jax.weights.files import (
@@ -44,6 +44,7 @@ from sam_jax.weights.files import (
     WeightsError,
     failing_as_os_error,
     put_safetensors,
+    read_metadata,
     read_tensors,
     write_safetensors,
     write_torch,
@@ -51,6 +52,8 @@ from sam_jax.weights.files import (
 )
 from sam_jax.weights.geometry import (
     Hints,
+    UnknownChannelsError,
+    channel_differences,
     closest_variant,
     detect_scheme,
     differences,
@@ -61,6 +64,7 @@ from sam_jax.weights.geometry import (
     to_hugging_face,
     variant_name,
 )
+from sam_jax.weights.inflation import with_channels
 from sam_jax.weights.mae import (
     autoencoder_variables,
     mae_config,
@@ -85,6 +89,9 @@ _AUTOENCODER_FIELDS = (
 # Forms that are files, all others are folders; their endings, of which the last needs no PyTorch.
 FILE_TARGETS: tuple[Target, ...] = ("official", "mae")
 OFFICIAL_SUFFIXES = (".pth", ".pt", SAFETENSORS_SUFFIX)
+# Metadata of safetensors that say what images a model takes, and what says it elsewhere.
+_CHANNELS = "image_channels"
+_PREPROCESSOR = "preprocessor_config.json"
 _POSITIONS = re.compile(r"/(pos_embed|rel_pos_[hw])$")
 _Read = TypeVar("_Read")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -156,14 +163,16 @@ def variables_for(
 ) -> dict[str, Any]:
     """The variables of any checkpoint for a model that is given, on the host.
 
-    The model may be for images of another size: positions are interpolated then.
+    The model may be for images of another size: positions are interpolated then. Where training
+    starts, it may be for images of other channels, too: the patch embedding is inflated then
+    (``inflation.inflated``).
 
     Args:
       model: the model.
       path_or_name: see ``load``.
       step: see ``load``.
       ema: see ``load``.
-      key: see ``load``.
+      key: see ``load``; given where training starts.
 
     Raises:
       NamesError: if the checkpoint is of a model of another shape; it lists all differences.
@@ -181,11 +190,19 @@ def variables_for(
     if weights.form == "mae" and key is not None:
         return start_from_mae(model, weights.tensors, key, grid=weights.mae_grid)
     variables = native_variables(weights)
-    if found := differences(weights.config, model.config):
+    num_before, channels = weights.config.channels.count, model.config.channels
+    compared = weights.config
+    if key is not None:
+        compared = dataclasses.replace(compared, channels=channels)
+        variables = with_channels(variables, num_before, channels.count, weights.path)
+    if found := differences(compared, model.config):
         lines = "\n  ".join(found)
+        hint = ""
+        if num_before != channels.count:
+            hint = "\nOnly training starts from weights of other channels (train.init_from)"
         raise NamesError(
             f"{weights.path} is not of the model that the config describes; {len(found)} "
-            f"differences:\n  {lines}"
+            f"differences:\n  {lines}{hint}"
         )
     return _with_positions_of(variable_shapes(model.config), variables)
 
@@ -196,6 +213,7 @@ def autoencoder_variables_for(
     *,
     step: int | None = None,
     ema: bool = True,
+    inflates: bool = False,
 ) -> dict[str, Any]:
     """The variables of a masked autoencoder, decoder and all, for a model that is given.
 
@@ -204,20 +222,24 @@ def autoencoder_variables_for(
       path_or_name: a run of pre-training, or a file with the published names.
       step: see ``load``.
       ema: see ``load``.
+      inflates: whether it may be of images of other channels, where training starts; see
+        ``inflation``.
 
     Raises:
       NamesError: if the checkpoint lacks the decoder, or is of a model of another shape.
       WeightsError, CheckpointError: see ``load``.
     """
     # Which variant it is of does not matter: names and shapes are compared with the model's.
-    weights = _open(path_or_name, step, ema, Hints(), mae_of=SamConfig(model.encoder))
+    weights = _open(
+        path_or_name, step, ema, Hints(), mae_of=SamConfig(model.encoder, channels=model.channels)
+    )
     if weights.form != "mae":
         raise WeightsError(
             f"{weights.path} is no masked autoencoder, which pre-training goes on from: give a run "
             "of pre-training, or a published file that has the decoder as well"
         )
     try:
-        return autoencoder_variables(model, weights.tensors, weights.path)
+        return autoencoder_variables(model, weights.tensors, weights.path, inflates=inflates)
     except NamesError as error:
         raise NamesError(f"{weights.path}: {error}") from None
 
@@ -283,8 +305,9 @@ def convert(
     on_progress(f"writing {target}")
     save(target, config, variables, to)
     height, width = config.image_encoder.image_size
+    channels = "" if config.channels == RGB else f"; channels: {config.channels}"
     without = f"; left out: {len(left_out)} tensors that segment nothing" if left_out else ""
-    return f"{variant_name(config)} for {height} x {width} pixels, from {form}{without}"
+    return f"{variant_name(config)} for {height} x {width} pixels, from {form}{channels}{without}"
 
 
 def _convert_autoencoder(
@@ -308,7 +331,7 @@ def _convert_autoencoder(
             "has square grids only"
         )
     on_progress(f"writing {target}")
-    _write_tensors(target, weights.tensors)
+    _write_tensors(target, weights.tensors, weights.config.channels)
     height, width = weights.config.image_encoder.image_size
     return f"a masked autoencoder for {height} x {width} pixels, {len(weights.tensors)} tensors"
 
@@ -391,20 +414,27 @@ def _open(
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
     scheme, tensors = detect_scheme(found, path)
+    stated = _stated_channels(path)
     if scheme == "mae":
-        return Weights(path, scheme, mae_of or mae_config(tensors, path), tensors)
+        hints = dataclasses.replace(hints, channels=stated)
+        return Weights(path, scheme, mae_of or mae_config(tensors, path, hints), tensors)
     if scheme == "hugging_face":
         # One tensor under two names, of which files have one or both.
         twin = tensors.pop("prompt_encoder.shared_embedding.positional_embedding", None)
         if twin is not None:
             tensors.setdefault("shared_image_embedding.positional_embedding", twin)
-        hints = _hints_beside(path) or hints
+        hints = dataclasses.replace(
+            _hints_beside(path) or hints, model_channels=hints.model_channels
+        )
+    hints = dataclasses.replace(hints, channels=stated)
     left_out: tuple[str, ...] = ()
     if scheme == "official" and is_tiny_vit(tensors):
         left_out = tuple(filter(is_left_out, tensors))
         tensors = {name: array for name, array in tensors.items() if name not in left_out}
     try:
         config = infer_config(tensors, scheme, path, hints)
+    except UnknownChannelsError:
+        raise
     except WeightsError as error:
         # An incomplete file: all that it lacks, beside the first thing that was noticed.
         closest = closest_variant(tensors, scheme)
@@ -452,17 +482,18 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
     path = Path(path)
     check_target(path, target)
     if target == "official":
-        tensors = from_native(variables, "official")
+        tensors = from_native(variables, "official", channels=config.channels.count)
         if isinstance(config.image_encoder, TinyViTConfig):
             tensors |= unused_classifier(config.image_encoder)
-        _write_tensors(path, tensors)
+        _write_tensors(path, tensors, config.channels)
     elif target == "hugging-face":
         settings = to_hugging_face(config)
         with written_whole(path) as folder:
             folder.mkdir()
             _write_json(folder / "config.json", settings)
-            _write_json(folder / "preprocessor_config.json", _preprocessor(config))
-            put_safetensors(folder / SAFETENSORS, from_native(variables, "hugging_face"))
+            _write_json(folder / _PREPROCESSOR, _preprocessor(config))
+            tensors = from_native(variables, "hugging_face", channels=config.channels.count)
+            put_safetensors(folder / SAFETENSORS, tensors, _about(config.channels))
     else:
         with written_whole(path) as folder:
             save_config(folder, {"model": dataclasses.asdict(model_config_of(config))})
@@ -644,7 +675,7 @@ def run_differences(run: Path, model: Sam | MaskedAutoencoder) -> list[str]:
             for name in names
         )
         if ours != theirs
-    ]
+    ] + channel_differences(found.channels, model.channels)
 
 
 def _model_section(sections: Mapping[str, Any]) -> ModelConfig:
@@ -677,9 +708,50 @@ def shape_of(path_or_name: str | Path, *, decoder_heads: int | None = None) -> S
     return open_weights(path_or_name, decoder_heads=decoder_heads).config
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    write = write_safetensors if path.suffix == SAFETENSORS_SUFFIX else write_torch
-    write(path, dict(tensors))
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray], channels: ImageChannels) -> None:
+    """Writes a file of tensors; a PyTorch file, which is tensors alone, without the channels."""
+    if path.suffix == SAFETENSORS_SUFFIX:
+        write_safetensors(path, dict(tensors), _about(channels))
+    else:
+        write_torch(path, dict(tensors))
+
+
+def _about(channels: ImageChannels) -> dict[str, str]:
+    """Metadata that say what images a model takes; none where it takes what published ones do."""
+    if channels == RGB:
+        return {}
+    return {_CHANNELS: json.dumps(dataclasses.asdict(channels))}
+
+
+def _stated_channels(path: Path) -> ImageChannels | None:
+    """Channels as the metadata of a safetensors file say; None if they do not.
+
+    Raises:
+      WeightsError: if they say what makes no sense.
+    """
+    text = read_metadata(path).get(_CHANNELS)
+    if text is None:
+        return _preprocessed_channels(path)
+    try:
+        return from_mapping(ImageChannels, json.loads(text), _CHANNELS)
+    except (ConfigError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: its metadata {_CHANNELS} are damaged: {error}") from None
+
+
+def _preprocessed_channels(path: Path) -> ImageChannels | None:
+    """Channels other than RGB as Hugging Face's ``preprocessor_config.json`` has them."""
+    file = (path if path.is_dir() else path.parent) / _PREPROCESSOR
+    try:
+        said = json.loads(file.read_text())
+        mean, std = said["image_mean"], said["image_std"]
+        scale = 1 / said["rescale_factor"] if said.get("do_rescale") else 1.0
+        if len(mean) == RGB.count:
+            return None
+        scaled = ([value * scale for value in values] for values in (mean, std))
+        return ImageChannels(len(mean), *map(tuple, scaled))
+    # It is there for other programs, and may be of any kind.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None
 
 
 def _hints_beside(path: Path) -> Hints | None:
@@ -698,16 +770,23 @@ def _preprocessor(config: SamConfig) -> dict[str, Any]:
     side = max(encoder.image_size)
     # Hugging Face's name for the size of low-resolution masks; four per image token and side.
     low_res = 4 * encoder.grid[0]
+    channels = config.channels
+    # 8-bit pixels are brought to [0, 1] first; values as they are stored are not.
+    is_rgb = channels.in_chans is None
+    mean, std = (
+        [round(value / 255, 6) if is_rgb else value for value in values]
+        for values in (channels.pixel_mean, channels.pixel_std)
+    )
     return {
         "image_processor_type": "SamImageProcessor",
         "processor_class": "SamProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": is_rgb,
         "do_normalize": True,
         "do_pad": True,
-        "do_rescale": True,
+        "do_rescale": is_rgb,
         "do_resize": True,
-        "image_mean": [round(float(mean) / 255, 6) for mean in PIXEL_MEAN],
-        "image_std": [round(float(std) / 255, 6) for std in PIXEL_STD],
+        "image_mean": mean,
+        "image_std": std,
         "mask_pad_size": {"height": low_res, "width": low_res},
         "mask_size": {"longest_edge": low_res},
         "pad_size": {"height": side, "width": side},

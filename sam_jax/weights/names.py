@@ -32,8 +32,14 @@ class Relation(Protocol):
         """The native array of torch tensors; a view if it can be."""
         ...
 
-    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
-        """The torch tensors, so many, of a native array; views if they can be."""
+    def to_torch(self, array: np.ndarray, count: int, channels: int = 3) -> list[np.ndarray]:
+        """The torch tensors, so many, of a native array; views if they can be.
+
+        Args:
+          array: the native one.
+          count: how many tensors.
+          channels: of the model's images.
+        """
         ...
 
 
@@ -45,7 +51,7 @@ class Layout:
       pattern: for einops, ``"torch -> native"``.
       sizes: lengths of axes that the native shape alone does not tell.
       square: whether the native rows are ``h w c`` of square patches, so that their number and
-        ``c`` give ``h`` and ``w``.
+        ``c``, the image's channels, give ``h`` and ``w``.
     """
 
     pattern: str
@@ -57,13 +63,13 @@ class Layout:
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         return rearrange(stacked, self.pattern, **self.sizes)
 
-    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+    def to_torch(self, array: np.ndarray, count: int, channels: int = 3) -> list[np.ndarray]:
         """See ``Relation``."""
         theirs, ours = self.pattern.split(" -> ")
         sizes = dict(self.sizes)
         if self.square:
-            side = math.isqrt(array.shape[0] // sizes["c"])
-            sizes |= {"h": side, "w": side}
+            side = math.isqrt(array.shape[0] // channels)
+            sizes |= {"h": side, "w": side, "c": channels}
         stacked = rearrange(array, f"{ours} -> {theirs}", **sizes)
         return np.split(stacked, range(1, count))
 
@@ -76,7 +82,7 @@ class SquareTable:
         (table,) = tensors
         return rearrange(table, "a (h w) -> a h w", h=math.isqrt(table.shape[1]))
 
-    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+    def to_torch(self, array: np.ndarray, count: int, channels: int = 3) -> list[np.ndarray]:
         """See ``Relation``."""
         assert count == 1
         return [rearrange(array, "a h w -> a (h w)")]
@@ -102,7 +108,7 @@ class FoldedKernel:
         kernel = weight * factors.reshape(-1, *[1] * (weight.ndim - 1))
         return self.layout.to_native([kernel.astype(np.float32)])
 
-    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+    def to_torch(self, array: np.ndarray, count: int, channels: int = 3) -> list[np.ndarray]:
         """See ``Relation``."""
         assert count == 3
         (weight,) = self.layout.to_torch(array, 1)
@@ -121,7 +127,7 @@ class FoldedBias:
         bias, scale, mean, variance = tensors
         return (bias - mean * _batch_norm_factors(scale, variance)).astype(np.float32)
 
-    def to_torch(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+    def to_torch(self, array: np.ndarray, count: int, channels: int = 3) -> list[np.ndarray]:
         """See ``Relation``."""
         assert count == 4
         scale, variance = _no_batch_norm(len(array))
@@ -158,7 +164,7 @@ KINDS: dict[str, dict[str, tuple[str | tuple[str, ...], Relation]]] = {
     "norm": {"scale": ("weight", _SAME), "bias": ("bias", _SAME)},
     # Convolutions whose kernel is their stride are dense layers on patches here.
     "patches": {
-        "kernel": ("weight", Layout("o c h w -> (h w c) o", {"c": 3}, square=True)),
+        "kernel": ("weight", Layout("o c h w -> (h w c) o", square=True)),
         "bias": ("bias", _SAME),
     },
     "blocks_2x2": {
@@ -568,9 +574,9 @@ class Rule:
         """The native array of the tensors that ``foreign`` names, in its order."""
         return self.relation.to_native(tensors)
 
-    def to_foreign(self, array: np.ndarray) -> list[np.ndarray]:
+    def to_foreign(self, array: np.ndarray, channels: int = 3) -> list[np.ndarray]:
         """The tensors that ``foreign`` names, in its order, of a native array."""
-        return self.relation.to_torch(array, len(self.foreign))
+        return self.relation.to_torch(array, len(self.foreign), channels)
 
 
 def _rules(scheme: Scheme) -> Iterator[Rule]:
@@ -651,12 +657,15 @@ def to_native(
     return unflatten_dict(arrays, sep="/")
 
 
-def from_native(variables: Mapping[str, Any], scheme: Scheme = "official") -> dict[str, np.ndarray]:
+def from_native(
+    variables: Mapping[str, Any], scheme: Scheme = "official", *, channels: int = 3
+) -> dict[str, np.ndarray]:
     """Tensors by their foreign names of native variables, types unchanged.
 
     Args:
       variables: ``{"params": ..., "constants": ...}`` of a model, or a part of it.
       scheme: whose names they get.
+      channels: of the model's images.
 
     Raises:
       NamesError: if there are variables without a foreign name or of another rank than they should
@@ -670,7 +679,7 @@ def from_native(variables: Mapping[str, Any], scheme: Scheme = "official") -> di
             problems.append(f"unexpected: {path} ({scheme} none)")
             continue
         try:
-            tensors.update(zip(names, rule.to_foreign(np.asarray(leaf)), strict=True))
+            tensors.update(zip(names, rule.to_foreign(np.asarray(leaf), channels), strict=True))
         except EinopsError:
             problems.append(f"misshapen: {path} {leaf.shape} ({scheme} {', '.join(names)})")
     _raise_if_any(problems, "these variables are not those of a published model")

@@ -88,7 +88,8 @@ def test_the_transform_takes_every_option_from_the_config() -> None:
         "reduced_decoding": False,
     }
     transform = DataConfig.from_dict({**PLAIN, **changed}).transform()
-    assert dataclasses.asdict(transform) == {**changed, "image_size": (48, 64)}
+    expected = {**changed, "image_size": (48, 64), "in_channels": None}
+    assert dataclasses.asdict(transform) == expected
 
 
 def test_every_kind_is_built(tmp_path: Path) -> None:

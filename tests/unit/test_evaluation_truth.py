@@ -175,3 +175,15 @@ def test_files_without_images_or_categories(tmp_path: Path) -> None:
         path.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match=words):
             read_labelled(path)
+
+
+def test_pictures_of_channels(tmp_path: Path) -> None:
+    changed = content()
+    changed["images"][0]["file_name"] = "b.npy"
+    path = written(tmp_path, changed)
+    pixels = np.random.default_rng(0).normal(size=(10, 12, 5)).astype(np.float32)
+    np.save(tmp_path / "images" / "b.npy", pixels)
+    image = InstanceTruth(path, in_channels=5).read(1)
+    np.testing.assert_array_equal(image.pixels, pixels)
+    with pytest.raises(CorruptSampleError, match=r"model\.in_channels"):
+        InstanceTruth(path).read(1)

@@ -103,7 +103,7 @@ def routes(content: bytes, path: Path) -> Iterator[Any]:
     yield outcome(lambda: np.asarray(open_reduced(sample, HW).image))
     yield outcome(lambda: decode_image(sample))
     yield outcome(lambda: read_image(path))
-    ((_, found),) = folder._read_ahead([path])
+    ((_, found),) = folder._read_ahead([path], None)
     yield found.detail if isinstance(found, images.UnreadableImageError) else found
     try:
         with Image.open(path) as image:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "sam_jax"
 LEAVES = {"arrays", "buckets", "configuration", "digests", "errors", "places"}
 BASE = LEAVES | {"ops"}
 LOWER = BASE | {
+    "channel_statistics",
     "checkpoint",
     "data",
     "dataset_statistics",
@@ -24,6 +25,7 @@ LOWER = BASE | {
     "flop_counts",
     "hlo",
     "hosts",
+    "image_channels",
     "images",
     "losses",
     "mask_shapes",
@@ -40,11 +42,13 @@ LOWER = BASE | {
 MAY_IMPORT = {
     "arrays": set[str](),
     "buckets": {"errors"},
+    "channel_statistics": {"arrays", "errors", "files", "image_channels", "images"},
     "configuration": {"errors"},
     "digests": set[str](),
     "errors": set[str](),
     "files": {"buckets", "errors"},
     "images": {"arrays", "errors"},
+    "image_channels": {"arrays", "errors", "images"},
     "resizing": {"arrays"},
     "rle": {"arrays", "errors", "images"},
     "ops": {"arrays", "errors"},
@@ -54,7 +58,7 @@ MAY_IMPORT = {
     "losses": BASE,
     "mask_shapes": {"arrays"},
     "dataset_statistics": BASE | {"data", "mask_shapes", "rle", "visualize"},
-    "data": BASE | {"files", "images", "resizing", "rle"},
+    "data": BASE | {"files", "image_channels", "images", "resizing", "rle"},
     "simulated_user": BASE,
     "sharding": LEAVES,
     "hlo": set[str](),
@@ -68,7 +72,17 @@ MAY_IMPORT = {
     "training": LOWER,
     # Neither data nor inference knows of the other: they meet in pictures, files and run lengths.
     "inference": BASE
-    | {"files", "images", "models", "parallel", "resizing", "rle", "visualize", "weights"},
+    | {
+        "files",
+        "image_channels",
+        "images",
+        "models",
+        "parallel",
+        "resizing",
+        "rle",
+        "visualize",
+        "weights",
+    },
     "evaluation": LOWER | {"inference"},
     "cost_report": LOWER | {"training"},
     "cli": LOWER | {"cli_results", "cost_report", "evaluation", "inference", "training"},

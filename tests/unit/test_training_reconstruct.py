@@ -28,6 +28,7 @@ from sam_jax.weights.load import (
     describe,
     load,
     open_weights,
+    run_differences,
 )
 from sam_jax.weights.mae import mae_tensors, start_from_mae
 from sam_jax.weights.names import NamesError
@@ -342,3 +343,52 @@ def test_segmentation_is_not_trained_on_images_without_masks() -> None:
     config["data"]["crop_area_rates"] = (0.2, 1.0)
     with pytest.raises(ConfigError, match="examples without masks"):
         Experiment.of(config)
+
+
+def test_pre_training_on_two_channels(run: Run, tmp_path: Path) -> None:
+    """From weights of RGB, with an evaluation, and back from its own checkpoint."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        image = rng.normal(500, 100, (2, 40 + number, 50)).astype(np.float32)
+        np.save(tmp_path / "images" / f"{number}.npy", image)
+    changes = {
+        "model.in_channels": 2,
+        "model.pixel_mean": (500.0, 500.0),
+        "model.pixel_std": (100.0, 100.0),
+        "train.num_steps": 2,
+        "train.init_from": str(run.folder),
+        "data.batch_size": 2,
+    }
+    config = sections(tmp_path / "images", **changes)
+    experiment = Experiment.of(config)
+    assert experiment.task.batch_spec(2)["image"].shape == (2, 32, 32, 2)
+    data = train_iterator(experiment.data)
+    workdir = tmp_path / "two"
+    loop.train(
+        workdir=workdir,
+        program=experiment.program(jax.devices()[:1]),
+        config=experiment.train,
+        batch_size=2,
+        data_iterator=data,
+        checkpoint_config=CheckpointConfig(),
+        evaluators=build_evaluators(config["evals"], experiment.task.model),
+        sections=config,
+    )
+    data.close()
+    assert list((workdir / "pictures").rglob("*.png"))
+    model, variables, _ = model_of(config, str(workdir), step=None, ema=True)
+    assert isinstance(model, MaskedAutoencoder)
+    assert model.channels.in_chans == 2
+    report = build_evaluators(config["evals"], model)["val"](variables)
+    assert 0 < report.as_flat_dict()["mean/loss"] < 10
+    other = MaskedAutoencoder(model.encoder, model.config)
+    assert run_differences(workdir, other) == ["in_channels is 2, expected None (8-bit RGB)"]
+    # Written under MAE's names, it comes back with its channels.
+    convert(workdir, tmp_path / "mae.safetensors", "mae")
+    assert read_tensors(tmp_path / "mae.safetensors")["patch_embed.proj.weight"].shape[1] == 2
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        autoencoder_variables_for(model, tmp_path / "mae.safetensors")["params"],
+        variables["params"],
+    )

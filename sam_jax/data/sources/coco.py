@@ -29,6 +29,7 @@ class CocoSource(ListedImagesSource):
         objects, and CVAT all that was painted with a brush. "skip" leaves them out, "keep" takes
         them as objects.
       orientation: see `Sample`.
+      in_channels: see `Sample`.
 
     Raises:
       FileNotFoundError: the JSON or the folder does not exist.
@@ -45,6 +46,7 @@ class CocoSource(ListedImagesSource):
         name: str = "coco",
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         if crowd not in get_args(Crowd):
             raise ConfigError(f"crowd is {crowd!r}; expected one of {get_args(Crowd)}")
@@ -61,6 +63,7 @@ class CocoSource(ListedImagesSource):
             folder=folder,
             name=name,
             orientation=orientation,
+            in_channels=in_channels,
             advice=_KEEP_CROWDS if left_out.counts[CROWD] else "",
         )
 
@@ -80,5 +83,6 @@ class VideoCocoSource(CocoSource):
         name: str = "video_coco",
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
-        super().__init__(path, images, name, crowd, orientation)
+        super().__init__(path, images, name, crowd, orientation, in_channels)

@@ -10,7 +10,8 @@ from sam_jax.data.sources.label_map_files import MASK_SUFFIXES, NO_MASK_FILE
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files, is_hidden
-from sam_jax.images import PICTURE_SUFFIXES, Orientation
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
+from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class ImageFoldersSource:
       masks: the name of the folder with its masks.
       name: what `Sample.dataset` says.
       orientation: see `Sample`; masks that are stored turned are taken by it.
+      in_channels: see `Sample`; if there are some, images may be `.npy`, too.
 
     Raises:
       FileNotFoundError: the folder does not exist.
@@ -41,19 +43,20 @@ class ImageFoldersSource:
         masks: str = "masks",
         name: str = "image_folders",
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
         self.name = name
         self.left_out = Tally()
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
         self._entries: list[tuple[str, Path, list[Path]]] = []
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
         for folder in folders:
             if is_hidden(folder.relative_to(root)):
                 continue
-            pictures = self._files(folder / images, PICTURE_SUFFIXES)
+            pictures = self._files(folder / images, image_suffixes(in_channels))
             if len(pictures) > 1:
                 raise ConfigError(
                     f"{folder / images} has {len(pictures)} pictures, {pictures[0].name} and "
@@ -70,7 +73,9 @@ class ImageFoldersSource:
         if not self._entries:
             raise ConfigError(
                 f"none of the {len(folders)} folders in {root} has a picture in {images}/ and "
-                f"masks in {masks}/" + (f": {self.left_out}" if self.left_out else "")
+                f"masks in {masks}/"
+                + (f": {self.left_out}" if self.left_out else "")
+                + hint_of_arrays(root, in_channels)
             )
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", root, line)
@@ -103,7 +108,7 @@ class ImageFoldersSource:
         _, path, mask_files = self._entries[index]
         image = read_picture_file(path)
         found = read_mask_files(mask_files, self._read)
-        return sample_of_file(path, image, self.name, self._orientation, *found)
+        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
 
     def _read(self, file: Path) -> LabelMap:
         return as_one_object(read_label_map(file, orientation=self._orientation))

@@ -1,5 +1,6 @@
 """Images without masks, for pre-training: folders of picture files, or tars of them."""
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,8 @@ from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.images import PICTURE_SUFFIXES, Orientation
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
+from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class ImagesSource:
       cache_dir: where the indices of tars are kept; None is beside each tar.
       name: what `Sample.dataset` says.
       orientation: see `Sample`.
+      in_channels: see `Sample`; if there are some, images may be `.npy`, too.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -42,21 +45,24 @@ class ImagesSource:
         cache_dir: str | Path | None = None,
         name: str = "images",
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         self.name = name
         self.left_out = Tally()
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
+        suffixes = image_suffixes(in_channels)
         found, folders = tars.find(path)
-        indices = tars.current_indices(found, cache_dir, PICTURES)
+        indices = tars.current_indices(found, cache_dir, _arrangement(in_channels))
         shards: list[_Shard] = [
             _TarShard(tar, index) for tar, index in zip(found, indices, strict=True)
         ]
-        shards += [_FolderShard(folder, self.left_out) for folder in folders]
+        shards += [_FolderShard(folder, suffixes, self.left_out) for folder in folders]
         self._shards = Shards(shards)
         if not len(self):
             left_out = f" (left out: {self.left_out})" if self.left_out else ""
             raise ConfigError(
-                f"no picture in {path}{left_out}; pictures end in {', '.join(PICTURE_SUFFIXES)}"
+                f"no picture in {path}{left_out}; pictures end in {', '.join(suffixes)}"
+                + "".join(hint_of_arrays(folder, in_channels) for folder in folders[:1])
             )
         if self.left_out:
             _log.warning("%s: left out: %s", path, self.left_out)
@@ -72,7 +78,14 @@ class ImagesSource:
         """
         shard, within = self._shards.find(index)
         name, image = shard.read(within)
-        return Sample(image, (), self.name, name, orientation=self._orientation)
+        return Sample(
+            image,
+            (),
+            self.name,
+            name,
+            orientation=self._orientation,
+            in_channels=self._in_channels,
+        )
 
 
 class _Shard(Protocol):
@@ -90,9 +103,9 @@ class _Shard(Protocol):
 class _FolderShard:
     """Picture files in a folder or below it."""
 
-    def __init__(self, folder: DataPath, left_out: Tally):
+    def __init__(self, folder: DataPath, suffixes: Sequence[str], left_out: Tally):
         self._folder = folder
-        found, hidden = data_files(folder, PICTURE_SUFFIXES)
+        found, hidden = data_files(folder, suffixes)
         if hidden:
             left_out.add("hidden files", str(hidden[0]), len(hidden))
         # As one array, millions of paths are pickled into workers at once.
@@ -124,16 +137,24 @@ class _TarShard:
         return name, tars.read_extent(self._path, name, "image", (offset, size))
 
 
-def _index_of_pictures(members: Iterable[tars.Member]) -> np.ndarray:
+def _index_of_pictures(suffixes: Sequence[str], members: Iterable[tars.Member]) -> np.ndarray:
     """Positions of the pictures of a tar in order of their names: `name` and `image`."""
     found = sorted(
-        member
-        for member in members
-        if PurePosixPath(member.name).suffix.lower() in PICTURE_SUFFIXES
+        member for member in members if PurePosixPath(member.name).suffix.lower() in suffixes
     )
     index = tars.empty_index([os.fsencode(member.name) for member in found], ("image",))
     index["image"] = np.array([member[1:] for member in found], np.int64).reshape(-1, 2)
     return index
 
 
-PICTURES = tars.Arrangement("images", 1, _index_of_pictures)
+def _arrangement(in_channels: int | None) -> tars.Arrangement:
+    """The index of a tar's images; one of 8-bit RGB is another file than one of channels."""
+    return PICTURES if in_channels is None else _CHANNEL_IMAGES
+
+
+PICTURES = tars.Arrangement(
+    "images", 1, functools.partial(_index_of_pictures, image_suffixes(None))
+)
+_CHANNEL_IMAGES = tars.Arrangement(
+    "channel_images", 1, functools.partial(_index_of_pictures, image_suffixes(1))
+)

@@ -14,7 +14,8 @@ from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.images import PICTURE_SUFFIXES, Orientation
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
+from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class LabelMapsSource:
       components: whether each connected piece of a label is an object of its own.
       include: patterns of the images' paths below the folder, as in `ego4d_*`; None is all.
       orientation: see `Sample`; label maps that are stored turned are taken by it.
+      in_channels: see `Sample`; if there are some, images may be `.npy`, too.
 
     Raises:
       FileNotFoundError: a folder does not exist.
@@ -62,6 +64,7 @@ class LabelMapsSource:
         components: bool = False,
         include: Sequence[str] | None = None,
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         if encoding is not None and (background is not None or ignore_labels):
             raise ConfigError(f"encoding {encoding!r} says itself what is background")
@@ -71,12 +74,13 @@ class LabelMapsSource:
         self._encoding = encoding
         self._background, self._ignore_labels = background, tuple(ignore_labels)
         self._components = components
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
         mask_suffixes = tuple(mask_suffixes)
         masks = Path(masks) if masks is not None else self._path
         mask_files = _by_folder(masks, MASK_SUFFIXES)
         self._pairs: list[tuple[str, Path, list[Path]]] = []
-        for folder, images in sorted(_by_folder(self._path, PICTURE_SUFFIXES).items()):
+        image_files = _by_folder(self._path, image_suffixes(in_channels))
+        for folder, images in sorted(image_files.items()):
             for file_name, image in images:
                 stem = _stem(file_name, image_suffix)
                 if stem is None:
@@ -98,6 +102,7 @@ class LabelMapsSource:
                 f"x{image_suffix or '.jpg'}, one of "
                 f"{', '.join(f'x{suffix}' for suffix in mask_suffixes)} would be"
                 + (f". Left out: {self.left_out}" if self.left_out else "")
+                + ("" if image_files else hint_of_arrays(self._path, in_channels))
             )
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", path, line)
@@ -127,7 +132,7 @@ class LabelMapsSource:
         _, path, mask_files = self._pairs[index]
         image = read_picture_file(path)
         found = read_mask_files(mask_files, self._read)
-        return sample_of_file(path, image, self.name, self._orientation, *found)
+        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
 
     def _read(self, file: Path) -> LabelMap:
         if self._encoding is not None:

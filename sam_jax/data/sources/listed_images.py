@@ -65,6 +65,7 @@ class ListedImagesSource:
       folder: where the images are.
       name: what ``Sample.dataset`` says.
       orientation: see ``Sample``.
+      in_channels: see ``Sample``.
       advice: what brings in more of what was left out, for messages.
 
     Raises:
@@ -81,6 +82,7 @@ class ListedImagesSource:
         folder: DataPath,
         name: str,
         orientation: Orientation,
+        in_channels: int | None = None,
         advice: str = "",
     ):
         if not folder.is_dir():
@@ -92,7 +94,7 @@ class ListedImagesSource:
             _log.warning("%s: left out: %s%s", path, left_out, advice)
         self.name = name
         self.left_out = left_out
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
         self._folder = folder
         self._images = images
         self._paths = find_pictures(path, images, folder)
@@ -124,7 +126,14 @@ class ListedImagesSource:
         if size is None and any(isinstance(mask, list) for _, mask in record.segmentations):
             # Polygons have no size, so which way up they were drawn only the others tell.
             runs = tuple(mask for _, mask in record.segmentations if isinstance(mask, dict))
-            drawn_on = Sample(image, runs, self.name, str(path), orientation=self._orientation)
+            drawn_on = Sample(
+                image,
+                runs,
+                self.name,
+                str(path),
+                orientation=self._orientation,
+                in_channels=self._in_channels,
+            )
             size = image_hw(drawn_on)
             remarks += picture_remarks(drawn_on)
         for where, segmentation in record.segmentations:
@@ -135,9 +144,8 @@ class ListedImagesSource:
                 continue
             masks_rle.append(mask)
             remarks += [(PART_LEFT_OUT, f"{where}: {part}") for part in bad_parts]
-        return sample_of_file(
-            path, image, self.name, self._orientation, masks_rle, unusable, remarks
-        )
+        found = (masks_rle, unusable, remarks)
+        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
 
 
 def find_pictures(

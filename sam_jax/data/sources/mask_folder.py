@@ -13,7 +13,8 @@ from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.images import PICTURE_SUFFIXES, Orientation
+from sam_jax.image_channels import hint_of_arrays, image_suffixes
+from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 # Lossy formats smear labels into each other at every outline.
@@ -42,6 +43,7 @@ class MaskFolderSource:
         background: int | None = None,
         ignore_labels: Sequence[int] = (),
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         """Matches the files; none is opened yet.
 
@@ -53,6 +55,7 @@ class MaskFolderSource:
             None is black.
           ignore_labels: labels that are neither object nor background.
           orientation: see `Sample`; masks that are stored turned are taken by it.
+          in_channels: see `Sample`; if there are some, images may be `.npy`, too.
 
         Raises:
           FileNotFoundError: a folder does not exist.
@@ -61,9 +64,9 @@ class MaskFolderSource:
         self.name = name
         self.left_out = Tally()
         self._background, self._ignore_labels = background, tuple(ignore_labels)
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
         images: dict[str, Path] = {}
-        for stem, image in self._files(path, PICTURE_SUFFIXES):
+        for stem, image in self._files(path, image_suffixes(in_channels)):
             if stem in images:
                 raise ConfigError(f"{images[stem]} and {image} would share their masks")
             images[stem] = image
@@ -94,6 +97,7 @@ class MaskFolderSource:
                 f"none of the {num_masks} masks (png, bmp, tif, npy) in {masks} belongs "
                 f"to one of the {len(images)} images in {path}; for cat.jpg, "
                 f"cat.png, cat_*.png and cat/*.png would{left_out}"
+                + ("" if images else hint_of_arrays(Path(path), in_channels))
             )
         for stem in sorted(images.keys() - found.keys()):
             self.left_out.add("images without a mask file", str(images[stem]))
@@ -149,7 +153,7 @@ class MaskFolderSource:
         path, mask_files = self._pairs[index]
         image = read_picture_file(path)
         found = read_mask_files(mask_files, functools.partial(self._read, mask_files))
-        return sample_of_file(path, image, self.name, self._orientation, *found)
+        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
 
     def _read(self, is_label_map: Mapping[Path, bool], file: Path) -> LabelMap:
         found = read_label_map(file, self._background, self._ignore_labels, self._orientation)

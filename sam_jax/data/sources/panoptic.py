@@ -67,6 +67,7 @@ class PanopticSource:
       stuff: whether regions of classes that are no things, such as sky, are objects.
       crowd: whether groups (iscrowd) are.
       orientation: see `Sample`.
+      in_channels: see `Sample`.
 
     Raises:
       FileNotFoundError: the JSON or a folder does not exist.
@@ -82,11 +83,12 @@ class PanopticSource:
         stuff: Stuff = "keep",
         crowd: Crowd = "skip",
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         path = Path(path)
         self.name = name
         self.left_out = Tally()
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
         self._masks = Path(masks) if masks is not None else path.with_suffix("")
         self._folder = Path(images) if images is not None else path.parent / "images"
         for folder, key in ((self._masks, "masks"), (self._folder, "images")):
@@ -160,6 +162,7 @@ class PanopticSource:
             rle.from_labels(numbers.astype(np.int32)),
             unusable,
             remarks,
+            self._in_channels,
         )
 
 

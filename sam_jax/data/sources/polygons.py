@@ -21,6 +21,7 @@ class PolygonSource(ListedImagesSource):
       name: what `Sample.dataset` says.
       skip_labels: labels of what is no object, such as "void".
       orientation: see `Sample`.
+      in_channels: see `Sample`.
 
     Raises:
       FileNotFoundError: the JSON or the folder does not exist.
@@ -36,6 +37,7 @@ class PolygonSource(ListedImagesSource):
         name: str = "polygons",
         skip_labels: Sequence[str] = (),
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         path = Path(path)
         found, left_out = read_polygons(path, form, frozenset(skip_labels))
@@ -46,4 +48,5 @@ class PolygonSource(ListedImagesSource):
             folder=Path(images) if images is not None else path.parent / "images",
             name=name,
             orientation=orientation,
+            in_channels=in_channels,
         )

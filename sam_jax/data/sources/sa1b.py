@@ -3,6 +3,7 @@
 Folders that somebody did extract work, too.
 """
 
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.images import PICTURE_SUFFIXES, Orientation
+from sam_jax.image_channels import image_suffixes
+from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 _HIDDEN = "hidden files"
@@ -66,6 +68,7 @@ class Sa1bSource:
         cache_dir: str | Path | None = None,
         name: str = "sa1b",
         orientation: Orientation = "upright",
+        in_channels: int | None = None,
     ):
         """Finds the pairs; scans tars that have no current index yet.
 
@@ -75,6 +78,7 @@ class Sa1bSource:
           cache_dir: where the indices are kept; None is beside each tar.
           name: what `Sample.dataset` says.
           orientation: see `Sample`.
+          in_channels: see `Sample`; if there are some, images may be `.npy`, too.
 
         Raises:
           FileNotFoundError: nothing is there.
@@ -83,13 +87,16 @@ class Sa1bSource:
         """
         self.name = name
         self.left_out = Tally()
-        self._orientation = orientation
+        self._orientation, self._in_channels = orientation, in_channels
+        suffixes = image_suffixes(in_channels)
         found, folders = tars.find(path)
-        index_paths = tars.current_indices(found, cache_dir, PAIRS)
+        index_paths = tars.current_indices(
+            found, cache_dir, PAIRS if in_channels is None else _CHANNEL_PAIRS
+        )
         shards: list[_Shard] = [
             _TarShard(tar, index) for tar, index in zip(found, index_paths, strict=True)
         ]
-        shards += [_FolderShard(folder, self.left_out) for folder in folders]
+        shards += [_FolderShard(folder, suffixes, self.left_out) for folder in folders]
         self._shards = Shards(shards)
         if not len(self):
             left_out = f" (left out: {self.left_out})" if self.left_out else ""
@@ -110,7 +117,15 @@ class Sa1bSource:
         shard, within = self._shards.find(index)
         name, image, annotation = shard.read(within)
         masks_rle, unusable = parse_annotation(name, annotation)
-        return Sample(image, masks_rle, self.name, name, unusable, self._orientation)
+        return Sample(
+            image,
+            masks_rle,
+            self.name,
+            name,
+            unusable,
+            self._orientation,
+            in_channels=self._in_channels,
+        )
 
     def annotation_file(self, index: int) -> AnnotationFile:
         """The place of a pair's json, for those who want no image; nothing is read yet."""
@@ -168,15 +183,15 @@ class _Shard(Protocol):
 class _FolderShard:
     """Extracted pairs, in `folder` or below it."""
 
-    def __init__(self, folder: DataPath, left_out: Tally):
+    def __init__(self, folder: DataPath, suffixes: Sequence[str], left_out: Tally):
         self._folder = folder
         pairs: dict[str, list[str]] = {}
-        found, hidden = data_files(folder, (*PICTURE_SUFFIXES, ".json"))
+        found, hidden = data_files(folder, (*suffixes, ".json"))
         if hidden:
             left_out.add(_HIDDEN, str(hidden[0]), len(hidden))
         for file in found:
             path = file.relative_to(folder).as_posix()
-            _pair_up(pairs, path, path, "", str)
+            _pair_up(pairs, suffixes, path, path, "", str)
         # Millions of paths: as one array they are pickled into workers at
         # once and take no more room than their characters.
         self._pairs = np.array([pairs[stem] for stem in sorted(pairs)], np.str_).reshape(-1, 2)
@@ -205,7 +220,12 @@ class _FolderShard:
 
 
 def _pair_up(
-    pairs: dict[str, list], path: str, value: Any, absent: Any, name: Callable[[Any], str]
+    pairs: dict[str, list],
+    suffixes: Sequence[str],
+    path: str,
+    value: Any,
+    absent: Any,
+    name: Callable[[Any], str],
 ) -> None:
     """Files an image or json under its path without suffix; ignores others.
 
@@ -213,7 +233,7 @@ def _pair_up(
       ConfigError: there is another one, with another name.
     """
     suffix = PurePosixPath(path).suffix
-    if suffix.lower() not in (*PICTURE_SUFFIXES, ".json"):
+    if suffix.lower() not in (*suffixes, ".json"):
         return
     pair = pairs.setdefault(path.removesuffix(suffix), [absent, absent])
     place = int(suffix.lower() == ".json")
@@ -252,7 +272,7 @@ class _TarShard:
         return tars.read_extent(self._path, name, what, (offset, size))
 
 
-def _index_of_pairs(members: Iterable[tars.Member]) -> np.ndarray:
+def _index_of_pairs(suffixes: Sequence[str], members: Iterable[tars.Member]) -> np.ndarray:
     """Positions of the pairs of a tar, one record a pair, in order of names.
 
     Returns:
@@ -262,7 +282,7 @@ def _index_of_pairs(members: Iterable[tars.Member]) -> np.ndarray:
     pairs: dict[str, list[tars.Member]] = {}
     absent = tars.Member("", -1, 0)
     for member in members:
-        _pair_up(pairs, member.name, member, absent, lambda value: value.name)
+        _pair_up(pairs, suffixes, member.name, member, absent, lambda value: value.name)
     names = [os.fsencode(pairs[stem][0].name or pairs[stem][1].name) for stem in sorted(pairs)]
     index = tars.empty_index(names, ("image", "json"))
     for field, part in (("image", 0), ("json", 1)):
@@ -272,4 +292,8 @@ def _index_of_pairs(members: Iterable[tars.Member]) -> np.ndarray:
 
 
 # The version is to be raised when other pairs are found than before.
-PAIRS = tars.Arrangement("", 2, _index_of_pairs)
+PAIRS = tars.Arrangement("", 2, functools.partial(_index_of_pairs, image_suffixes(None)))
+# Of images of channels, whose endings are others.
+_CHANNEL_PAIRS = tars.Arrangement(
+    "channels", 1, functools.partial(_index_of_pairs, image_suffixes(1))
+)

@@ -39,6 +39,7 @@ from sam_jax.evaluation.detection.prompt_boxes import (
 from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage
 from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.targets import NotFiniteError
+from sam_jax.image_channels import rgb_view
 from sam_jax.inference.box_masks import BoxedImage, BoxMask, BoxOptions, masks_of_boxes
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.visualize import draw_boxes, grid, overlay_masks, palette
@@ -115,16 +116,19 @@ class InstancesFromBoxes:
 
     Args:
       config: data and rules.
+      in_channels: of the images that the model takes; None for 8-bit RGB.
 
     Raises:
       FileNotFoundError: a file is not where the config says.
       ConfigError: a file is refused; or the rules do not fit it.
     """
 
-    def __init__(self, config: InstancesConfig):
+    def __init__(self, config: InstancesConfig, in_channels: int | None = None):
         self._config = config
         self._rules: Rules = "lvis" if config.rules == "lvis" else "coco"
-        self._truth = InstanceTruth(config.truth, config.images, config.max_images, config.seed)
+        self._truth = InstanceTruth(
+            config.truth, config.images, config.max_images, config.seed, in_channels
+        )
         if self._truth.is_federated != (self._rules == "lvis"):
             has = "has" if self._truth.is_federated else "has not"
             raise ConfigError(
@@ -247,7 +251,7 @@ class InstancesFromBoxes:
             runs = [{"size": record["size"], "counts": record["counts"][place]} for place in shown]
             boxes = corners_of([asked.boxes[place] for place in shown])
             true = [mask.mask_rle for mask in asked.image.masks]
-            pixels = asked.image.pixels
+            pixels = rgb_view(asked.image.pixels)
             colors = palette(len(shown))
             overlay = overlay_masks(pixels, _decoded(runs, record["size"]), colors)
             panels.append(draw_boxes(overlay, boxes - [0, 0, 1, 1], colors, line_px=1.5))

@@ -26,6 +26,7 @@ from sam_jax.evaluation.detection.image_stream import records_of_stream
 from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage
 from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.targets import NotFiniteError
+from sam_jax.image_channels import rgb_view
 from sam_jax.inference.automatic import AutomaticOptions, generate_masks_of_many
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.visualize import GREEN, ORANGE, RED, grid, overlay_masks
@@ -103,16 +104,19 @@ class ObjectProposals:
 
     Args:
       config: data and options.
+      in_channels: of the images that the model takes; None for 8-bit RGB.
 
     Raises:
       FileNotFoundError: a file is not where the config says.
       ConfigError: a file is refused.
     """
 
-    def __init__(self, config: ProposalsConfig):
+    def __init__(self, config: ProposalsConfig, in_channels: int | None = None):
         self._config = config
         self._options = config.automatic_options()
-        self._truth = InstanceTruth(config.truth, config.images, config.max_images, config.seed)
+        self._truth = InstanceTruth(
+            config.truth, config.images, config.max_images, config.seed, in_channels
+        )
         self._frequencies = {c.category_id: c.frequency for c in self._truth.categories}
 
     @property
@@ -233,7 +237,7 @@ class ObjectProposals:
                 (best, [GREEN if found else ORANGE for found in is_found]),
             ):
                 masks = np.stack([rle.decode(run, size) for run in runs])
-                panels.append(overlay_masks(image.pixels, masks, colors))
+                panels.append(overlay_masks(rgb_view(image.pixels), masks, colors))
             captions += [
                 f"{sum(is_found)} of {len(is_found)} found at IoU 0.5",
                 f"the best of {record['num_proposals']} proposals",

@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from sam_jax import rle
-from sam_jax.arrays import UInt8
+from sam_jax.arrays import Float, UInt8
 from sam_jax.buckets import DataPath
 from sam_jax.data.samples import (
     CorruptSampleError,
@@ -62,7 +62,7 @@ class TruthImage:
     Attributes:
       image_id: the file's.
       name: the picture file.
-      pixels: RGB, upright.
+      pixels: RGB, or other channels of the model, upright.
       masks: by category, as COCO's own evaluation takes them, then in the order of the file.
       negative, not_exhaustive: see ``LabelledImage``.
       unusable: what was wrong with each annotation that is no mask.
@@ -70,7 +70,7 @@ class TruthImage:
 
     image_id: Id
     name: str
-    pixels: UInt8[np.ndarray, "oh ow 3"]
+    pixels: UInt8[np.ndarray, "oh ow 3"] | Float[np.ndarray, "oh ow c"]
     masks: Sequence[TruthMask]
     negative: frozenset[int]
     not_exhaustive: frozenset[int]
@@ -85,6 +85,7 @@ class InstanceTruth:
       images: the folder of the pictures; None means ``images`` beside the JSON.
       max_images: most images, drawn by ``seed``; None takes all.
       seed: of the draw.
+      in_channels: of the pictures; None for 8-bit RGB.
 
     Raises:
       FileNotFoundError: the JSON or the folder does not exist.
@@ -97,6 +98,7 @@ class InstanceTruth:
         images: str | Path | None = None,
         max_images: int | None = None,
         seed: int = 0,
+        in_channels: int | None = None,
     ):
         self.path = Path(path)
         folder = Path(images) if images is not None else self.path.parent / "images"
@@ -109,7 +111,7 @@ class InstanceTruth:
         self.categories = file.categories
         self.is_federated = file.is_federated
         self.left_out = file.left_out
-        self._folder = folder
+        self._folder, self._in_channels = folder, in_channels
         listed = [ListedImage(i.file_name, i.hw, [], i.other_names) for i in file.images]
         paths = find_pictures(self.path, listed, folder)
         chosen = range(len(file.images))
@@ -180,7 +182,13 @@ class InstanceTruth:
         """The picture with its RLEs, whose sizes tell which way up a turned one was annotated."""
         sizes = [{"size": list(record.hw), "counts": []}] if record.hw is not None else []
         runs = [a.segmentation for a in record.annotations if isinstance(a.segmentation, dict)]
-        return Sample(read_picture_file(path), (*runs, *sizes), self.path.stem, str(path))
+        return Sample(
+            read_picture_file(path),
+            (*runs, *sizes),
+            self.path.stem,
+            str(path),
+            in_channels=self._in_channels,
+        )
 
 
 def _truth_mask(annotation: LabelledAnnotation, size: tuple[int, int]) -> TruthMask:

@@ -109,14 +109,20 @@ class EdgeEvaluation:
 
     Args:
       config: options.
+      in_channels: of the images that the model takes, which must be 8-bit RGB: None.
 
     Raises:
-      ConfigError: the data are not where the config says, or incomplete; or the benchmark's
-        solver is not installed.
+      ConfigError: the data are not where the config says, or incomplete; the model takes other
+        channels; or the benchmark's solver is not installed.
       PlaceError: edge maps cannot be written where they shall be.
     """
 
-    def __init__(self, config: EdgeEvalConfig):
+    def __init__(self, config: EdgeEvalConfig, in_channels: int | None = None):
+        if in_channels is not None:
+            raise ConfigError(
+                f"the evaluation of edges reads 8-bit RGB, and the model takes {in_channels} "
+                "channels as they are stored (model.in_channels): leave it out"
+            )
         self._config = config
         self._benchmark = import_counts()
         self._examples = list_examples(Path(config.path), config.split)[: config.max_images]

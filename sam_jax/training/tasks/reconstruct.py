@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from sam_jax import flop_counts
@@ -52,7 +51,7 @@ class ReconstructTask:
     def load(self, path: str, key: Array) -> dict[str, Any]:
         """Variables of a masked autoencoder whose decoder was kept: a run, or a published file."""
         del key  # nothing is left to draw
-        return autoencoder_variables_for(self.model, path)
+        return autoencoder_variables_for(self.model, path, inflates=True)
 
     def differences(self, run: Path) -> list[str]:
         return run_differences(run, self.model)
@@ -61,8 +60,9 @@ class ReconstructTask:
         return dict(variables)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (batch_size, *self.model.image_size, 3)
-        return {"image": jax.ShapeDtypeStruct(shape, np.uint8)}
+        channels = self.model.channels
+        shape = (batch_size, *self.model.image_size, channels.count)
+        return {"image": jax.ShapeDtypeStruct(shape, channels.dtype)}
 
     def count(self, batch: Fields) -> Float[Array, ""]:
         return jnp.float32(len(batch["image"]) * self.model.num_dropped)
@@ -73,7 +73,7 @@ class ReconstructTask:
 
         def errors(params: Any, images: Array, noise: Array) -> Float[Array, "b u"]:
             """Errors of a device's own images."""
-            images = normalize_whole_images(images)
+            images = normalize_whole_images(images, model.channels)
             predictions, mask = model.reconstruct({"params": params}, images, noise)
             return model.errors(images, predictions, mask)
 
@@ -98,5 +98,7 @@ class ReconstructTask:
     def flops(self, batch_size: int, trained: Any) -> float:
         """Operations of a step, without what is computed twice; all counts as trained."""
         del trained  # a frozen part is no pre-training
-        image = flop_counts.autoencoder_flops(self.model.encoder, self.model.config)
+        image = flop_counts.autoencoder_flops(
+            self.model.encoder, self.model.config, self.model.channels.count
+        )
         return flop_counts.TRAINING_FACTOR * batch_size * image

@@ -41,14 +41,14 @@ class Batch:
       image_hw: height and width of each image without its padding.
       masks_packed: ``numpy.packbits`` of the masks along their rows.
       mask_valid: which of an image's masks exist.
-      image: RGB, resized, padded at the bottom and right.
+      image: RGB or other channels, resized, padded at the bottom and right.
       image_embeddings: of the images, in their place, see ``SegmentTask.takes_embeddings``.
     """
 
     image_hw: Int[Array, "b 2"]
     masks_packed: UInt8[Array, "b p h w8"]
     mask_valid: Bool[Array, "b p"]
-    image: UInt8[Array, "b h w 3"] | None = None
+    image: UInt8[Array, "b h w c"] | Float[Array, "b h w c"] | None = None
     image_embeddings: Float[Array, "b gh gw d"] | None = None
 
 
@@ -125,12 +125,12 @@ class SegmentTask:
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         height, width = self.model.image_size
-        encoder = self.model.config.image_encoder
+        encoder, channels = self.model.config.image_encoder, self.model.config.channels
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             **(
                 {"image_embeddings": ((*encoder.grid, encoder.output_dim), np.float16)}
                 if self.takes_embeddings
-                else {"image": ((height, width, 3), np.uint8)}
+                else {"image": ((height, width, channels.count), channels.dtype)}
             ),
             "image_hw": ((2,), np.int32),
             "masks_packed": ((self.max_masks, height, -(-width // 8)), np.uint8),
@@ -184,7 +184,7 @@ class SegmentTask:
             if batch.image is not None:
                 embeddings = encode(
                     {_ENCODER: params[_ENCODER]},
-                    normalize_images(batch.image, batch.image_hw),
+                    normalize_images(batch.image, batch.image_hw, self.model.config.channels),
                     self.model.draw_path_scales(encode_key, len(batch.image)),
                 )
             assert embeddings is not None, "a batch has neither images nor embeddings"
