@@ -1,8 +1,9 @@
 """A run that is killed again and again, to end where one that is left alone does, bit for bit.
 
-    python -m tests.e2e.soak --kills 20
+    python -m tests.e2e.soak --kills 20 [--config tests/e2e/tiny_pretraining.py]
 
-takes some ten minutes of two cores; `test_training_runs.py` has the short form.
+takes some ten minutes of two cores, and pre-training half of that; `test_training_runs.py` has the
+short form.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from sam_jax.checkpoint import restore_variables
-from tests.e2e.programs import Program, logged, run, saved_steps, start
+from tests.e2e.programs import CONFIG, Program, logged, run, saved_steps, start
 
 # A checkpoint after every step, so that most of a run's time is spent on writing one.
 OFTEN = ("--config.checkpoint.every_steps=1", "--config.train.log_every=1")
@@ -59,17 +60,17 @@ def assert_same_end(first: Path, second: Path) -> None:
         assert logged(first)[tag] == logged(second)[tag]
 
 
-def soak(workdir: Path, kills: int, seed: int, *flags: str) -> list[str]:
+def soak(workdir: Path, config: Path, kills: int, seed: int, *flags: str) -> list[str]:
     """Runs to the end, killed so many times on the way; what happened each time."""
     rng, moments = random.Random(seed), []
     for number in range(kills):
-        with start("train.py", "--workdir", str(workdir), *OFTEN, *flags) as process:
+        with start("train.py", "--workdir", str(workdir), *OFTEN, *flags, config=config) as process:
             moment = kill(process, workdir, rng)
             assert "Traceback" not in process.output
         moments.append(f"kill {number + 1} after step {saved_steps(workdir)[-1]}, {moment}")
         say(moments[-1])
     killed_at = saved_steps(workdir)[-1] if kills else 0
-    output = run("train.py", "--workdir", str(workdir), *OFTEN, *flags)
+    output = run("train.py", "--workdir", str(workdir), *OFTEN, *flags, config=config)
     assert not kills or f"continuing from the checkpoint of step {killed_at}" in output
     assert not is_writing(workdir)
     # No kill damages what was written.
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", type=Path, default=CONFIG)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
@@ -95,8 +97,8 @@ def main() -> None:
         flags = (f"--config.train.num_steps={10 + 8 * args.kills}", "--config.train.eval_every=0")
         straight, killed = Path(folder) / "straight", Path(folder) / "killed"
         rare = ("--config.checkpoint.every_steps=100000", "--config.train.log_every=1")
-        run("train.py", "--workdir", str(straight), *rare, *flags)
-        moments = soak(killed, args.kills, args.seed, *flags)
+        run("train.py", "--workdir", str(straight), *rare, *flags, config=args.config)
+        moments = soak(killed, args.config, args.kills, args.seed, *flags)
         assert_same_end(straight, killed)
     half = sum("one left unfinished" in moment for moment in moments)
     say(f"{args.kills} kills, {half} of them in a write: parameters equal bit for bit")
