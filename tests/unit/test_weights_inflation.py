@@ -52,9 +52,11 @@ def encoded(config: SamConfig, variables: Any, images: np.ndarray) -> np.ndarray
     return np.asarray(encode(variables, jnp.asarray(images)))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_equal_channels_give_the_embeddings_of_a_grey_picture(name: str) -> None:
-    """The closed form of the rule, for any number of channels."""
+@pytest.mark.parametrize(("name", "counts"), [("vit", (1, 4, 13)), ("tiny_vit", (4,))])
+def test_equal_channels_give_the_embeddings_of_a_grey_picture(
+    name: str, counts: tuple[int, ...]
+) -> None:
+    """The closed form of the rule, of which each number of channels is a program of its own."""
     config = MODELS[name]
     variables = random_variables(config)
     # A TinyViT takes images of any size.
@@ -62,7 +64,7 @@ def test_equal_channels_give_the_embeddings_of_a_grey_picture(name: str) -> None
     shape = (1, *size, 1)
     grey = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     expected = encoded(config, variables, np.repeat(grey, 3, axis=-1))
-    for count in (1, 2, 4, 13):
+    for count in counts:
         other = with_channels(variables, 3, count, "it")
         found = encoded(of_channels(config, count), other, np.repeat(grey, count, axis=-1))
         np.testing.assert_allclose(found, expected, atol=1e-5)
