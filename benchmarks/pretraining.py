@@ -47,8 +47,10 @@ MEASURES = ("center_1", "center_1_oracle", "center_3", "box")
 # it, one with the same steps, and two with the same time.
 _PARTS_OF_A_SEED = 5
 _TIMED_STEPS = 5
-# Half of the size at which the model is to segment, as in configs/mae_tiny.py.
-_MAE_SIZE, _SIZE, _PATCH = (64, 64), (128, 128), 8
+# Small enough that minutes on a CPU are a thousand steps: from a hundred, nothing is learned.
+_SIZE, _PATCH = (64, 64), 8
+# Of small_config, as configs/demo.py has it at this size.
+_MAX_MASKS, _MIN_MASK_AREA_PX, _NUM_CORRECTIONS = 3, 4, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _pretraining(args: argparse.Namespace, plan: Plan | None, seed: int) -> dict[str, Any]:
     """The config of pre-training."""
     config = tiny_config(sources(str(args.data), "train", "benchmarks.pretraining"), {})
-    config.model.image_size, config.model.encoder.patch_size = _MAE_SIZE, _PATCH
+    config.model.image_size, config.model.encoder.patch_size = _SIZE, _PATCH
     return _sections(config, plan.mae_steps if plan else None, seed)
 
 
@@ -127,6 +129,8 @@ def _segmentation(
     )
     config = small_config(train, val)
     config.model.image_size, config.model.encoder.patch_size = _SIZE, _PATCH
+    config.data.max_masks, config.data.min_mask_area_px = _MAX_MASKS, _MIN_MASK_AREA_PX
+    config.prompts.num_corrections = _NUM_CORRECTIONS
     config.evals.val.update(
         {
             "num_clicks": (1, 3),

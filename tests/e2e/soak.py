@@ -100,8 +100,8 @@ def main() -> None:
         run("train.py", "--workdir", str(straight), *rare, *flags, config=args.config)
         moments = soak(killed, args.config, args.kills, args.seed, *flags)
         assert_same_end(straight, killed)
-    half = sum("one left unfinished" in moment for moment in moments)
-    say(f"{args.kills} kills, {half} of them in a write: parameters equal bit for bit")
+    half = sum(", one left unfinished" in moment for moment in moments)
+    say(f"{args.kills} kills, {half} of them left a write unfinished: parameters equal bit for bit")
 
 
 if __name__ == "__main__":
