@@ -304,10 +304,8 @@ def form_errors(
             continue
         exact_args = jax.tree.map(_to_float32, args)
         with jax.default_matmul_precision("highest"):
-            exact = values_and_gradients(
-                functools.partial(operation.reference.function, **kwargs), exact_args
-            )
-        found = values_and_gradients(functools.partial(form.function, **kwargs, **options), args)
+            exact = values_and_gradients(operation.reference.function, exact_args, **kwargs)
+        found = values_and_gradients(form.function, args, **kwargs, **options)
         least = _NEGLIGIBLE * max(_largest(x) for x in jax.tree.leaves(exact["gradients"]))
         for (path, ours), (_, theirs) in zip(
             jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(exact), strict=True
@@ -333,8 +331,18 @@ def _to_float32(x: Any) -> Any:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def values_and_gradients(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def values_and_gradients(
+    function: Callable[..., Any], args: tuple[Any, ...], **options: Any
+) -> dict[str, Any]:
     """Outputs, and gradients of a weighted sum of them by all arguments that have one."""
+    return _values_and_gradients(function, tuple(sorted(options.items())), args)
+
+
+# By function and options: what every form is compared with is traced once for all of them.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _values_and_gradients(
+    function: Callable[..., Any], options: tuple[tuple[str, Any], ...], args: tuple[Any, ...]
+) -> dict[str, Any]:
     leaves, tree = jax.tree.flatten(args)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
@@ -343,7 +351,7 @@ def values_and_gradients(function: Callable[..., Any], args: tuple[Any, ...]) ->
         given = [
             next(rest) if varies else leaf for leaf, varies in zip(leaves, is_float, strict=True)
         ]
-        outputs = function(*jax.tree.unflatten(tree, given))
+        outputs = function(*jax.tree.unflatten(tree, given), **dict(options))
         # Weights that no two outputs or places share, so that a permutation shows.
         terms = [
             jnp.vdot(1.0 + jnp.cos(jnp.arange(x.size, dtype=jnp.float32)), x.ravel()) / x.size**0.5
@@ -353,7 +361,7 @@ def values_and_gradients(function: Callable[..., Any], args: tuple[Any, ...]) ->
         return sum(terms), outputs
 
     floats = [leaf for leaf, varies in zip(leaves, is_float, strict=True) if varies]
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(floats)
+    (_, outputs), gradients = jax.value_and_grad(total, has_aux=True)(floats)
     return {"outputs": outputs, "gradients": gradients}
 
 

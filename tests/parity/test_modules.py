@@ -1,6 +1,7 @@
 """Every module against its published counterpart, at tiny widths, on a grid that is not square."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from einops import rearrange
 
 from sam_jax.models.image_encoder import EncoderBlock, ImageEncoderViT, RelativePositionAttention
 from sam_jax.models.mask_decoder import MaskDecoder, MaskPrediction, Upscaling
-from sam_jax.models.prompt_encoder import MaskDownscaling, PromptEncoder, SparseEmbeddings
+from sam_jax.models.prompt_encoder import MaskDownscaling, PromptEncoder, Prompts, SparseEmbeddings
 from sam_jax.models.sam import Sam
 from sam_jax.models.two_way_transformer import AttentionParams, TwoWayTransformer
 from sam_jax.ops.attention import Implementation
@@ -23,6 +24,7 @@ from tests.golden.tiny import (
     TINY,
     PromptKinds,
     native_prompts,
+    ragged_batch,
     random_prompts,
 )
 from tests.parity import official
@@ -117,7 +119,8 @@ def test_mask_downscaling(tiny: Pair) -> None:
     weights = run(
         MaskDownscaling(DIM, TINY.mask_channels), tiny.part("prompt_encoder", "mask_downscaling")
     )
-    ours = embed_masks(weights, jnp.asarray(logits[:, 0][None]), 1e-6)
+    embed = jax.jit(functools.partial(embed_masks, norm_epsilon=1e-6))
+    ours = embed(weights, jnp.asarray(logits[:, 0][None]))
     official.assert_equal(ours[0], rearrange(theirs, "p d h w -> p h w d"))
 
 
@@ -153,9 +156,10 @@ def test_decoder_attention(tiny: Pair, name: str) -> None:
     weights = params.apply(tiny.part("mask_decoder", "transformer", "layer_1", name), DIM)
     arrays = [jnp.asarray(x)[None] for x in (queries, keys, values)]
     for implementation in ("reference", "ordered"):
-        ours = attention(
-            weights, *arrays, num_heads=DECODER.num_heads, implementation=implementation
+        attend = functools.partial(
+            attention, num_heads=DECODER.num_heads, implementation=implementation
         )
+        ours = jax.jit(attend)(weights, *arrays)
         official.assert_equal(ours[0], theirs)
 
 
@@ -190,19 +194,14 @@ def test_upscaling(tiny: Pair) -> None:
     each = jnp.eye(DIM // 8)[None, None].repeat(len(image), 1)
     weights = Upscaling(DIM).apply(tiny.part("mask_decoder", "upscaling"))
     for implementation in ("reference", "by_subpixel"):
-        ours = predict_masks(
-            weights,
-            jnp.asarray(image)[None],
-            each,
-            norm_epsilon=1e-6,
-            implementation=implementation,
-        )
+        predict = functools.partial(predict_masks, norm_epsilon=1e-6, implementation=implementation)
+        ours = jax.jit(predict)(weights, jnp.asarray(image)[None], each)
         official.assert_equal(ours[0], theirs)
 
 
-@pytest.mark.parametrize("multimask_output", [True, False])
-@pytest.mark.parametrize("num_tokens", [0, 3])
-def test_mask_decoder(tiny: Pair, multimask_output: bool, num_tokens: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "multimask_output"), [(0, False), (3, True)])
+def test_mask_decoder(tiny: Pair, num_tokens: int, multimask_output: bool) -> None:
+    """The other two pairings are among those of ``test_decode``."""
     embedding, sparse = normal(*GRID, DIM), normal(2, num_tokens, DIM)
     dense, image_pe = normal(2, *GRID, DIM), normal(1, *GRID, DIM)[0]
     theirs = tiny.official.mask_decoder(
@@ -225,21 +224,54 @@ def test_mask_decoder(tiny: Pair, multimask_output: bool, num_tokens: int) -> No
     official.assert_equal(ours.iou_predictions[0], theirs[1])
 
 
-@combinations
-def test_decode(tiny: Pair, tiny_embeddings: np.ndarray, kinds: PromptKinds) -> None:
-    prompts = random_prompts(kinds, 2, ENCODER.image_size, LOW_RES)
+@pytest.mark.parametrize("multimask_output", [False, True])
+def test_decode(tiny: Pair, tiny_embeddings: np.ndarray, multimask_output: bool) -> None:
+    """Objects without masks in a batch that has none, all of which share their image's cells.
 
-    @jax.jit
-    def decode_both(variables: Any, embeddings: Any, prompts: Any) -> list[MaskPrediction]:
-        decode = functools.partial(tiny.model.apply, variables, embeddings, prompts)
-        return [decode(multimask_output=both, method=Sam.decode) for both in (False, True)]
+    Those with masks are in `test_batches`.
+    """
+    objects = [
+        random_prompts(kinds, 1, ENCODER.image_size, LOW_RES)
+        for kinds in EVERY_COMBINATION.values()
+        if not kinds.mask
+    ]
+    batch = ragged_batch([objects], LOW_RES).replace(mask_logits=None, mask_valid=None)
+    ours = decode(tiny, tiny_embeddings, batch, multimask_output)
+    for index, prompts in enumerate(objects):
+        found = jax.tree.map(lambda x, i=index: x[:, i : i + 1], ours)
+        assert_decoded(found, tiny, tiny_embeddings, prompts, multimask_output)
 
-    embeddings = jnp.asarray(tiny_embeddings[:1])
-    both = decode_both(tiny.variables, embeddings, native_prompts(prompts))
-    for multimask_output, ours in enumerate(both):
-        logits, iou = official.decode(
-            tiny.official, tiny_embeddings[0], prompts, multimask_output=bool(multimask_output)
-        )
-        official.assert_equal(ours.low_res_logits[0], logits)
-        # Near zero, as random weights have it.
-        official.assert_equal(ours.iou_predictions[0], iou, tolerance=3e-5)
+
+@pytest.mark.parametrize(("name", "multimask_output"), [("none", True), ("mask", False)])
+def test_decode_without_tokens(
+    tiny: Pair, tiny_embeddings: np.ndarray, name: str, multimask_output: bool
+) -> None:
+    """Nothing at all, and masks alone: the decoder has no tokens but its own."""
+    prompts = random_prompts(EVERY_COMBINATION[name], 2, ENCODER.image_size, LOW_RES)
+    ours = decode(tiny, tiny_embeddings, native_prompts(prompts), multimask_output)
+    assert_decoded(ours, tiny, tiny_embeddings, prompts, multimask_output)
+
+
+def decode(
+    tiny: Pair, embeddings: np.ndarray, prompts: Prompts, multimask_output: bool
+) -> MaskPrediction:
+    function = functools.partial(
+        tiny.model.apply, multimask_output=multimask_output, method=Sam.decode
+    )
+    found: MaskPrediction = jax.jit(function)(tiny.variables, jnp.asarray(embeddings[:1]), prompts)
+    return found
+
+
+def assert_decoded(
+    ours: MaskPrediction,
+    tiny: Pair,
+    embeddings: np.ndarray,
+    prompts: Mapping[str, np.ndarray],
+    multimask_output: bool,
+) -> None:
+    logits, iou = official.decode(
+        tiny.official, embeddings[0], prompts, multimask_output=multimask_output
+    )
+    official.assert_equal(ours.low_res_logits[0], logits)
+    # Near zero, as random weights have it.
+    official.assert_equal(ours.iou_predictions[0], iou, tolerance=3e-5)

@@ -56,30 +56,35 @@ def test_embedding(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
-@pytest.mark.parametrize(
-    "kinds", ["point", "points", "box", "box point", "mask points", "mask box"]
-)
-def test_prompts(setting: Setting, kinds: str, multimask_output: bool) -> None:
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_prompts(setting: Setting, with_mask: bool, multimask_output: bool) -> None:
     h, w = setting.size_hw
-    points = np.array([[0.5 * w, 0.5 * h], [0.7 * w, 0.4 * h], [0.1 * w, 0.2 * h]])
-    points = points[: 3 if "points" in kinds else int("point" in kinds)]
-    labels = np.array([1, 1, 0])[: len(points)]
-    box = np.array([0.3 * w, 0.2 * h, 0.8 * w, 0.9 * h]) if "box" in kinds else None
-    mask = None
-    if "mask" in kinds:
-        rows, columns = np.mgrid[:256, :256]
-        mask = (6 - np.hypot(rows - 90, columns - 120) / 6).astype(np.float32)
-    with torch.no_grad():
-        _, scores, logits = setting.theirs.predict(
-            points if len(points) else None,
-            labels if len(points) else None,
-            box,
-            None if mask is None else mask[None],
-            multimask_output=multimask_output,
-        )
-    prompt = Prompt(points=points, labels=labels, box=box, mask=mask)
+    corners = np.array([[0.5 * w, 0.5 * h], [0.7 * w, 0.4 * h], [0.1 * w, 0.2 * h]])
+    rows, columns = np.mgrid[:256, :256]
+    logits = (6 - np.hypot(rows - 90, columns - 120) / 6).astype(np.float32)
+    mask = logits if with_mask else None
+    cases = ("points", "box") if with_mask else ("point", "points", "box", "box point")
+    prompts = []
+    for kinds in cases:
+        points = corners[: 3 if "points" in kinds else int("point" in kinds)]
+        labels = np.array([1, 1, 0])[: len(points)]
+        box = np.array([0.3 * w, 0.2 * h, 0.8 * w, 0.9 * h]) if "box" in kinds else None
+        prompts.append(Prompt(points=points, labels=labels, box=box, mask=mask))
     (found,) = setting.ours.predict(
-        setting.embeddings, [[prompt]], multimask_output=multimask_output
+        setting.embeddings, [prompts], multimask_output=multimask_output
     )
-    np.testing.assert_allclose(found.low_res_logits[0], logits, rtol=0, atol=LOGIT_TOLERANCE)
-    np.testing.assert_allclose(found.iou_predictions[0], scores, rtol=0, atol=SCORE_TOLERANCE)
+    for index, (kinds, prompt) in enumerate(zip(cases, prompts, strict=True)):
+        has_points = len(prompt.points) > 0
+        with torch.no_grad():
+            _, scores, logits = setting.theirs.predict(
+                np.asarray(prompt.points) if has_points else None,
+                np.asarray(prompt.labels) if has_points else None,
+                prompt.box,
+                None if mask is None else mask[None],
+                multimask_output=multimask_output,
+            )
+        for ours, theirs, tolerance in (
+            (found.low_res_logits[index], logits, LOGIT_TOLERANCE),
+            (found.iou_predictions[index], scores, SCORE_TOLERANCE),
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=kinds)

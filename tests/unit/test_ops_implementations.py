@@ -144,6 +144,8 @@ ALL = [
     # Itself, and what is float32 whatever the model's type is.
     if (form, dtype) != (operation.reference.name, "float32")
     if (name, dtype) != ("mask_statistics", "bfloat16")
+    # The strict simulator compares kernels in float32, see test_ops_tpu_kernels.
+    if not (operation.forms[form].is_kernel and dtype == "float32")
 ]
 
 
