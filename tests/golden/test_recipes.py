@@ -43,7 +43,14 @@ RECIPES = sorted(
     if path.stem not in FRAGMENTS and not path.stem.startswith(("eval_", "finetune_"))
 )
 # One of each encoder and task: the others' programs differ from theirs in sizes and numbers alone.
-DIFFERENTIATED = {"sam_vit_h", "mobile_sam", "small_coco", "mae_vit_h", "mae_tiny"}
+DIFFERENTIATED = {
+    "sam_vit_h",
+    "sam_vit_h_stage3",
+    "mobile_sam",
+    "small_coco",
+    "mae_vit_h",
+    "mae_tiny",
+}
 PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h", "mae_vit_b", "mae_vit_l", "mae_vit_h")
 
 

@@ -15,6 +15,12 @@ from sam_jax.weights.names import to_native
 # Every file of comparisons imports this one: without torch they are all skipped here.
 torch = pytest.importorskip("torch", reason="needs requirements-torch.lock")
 nn = torch.nn
+# Other tests have the other cores, and threads that wait for one another burn what they wait for.
+torch.set_num_threads(1)
+
+# Values that are drawn for a tensor. Larger ones repeat them: drawing takes longer than computing
+# with them does, and no row or column of theirs has a length that divides a prime.
+MAX_DRAWN = 65_537
 
 # Largest allowed difference, over the largest magnitude of the reference's output.
 RELATIVE_TOLERANCE = 1e-5
@@ -59,9 +65,11 @@ def randomize(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Any, std: float, mean: float = 0.0) -> None:
-        nn.init.trunc_normal_(
-            tensor, mean, std, mean - 2 * std, mean + 2 * std, generator=generator
-        )
+        drawn = tensor if tensor.numel() <= MAX_DRAWN else tensor.new_empty(MAX_DRAWN)
+        nn.init.trunc_normal_(drawn, mean, std, mean - 2 * std, mean + 2 * std, generator=generator)
+        if drawn is not tensor:
+            times = -(-tensor.numel() // MAX_DRAWN)
+            tensor.copy_(drawn.repeat(times)[: tensor.numel()].view(tensor.shape))
 
     linear = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     for module in model.modules():
