@@ -78,6 +78,8 @@ def finetune_config(
         "remat_rounds": False,
         "log_every": 10,
         "eval_every": 50,
+        # Weights that are better before than after are worth knowing about, and kept.
+        "eval_before": True,
         "watch": "val/mean/center_1",
         "patience": 4,
     }

@@ -533,18 +533,23 @@ def restore_variables(path: str | Path, step: int | None = None, *, ema: bool = 
 
 
 def save_variables(
-    workdir: str | Path, variables: Any, *, step: int = 0, keep: int | None = None
+    workdir: str | Path,
+    variables: Any,
+    *,
+    step: int = 0,
+    keep: int | None = None,
+    replaces: bool = False,
 ) -> None:
     """Writes the variables of a model as a checkpoint without more, to be read as a run's.
 
-    In the foreground and some arrays at a time, so that they are never in memory twice. One that is
-    there already stays.
+    In the foreground and some arrays at a time, so that they are never in memory twice.
 
     Args:
       workdir: as a run's.
       variables: of the model.
       step: of the checkpoint.
       keep: the newest checkpoints that are kept, as soon as this one is written; None for all.
+      replaces: whether one of this step that is there already makes room; else it stays.
 
     Raises:
       CheckpointError: if the name of the folder cannot be that of one with checkpoints, or what
@@ -562,6 +567,8 @@ def save_variables(
         # Arrays of JAX are written as they are, those of numpy from copies.
         arrays = jax.tree.map(jax.numpy.asarray, variables)
         parts = ocp.args.Composite(**{_MODEL: ocp.args.StandardSave(arrays)})
+        if replaces and step in manager.all_steps():
+            manager.delete(step)
         if step not in manager.all_steps():
             manager.save(step, args=parts, force=True)
     try:

@@ -146,8 +146,12 @@ class Watch:
         if self.best == found and (self._kept is None or _goodness(found) > _goodness(self._kept)):
             if is_first():
                 save_config(self._workdir / BEST, self._sections or {})
+            # A run that was killed before its first checkpoint has left what it started from, which
+            # need not be what this one starts from.
+            replaces = self._kept is None
             self._kept = found
-            save_variables(self._workdir / BEST, variables(), step=step, keep=1)
+            folder = self._workdir / BEST
+            save_variables(folder, variables(), step=step, keep=1, replaces=replaces)
         if is_first():
             self._write()
 

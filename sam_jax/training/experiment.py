@@ -68,6 +68,8 @@ class TrainConfig:
         for none. Needs its package.
       log_every: steps between reports.
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
+      eval_before: whether a new run is also evaluated before its first step, with what it starts
+        from: later models are compared with that, and it is the best where none is better.
       watch: the figure that the run is judged by, the larger the better: name of an evaluation and
         of a figure in its report, as in "val/mean/box" or "val/mean/center_1". The model that was
         best is kept in RUN/best, which is a run's folder by itself; None for none, and without
@@ -89,6 +91,7 @@ class TrainConfig:
     wandb: str | None = None
     log_every: int = 50
     eval_every: int | None = None
+    eval_before: bool = False
     watch: str | None = None
     patience: int | None = None
 

@@ -133,6 +133,9 @@ def train(
             if state is None:
                 state = _new_state(program, config, reporter)
             _begin(program, checkpointer, reporter, done, sections, data_iterator)
+            if not done and config.eval_before and config.eval_every != 0:
+                with watchdog.during("evaluating", may_work=True):
+                    _evaluate(evaluators, program.task, state, reporter, watch)
             if stage is not None:
                 batches = stage(batches, state.variables, reporter.say)
             if not done:

@@ -7,16 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from sam_jax.checkpoint import CheckpointConfig, CheckpointError, restore_variables
+from sam_jax.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    restore_variables,
+    save_variables,
+)
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
 from sam_jax.training import loop
 from sam_jax.training.best import Evaluated, Watch
 from sam_jax.training.experiment import TrainConfig
 from tests.unit.test_training_task import MeanColor, Pixels, toy_step
+
+# Of the parameters that a run starts from.
+KEY = jax.random.key(TrainConfig(1).seed)
 
 
 class Report:
@@ -42,13 +51,23 @@ class Scores:
 
 
 def train(
-    workdir: Path, scores: Scores, num_steps: int = 8, patience: int | None = 2, save_every: int = 2
+    workdir: Path,
+    scores: Scores,
+    num_steps: int = 8,
+    patience: int | None = 2,
+    save_every: int = 2,
+    **options: Any,
 ) -> Any:
     return loop.train(
         workdir=workdir,
         program=toy_step(MeanColor(), 8),
         config=TrainConfig(
-            num_steps, log_every=10, eval_every=1, watch="val/mean/box", patience=patience
+            num_steps,
+            log_every=10,
+            eval_every=1,
+            watch="val/mean/box",
+            patience=patience,
+            **options,
         ),
         batch_size=8,
         data_iterator=Pixels(),
@@ -119,6 +138,23 @@ def see(watch: Watch, *evaluated: tuple[int, float]) -> list[int]:
     for step, value in evaluated:
         watch.see(step, {"val/mean/box": value}, functools.partial(variables, step))
     return asked
+
+
+def test_a_run_is_judged_by_what_it_starts_from(tmp_path: Path, capsys: Any) -> None:
+    # Of a run with other weights that was killed before its first checkpoint.
+    other = {"params": {"color": np.zeros(3, np.float32)}, "constants": {}}
+    save_variables(tmp_path / "run" / "best", other)
+    state = train(tmp_path / "run", Scores(0.9, 0.5, 0.6), num_steps=5, eval_before=True)
+    assert int(state.step) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "val/mean/box was best at step 0: 0.9000" in said
+    kept = json.loads((tmp_path / "run" / "evaluations.json").read_text())
+    assert [one["step"] for one in kept["evaluations"]] == [0, 1, 2]
+    found = restore_variables(tmp_path / "run" / "best", 0)["params"]["color"]
+    np.testing.assert_array_equal(found, toy_step(MeanColor(), 8).new_state(KEY).params["color"])
+    assert np.all(found)
+    # Continued, it is not evaluated before again.
+    assert int(train(tmp_path / "run", Scores(0.95), 3, patience=3, eval_before=True).step) == 3
 
 
 def test_a_better_model_of_later_steps_is_not_given_up(tmp_path: Path) -> None:
