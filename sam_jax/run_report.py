@@ -364,7 +364,8 @@ def _pictures(run: Run) -> str:
             except OSError as error:
                 run.faults.append(f"{by_step[step].name} of step {step}: {error.strerror}")
                 continue
-            title = f"{name.removeprefix('eval_').replace('_', ' ')}, after step {step:,}"
+            when = f"after step {step:,}" if step else "before the first step"
+            title = f"{name.removeprefix('eval_').replace('_', ' ')}, {when}"
             figures.append(
                 f"<figure><figcaption>{html.escape(title)}</figcaption>"
                 f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}"></figure>'
