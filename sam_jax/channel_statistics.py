@@ -9,8 +9,8 @@ import numpy as np
 from sam_jax.arrays import Float, Shaped
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
-from sam_jax.image_channels import image_suffixes, read_bytes, stored_channels
-from sam_jax.images import UnreadableImageError
+from sam_jax.image_channels import image_suffixes, stored_channels
+from sam_jax.images import UnreadableImageError, read_bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -69,24 +69,10 @@ def read_pixels(
     """
     if in_channels is None:
         return images.read_image(path)
-    content = read_bytes(path)
+    content = images.read_bytes(path)
     if read_header(content, str(path)).has_frames:
         _log.warning("%s holds several images: the first is taken", path)
     return decode(content, str(path), in_channels)
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The contents of an image file.
-
-    Raises:
-      UnreadableImageError: if it is missing or cannot be read.
-    """
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UnreadableImageError(str(path), "does not exist") from None
-    except OSError as error:
-        raise UnreadableImageError(str(path), f"cannot be read: {error.strerror}") from None
 
 
 def as_pixels(
@@ -109,10 +95,7 @@ def as_pixels(
         raise UnreadableImageError(
             name, "is a picture of Pillow's, expected an array [h, w, c]: numpy.asarray(image)"
         )
-    try:
-        array = np.asarray(image)
-    except (ValueError, TypeError) as error:
-        raise UnreadableImageError(name, f"is no array: {error}") from None
+    array = images.as_array(image, name)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] != in_channels:

@@ -170,15 +170,36 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
       ImageError: if it is missing, damaged, or no picture that can be read.
     """
+    content = read_bytes(path)
+    if read_header(content, str(path)).has_frames:
+        _log.warning("%s holds several frames or pages: the first is taken", path)
+    return np.asarray(decode(content, str(path)).image)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The contents of an image file.
+
+    Raises:
+      UnreadableImageError: if it is missing or cannot be read.
+    """
     try:
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UnreadableImageError(str(path), "does not exist") from None
     except OSError as error:
         raise UnreadableImageError(str(path), f"cannot be read: {error.strerror}") from None
-    if read_header(content, str(path)).has_frames:
-        _log.warning("%s holds several frames or pages: the first is taken", path)
-    return np.asarray(decode(content, str(path)).image)
+
+
+def as_array(image: Any, name: str) -> Shaped[np.ndarray, "*shape"]:
+    """An array of what numpy makes one of.
+
+    Raises:
+      UnreadableImageError: if numpy makes none of it; `name` is what it is called.
+    """
+    try:
+        return np.asarray(image)
+    except (ValueError, TypeError) as error:
+        raise UnreadableImageError(name, f"is no array: {error}") from None
 
 
 def as_rgb(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
@@ -201,10 +222,7 @@ def as_rgb(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
         raise UnreadableImageError(
             name, "is a path or a file's content, expected pixels: sam_jax.images.read_image(path)"
         )
-    try:
-        array = np.asarray(image)
-    except (ValueError, TypeError) as error:
-        raise UnreadableImageError(name, f"is no array: {error}") from None
+    array = as_array(image, name)
     _check_shape(array, name)
     channels = array.reshape(*array.shape[:2], -1)[..., :3]
     if array.dtype == bool:
