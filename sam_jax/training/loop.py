@@ -133,7 +133,7 @@ def train(
             if state is None:
                 state = _new_state(program, config, reporter)
             _begin(program, checkpointer, reporter, done, sections, data_iterator)
-            if not done and config.eval_before and config.eval_every != 0:
+            if not done and _is_evaluated(0, config):
                 with watchdog.during("evaluating", may_work=True):
                     _evaluate(evaluators, program.task, state, reporter, watch)
             if stage is not None:
@@ -441,6 +441,8 @@ def _agreed_signal(received: list[int], step: int) -> int:
 def _is_evaluated(step: int, config: TrainConfig) -> bool:
     if config.eval_every == 0:
         return False
+    if step == 0:
+        return config.eval_before
     is_due = config.eval_every is not None and step % config.eval_every == 0
     return is_due or step == config.num_steps
 
