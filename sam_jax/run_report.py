@@ -166,31 +166,32 @@ def _text_of(path: Path, faults: list[str], *, required: bool = True) -> str:
 
 
 def _json_of(path: Path, faults: list[str]) -> dict[str, Any]:
-    text = _text_of(path, faults)
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        found = None
-    if isinstance(found, dict):
-        return found
-    faults.append(f"{path.name} is no JSON object")
-    return {}
+    found = _object_of(_text_of(path, faults))
+    if found is None:
+        faults.append(f"{path.name} is no JSON object")
+    return found or {}
 
 
 def _lines_of(path: Path, faults: list[str], *, required: bool = True) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines; what was cut off, as by a kill, is counted."""
     num_bad = 0
     for line in _text_of(path, faults, required=required).splitlines():
-        try:
-            found = json.loads(line or "{}")
-        except ValueError:
-            found = None
-        if isinstance(found, dict):
-            yield found
-        else:
+        found = _object_of(line)
+        if found is None:
             num_bad += 1
+        else:
+            yield found
     if num_bad:
         faults.append(f"{path.name}: {num_bad} lines are cut off or garbled, and left out")
+
+
+def _object_of(text: str) -> dict[str, Any] | None:
+    """The JSON object of a text, an empty one of none; None if it is something else."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def report_html(run: Run) -> str:
