@@ -35,6 +35,7 @@ from sam_jax.inference.predictor import Buckets, Predictor
 BASELINES = (DISK_BASELINE, *BOX_BASELINES)
 # Batches that are under way at once: while the host scores one, the device decodes another.
 _BATCHES_UNDER_WAY = 2
+_ROW_LENGTH = 4
 # Options that change how fast records are made, or what is drawn of them, but not what they say.
 _WITHOUT_INFLUENCE = ("images_per_call", "prompts_per_call", "num_examples")
 
@@ -59,8 +60,9 @@ class EvalConfig:
       max_images: most images of each dataset, drawn by ``seed``; None takes all. With
         ``target_masks``, of the images that it draws.
       max_masks_per_image: most masks of each image, drawn by ``seed``; None takes all.
-      images_per_call: images that are encoded together, and rows that are decoded together.
-      prompts_per_call: masks in a row, all of one image; an image with more takes several rows.
+      images_per_call: images that are encoded together.
+      prompts_per_call: masks of each of them that are decoded together, on average: of fewer images
+        with more masks, or of more images with fewer.
       seed: of the draws and of random first clicks.
       num_examples: masks of each sort (worst, typical, best) in the picture of examples; 0 makes
         no pictures at all.
@@ -152,13 +154,19 @@ class PromptedMasks:
 
         Those are a first click or a box, and any number of clicks more.
         """
-        rows_per_device = -(-self._config.images_per_call // num_devices)
+        config = self._config
+        num_rows = config.images_per_call * -(-config.prompts_per_call // self._row_length)
         return Buckets(
-            images=(rows_per_device,),
-            rows=(rows_per_device,),
-            prompts=(self._config.prompts_per_call,),
-            points=sorted({1, max(self._config.num_clicks)}),
+            images=(-(-config.images_per_call // num_devices),),
+            rows=(-(-num_rows // num_devices),),
+            prompts=(self._row_length,),
+            points=sorted({1, max(config.num_clicks)}),
         )
+
+    @property
+    def _row_length(self) -> int:
+        """Masks in a row, all of one image: few, as the rest of a row is decoded for nothing."""
+        return min(self._config.prompts_per_call, _ROW_LENGTH)
 
     def records(self, predictor: Predictor, indices: Iterable[int]) -> Iterator[Record]:
         """The record of each of these images; see ``Evaluation``.
@@ -189,10 +197,11 @@ class PromptedMasks:
         self, predictor: Predictor, indices: Iterable[int], waiting: "deque[_Waiting]"
     ) -> Iterator[TargetBatch]:
         """All masks of these images in batches; adds the images to those that are waited for."""
-        row_length = self._config.prompts_per_call
-        num_rows = self.buckets(predictor.num_devices).rows[0] * predictor.num_devices
+        buckets, num_devices = self.buckets(predictor.num_devices), predictor.num_devices
+        num_rows, row_length = buckets.rows[0] * num_devices, self._row_length
         images = self._images(indices, waiting)
-        while together := list(itertools.islice(images, num_rows)):
+        encoded = iter(lambda: list(itertools.islice(images, buckets.images[0] * num_devices)), [])
+        for together in _groups(encoded, num_rows, row_length):
             yield from make_batches(predictor, together, num_rows=num_rows, row_length=row_length)
 
     def _images(self, indices: Iterable[int], waiting: "deque[_Waiting]") -> Iterator[EvalImage]:
@@ -328,6 +337,22 @@ class _Drawn:
 
     def __getitem__(self, index: int) -> Sample:
         return self._source[self._indices[index]]
+
+
+def _groups(
+    encoded: Iterable[list[EvalImage]], num_rows: int, row_length: int
+) -> Iterator[list[EvalImage]]:
+    """Images whose masks are decoded together: of as many calls of the encoder as fill the rows."""
+    group: list[EvalImage] = []
+    filled = 0
+    for images in encoded:
+        more = sum(-(-len(image.masks) // row_length) for image in images)
+        if group and filled + more > num_rows:
+            yield group
+            group, filled = [], 0
+        group, filled = [*group, *images], filled + more
+    if group:
+        yield group
 
 
 def _in_order(

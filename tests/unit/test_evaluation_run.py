@@ -417,6 +417,26 @@ class _no_compilation:  # noqa: N801
         assert not self.compiled
 
 
+def test_images_of_few_masks_share_a_call(two_sources, monkeypatch):
+    """And what they are scored with is the same: only calls are saved."""
+    predict, calls, scores = Predictor.predict, [], []
+
+    def counting(self, embeddings, prompts, **options):
+        calls[-1].append([len(of_image) for of_image in prompts if of_image])
+        return predict(self, embeddings, prompts, **options)
+
+    monkeypatch.setattr(Predictor, "predict", counting)
+    for number in (1, 4, 12):
+        options = {"protocols": ("box",), "images_per_call": 1, "prompts_per_call": number}
+        calls.append([])
+        scores.append(evaluator(two_sources, **options)(variables()).mean)
+    assert scores[0] == scores[1] == scores[2]
+    # Images with 2, 1, 4 and 1 masks: one by one; an image in a row; three rows of up to four.
+    assert calls[0] == [[1], [1], [1], [1], [1], [1], [1], [1]]
+    assert calls[1] == [[2], [1], [4], [1]]
+    assert calls[2] == [[2, 1, 4], [1]]
+
+
 class Stops(Predictor):
     """A predictor that fails after some calls of its encoder."""
 
@@ -432,7 +452,8 @@ class Stops(Predictor):
 @pytest.mark.parametrize("num_images_first", range(5))
 def test_an_evaluation_that_was_stopped_goes_on(two_sources, tmp_path, num_images_first):
     """At any point; nothing is done twice, and all that is written is the same."""
-    config = from_mapping(EvalConfig, {"sources": two_sources, "images_per_call": 1}, "evals.test")
+    alone = {"images_per_call": 1, "prompts_per_call": 1}
+    config = from_mapping(EvalConfig, {"sources": two_sources, **alone}, "evals.test")
     evaluation = PromptedMasks(config)
     predictor = Stops(ColorSam(CONFIG), variables(), evaluation.buckets(1), devices=ONE_DEVICE)
     evaluate = Evaluator(ColorSam(CONFIG), evaluation, predictor=predictor)
