@@ -11,7 +11,6 @@ from ml_collections import config_flags
 
 from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.configuration import from_mapping
-from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import readable_errors
 from sam_jax.evaluation.run import build_evaluators
 from sam_jax.hosts import HostsConfig, start_devices
@@ -38,9 +37,9 @@ def main(argv: list[str]) -> None:
     start_devices(hosts, experiment.sharding.cpu_devices)
     model, kernels = experiment.task.model, experiment.kernels
     evaluators = build_evaluators(config["evals"], model, kernels=kernels)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     # Closing it says what of the data was left out.
-    with contextlib.closing(train_iterator(experiment.data, **share)) as data_iterator:
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    with contextlib.closing(experiment.data_iterator(**share)) as data_iterator:
         loop.train(
             workdir=WORKDIR.value,
             program=experiment.program(),

@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks import dead_leaves, experiment, limits, report
 from benchmarks.timing import Timing
 from sam_jax import rle
-from sam_jax.data import DataConfig, Sample, SourceConfig, build_source, train_iterator
+from sam_jax.data import DataConfig, Sample, SourceConfig, build_source, train_iterator, windows
 from sam_jax.data import transforms as data_transforms
 from sam_jax.data.sources import Source
 from sam_jax.data.transforms import TrainTransform
@@ -33,8 +33,8 @@ NUM_FILES = 64
 NUM_PASSES = 3
 # What the transform calls for each stage of its work.
 STAGES = {
-    "decode": (data_transforms, "open_reduced"),
-    "resize": (data_transforms, "resize_reduced"),
+    "decode": (windows, "open_reduced"),
+    "resize": (windows, "resize_reduced"),
     "RLE": (data_transforms, "mask_runs"),
     "grid": (rle.Grid, "__init__"),
     "resample": (rle.Grid, "resample_part"),
@@ -178,11 +178,11 @@ def _reduced_decoding_errors(data: DataConfig, samples: Sequence[Sample]) -> dic
     reduced = dataclasses.replace(full, reduced_decoding=True)
     differences = []
     for sample in samples:
-        windows = [
-            transform.packed(sample, np.random.default_rng(0))[0].window.astype(np.float32)
+        images = [
+            np.asarray(transform.packed(sample, np.random.default_rng(0))[0].image, np.float32)
             for transform in (full, reduced)
         ]
-        differences.append(np.abs(windows[1] - windows[0]))
+        differences.append(np.abs(images[1] - images[0]))
     return {
         "reduced_decoding_mean_error": float(np.mean([d.mean() for d in differences])),
         "reduced_decoding_rms_error": float(np.mean([(d**2).mean() for d in differences]) ** 0.5),
@@ -218,7 +218,7 @@ def _stages(data: DataConfig) -> dict[str, float]:
             start = time.thread_time()
             if row == 0:
                 batch = transform.zeros(data.batch_size)
-            packed.unpack_into({key: array[row] for key, array in batch.items()})
+            packed.unpack_into(batch, row)
             seconds["batch"] += time.thread_time() - start
         seconds["rest"] -= sum(seconds[stage] for stage in STAGES)
         passes.append({stage: value / NUM_FILES for stage, value in seconds.items()})

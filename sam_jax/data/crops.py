@@ -31,9 +31,9 @@ class CropExample(NamedTuple):
 
     image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"]
 
-    def unpack_into(self, example: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-        """Writes the example into arrays; see `CropTransform.zeros`."""
-        example["image"][:] = self.image
+    def unpack_into(self, batch: Mapping[str, Shaped[np.ndarray, "..."]], row: int) -> None:
+        """Writes the example into a batch; see `CropTransform.zeros`."""
+        batch["image"][row] = self.image
 
 
 @dataclass(frozen=True)

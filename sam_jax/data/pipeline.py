@@ -14,7 +14,7 @@ import multiprocessing.connection
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ from sam_jax.data.sources import Source
 from sam_jax.data.tally import Tally
 from sam_jax.data.transforms import (
     DroppedMask,
+    LazyTransform,
     PackedExample,
     TrainTransform,
     dropped_by_source,
@@ -52,6 +53,8 @@ from sam_jax.data.transforms import (
 from sam_jax.errors import TRY_AGAIN, ConfigError, UserError
 
 _log = logging.getLogger(__name__)
+
+_Transform = TrainTransform | LazyTransform | CropTransform
 
 # What Grain says of it.
 _WORKER_DIED = re.compile(r"[Pp]rocess was terminated unexpectedly with exit code (-?\d+)")
@@ -113,7 +116,7 @@ class _Load(grain.transforms.RandomMap):
 
     source: Source
     number: int
-    transform: TrainTransform | CropTransform
+    transform: _Transform
 
     def random_map(self, index: int, rng: np.random.Generator) -> _Loaded:
         try:
@@ -127,7 +130,11 @@ class _Load(grain.transforms.RandomMap):
 
 
 def train_iterator(
-    config: DataConfig, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    known_images: Container[str] | None = None,
 ) -> "TrainIterator":
     """An endless iterator over this process's share of the training batches.
 
@@ -135,11 +142,12 @@ def train_iterator(
       config: what to load.
       process_index: which share; `jax.process_index()`.
       process_count: how many shares; `jax.process_count()`.
+      known_images: see `LazyTransform`, which then makes the examples. None decodes all images.
 
     Returns:
       An iterator of dicts of stacked arrays, b = batch_size / process_count: the keys and shapes of
-      `TrainTransform.zeros` or `CropTransform.zeros`, and `sample_names`, the images' names [b],
-      which stay on the host.
+      `zeros` of `TrainTransform`, `LazyTransform` or `CropTransform`, and `sample_names`, the
+      images' names [b], which stay on the host.
 
     Raises:
       ConfigError: the batch does not divide by the processes, or a source cannot be opened.
@@ -150,7 +158,10 @@ def train_iterator(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}")
-    transform = config.transform()
+    transform: _Transform = config.transform()
+    if known_images is not None:
+        assert isinstance(transform, TrainTransform), "crops never come again"
+        transform = LazyTransform(transform, known_images)
     streams, sizes = [], []
     described = []
     for number, source_config in enumerate(config.sources):
@@ -166,7 +177,7 @@ def train_iterator(
     local_batch_size = config.batch_size // process_count
     if process_count > 1:
         examples = _Share(examples, local_batch_size, process_index, process_count)
-    batches = _Batches(examples, config, local_batch_size, tuple(sizes))
+    batches = _Batches(examples, config, transform, local_batch_size, tuple(sizes))
     prefetched = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=config.prefetch_batches
     )
@@ -331,12 +342,14 @@ class _Batches(grain.IterDataset):
         self,
         examples: grain.MapDataset,
         config: DataConfig,
+        transform: _Transform,
         local_batch_size: int,
         source_sizes: tuple[int, ...],
     ):
         super().__init__()
         self._examples = examples
         self._config = config
+        self._transform = transform
         self._local_batch_size = local_batch_size
         self._source_sizes = source_sizes
 
@@ -344,7 +357,9 @@ class _Batches(grain.IterDataset):
         log = CorruptionLog(
             self._config.max_corrupt_rate, self._config.corrupt_grace, self._source_sizes
         )
-        return _BatchIterator(self._examples, self._config, self._local_batch_size, log)
+        return _BatchIterator(
+            self._examples, self._config, self._transform, self._local_batch_size, log
+        )
 
 
 class _BatchIterator(grain.DatasetIterator):
@@ -352,15 +367,16 @@ class _BatchIterator(grain.DatasetIterator):
         self,
         examples: grain.MapDataset,
         config: DataConfig,
+        transform: _Transform,
         local_batch_size: int,
         log: CorruptionLog,
     ):
         super().__init__()
         self._examples = examples
         self._config = config
+        self._transform = transform
         self._local_batch_size = local_batch_size
         self._log = log
-        self._transform = config.transform()
         self._position = 0
         self._stream: grain.DatasetIterator | None = None
 
@@ -377,7 +393,7 @@ class _BatchIterator(grain.DatasetIterator):
                 self._log.record_skipped(loaded.error, loaded.source)
             else:
                 self._log.record_good(loaded.name, loaded.dropped, loaded.remarks, loaded.source)
-                loaded.example.unpack_into({key: array[row] for key, array in batch.items()})
+                loaded.example.unpack_into(batch, row)
                 names.append(loaded.name)
                 row += 1
         return {**batch, SAMPLE_NAMES: np.array(names)}

@@ -7,16 +7,15 @@ uint8 pixels (float32 values of other channels) and bit-packed masks cross the
 bus at an eighth to a quarter of the size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Shaped, UInt8
-from PIL import Image
 
-from sam_jax import resizing, rle
+from sam_jax import rle
 from sam_jax.data.samples import (
     CorruptSampleError,
     NoObjectError,
@@ -24,20 +23,15 @@ from sam_jax.data.samples import (
     SkippedSampleError,
     image_hw,
     mask_runs,
-    open_reduced,
 )
 from sam_jax.data.tally import Tally
-from sam_jax.images import ReducedImage
-from sam_jax.resizing import fit_longest_side, resize_image
+from sam_jax.data.windows import LazyImage, Placement, Window
+from sam_jax.resizing import fit_longest_side
 
 # Luma weights of the colour jitter's grey axis (ITU-R BT.601).
 _LUMA = np.array([0.299, 0.587, 0.114])
-# A decoder that reduces an image has removed what is too fine for the result. What is left to
-# reduce, if little, needs no antialiasing, and bilinear interpolation without it is four times as
-# fast. Up to here the difference to decoding and resizing in full stays what the decoder makes it.
-_SMALL_STEP = 1.25
-
-
+# Field of a batch in the place of images.
+LAZY_IMAGES = "lazy_images"
 # Masks dropped for these reasons are the recipe's filters at work, not damage.
 FILTERS = frozenset({"too large", "too small"})
 
@@ -81,34 +75,6 @@ def no_valid_mask(sample: Sample, dropped: Iterable[DroppedMask]) -> SkippedSamp
     return CorruptSampleError(sample.name, "no valid mask", detail)
 
 
-class _Placement(NamedTuple):
-    """Position of the image in the input: resized to `scaled_hw`, `crop_hw` of it kept."""
-
-    scaled_hw: tuple[int, int]
-    crop_yx: tuple[int, int]
-    crop_hw: tuple[int, int]
-    flip: bool
-
-    @classmethod
-    def whole(cls, scaled_hw: tuple[int, int], flip: bool) -> "_Placement":
-        return cls(scaled_hw, (0, 0), scaled_hw, flip)
-
-
-def resize_reduced(
-    image: Image.Image | Float32[np.ndarray, "h w c"],
-    reduction: int,
-    hw: tuple[int, int],
-    placement: _Placement,
-) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 c"]:
-    """The placed part of an image that was decoded to a fraction of its size `hw`."""
-    extent_hw = hw[0] / reduction, hw[1] / reduction
-    steps = [have / want for have, want in zip(extent_hw, placement.scaled_hw, strict=True)]
-    is_whole = placement.crop_hw == placement.scaled_hw and extent_hw == resizing.image_hw(image)
-    if reduction > 1 and is_whole and max(steps) <= _SMALL_STEP:
-        return cv2.resize(np.asarray(image), placement.scaled_hw[::-1])
-    return resize_image(image, placement.scaled_hw, placement.crop_yx, placement.crop_hw, extent_hw)
-
-
 def image_zeros(
     shape: tuple[int, int, int], in_channels: int | None
 ) -> UInt8[np.ndarray, "b h w 3"] | Float32[np.ndarray, "b h w c"]:
@@ -143,27 +109,32 @@ class PackedExample(NamedTuple):
     """A training example before it is padded, a fifth of its size: what processes hand over.
 
     Attributes:
-      window: the part of the model input that the image fills, RGB or other channels.
+      image: the part of the model input that the image fills, RGB or other channels.
+      image_hw: its size.
       original_hw: the image's size in the file.
       mask_boxes: of each mask, as in `PackedMask`.
       mask_bits: of all masks, one after the other.
     """
 
-    window: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"]
+    image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"] | LazyImage
+    image_hw: tuple[int, int]
     original_hw: tuple[int, int]
     mask_boxes: Int32[np.ndarray, "k 4"]
     mask_bits: UInt8[np.ndarray, "n"]
 
-    def unpack_into(self, example: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-        """Writes the example into arrays of zeros; see `TrainTransform.zeros`."""
-        h, w = self.window.shape[:2]
-        example["image"][:h, :w] = self.window
-        example["image_hw"][:] = h, w
-        example["original_hw"][:] = self.original_hw
-        example["mask_valid"][: len(self.mask_boxes)] = True
+    def unpack_into(self, batch: Mapping[str, Shaped[np.ndarray, "..."]], row: int) -> None:
+        """Writes the example into a batch of zeros; see `TrainTransform.zeros`."""
+        if isinstance(self.image, LazyImage):
+            batch[LAZY_IMAGES][row] = self.image
+        else:
+            h, w = self.image_hw
+            batch["image"][row, :h, :w] = self.image
+        batch["image_hw"][row] = self.image_hw
+        batch["original_hw"][row] = self.original_hw
+        batch["mask_valid"][row, : len(self.mask_boxes)] = True
         begin = 0
         for mask, (y, rows, x, columns) in zip(
-            example["masks_packed"], self.mask_boxes.tolist(), strict=False
+            batch["masks_packed"][row], self.mask_boxes.tolist(), strict=False
         ):
             end = begin + rows * columns
             mask[y : y + rows, x : x + columns] = self.mask_bits[begin:end].reshape(rows, columns)
@@ -248,9 +219,9 @@ class TrainTransform:
           NoObjectError: it has no mask, or none that the filters let pass.
         """
         packed, dropped = self.packed(sample, rng)
-        example = self.zeros(1)
-        packed.unpack_into({key: array[0] for key, array in example.items()})
-        return {key: array[0] for key, array in example.items()}, dropped
+        batch = self.zeros(1)
+        packed.unpack_into(batch, 0)
+        return {key: array[0] for key, array in batch.items()}, dropped
 
     def zeros(self, batch_size: int) -> dict[str, np.ndarray]:
         """An empty batch.
@@ -272,9 +243,15 @@ class TrainTransform:
         }
 
     def packed(
-        self, sample: Sample, rng: np.random.Generator
+        self, sample: Sample, rng: np.random.Generator, known: Container[str] | None = None
     ) -> tuple[PackedExample, tuple[DroppedMask, ...]]:
         """The example of `with_report` in a form to hand over, and the masks left out.
+
+        Args:
+          sample: what to make it of.
+          rng: what is random.
+          known: digests of windows that have been decoded, and need not be again: the example then
+            has a `LazyImage`. None decodes all.
 
         Raises:
           CorruptSampleError: the image is unreadable, or has damaged masks only.
@@ -282,51 +259,53 @@ class TrainTransform:
         """
         hw = image_hw(sample)
         placement = self._place(hw, rng)
-        image, reduction = self._open(sample, placement)
+        image = self._image(sample, placement, known)
         order = rng.permutation(len(sample.masks_rle))
 
         masks, dropped = self._masks(sample, hw, order, placement)
         if not masks and self.scale_jitter is not None:
             # The crop missed every mask, or they became too small. That is no
             # fault of the sample.
-            placement = _Placement.whole(fit_longest_side(hw, self.image_size), placement.flip)
-            image, reduction = self._open(sample, placement)
+            placement = Placement.whole(fit_longest_side(hw, self.image_size), placement.flip)
+            image = self._image(sample, placement, known)
             masks, dropped = self._masks(sample, hw, order, placement)
         if not masks:
             raise no_valid_mask(sample, dropped)
 
-        window = resize_reduced(image, reduction, hw, placement)
-        if placement.flip:
-            window = window[:, ::-1]
         if self.color_jitter:
-            window = cv2.transform(window, self._color_matrix(window, rng))
+            assert isinstance(image, np.ndarray), "no image looks twice the same"
+            image = cv2.transform(image, self._color_matrix(image, rng))
         return PackedExample(
-            np.ascontiguousarray(window),
+            image,
+            placement.crop_hw,
             hw,
             np.array([mask.box for mask in masks], np.int32),
             np.concatenate([mask.bits.reshape(-1) for mask in masks]),
         ), tuple(dropped)
 
-    def _open(self, sample: Sample, placement: _Placement) -> ReducedImage:
-        return open_reduced(sample, placement.scaled_hw if self.reduced_decoding else None)
+    def _image(
+        self, sample: Sample, placement: Placement, known: Container[str] | None
+    ) -> UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w c"] | LazyImage:
+        window = Window(sample, placement, self.reduced_decoding)
+        return window.pixels() if known is None else LazyImage.of(window, known)
 
-    def _place(self, hw: tuple[int, int], rng: np.random.Generator) -> _Placement:
+    def _place(self, hw: tuple[int, int], rng: np.random.Generator) -> Placement:
         flip = self.hflip_rate > 0 and rng.random() < self.hflip_rate
         if self.scale_jitter is None:
-            return _Placement.whole(fit_longest_side(hw, self.image_size), flip)
+            return Placement.whole(fit_longest_side(hw, self.image_size), flip)
         scale = rng.uniform(*self.scale_jitter)
         scaled_hw = fit_longest_side(hw, self.image_size, scale)
         crop_hw = min(scaled_hw[0], self.image_size[0]), min(scaled_hw[1], self.image_size[1])
         y = int(rng.integers(scaled_hw[0] - crop_hw[0] + 1))
         x = int(rng.integers(scaled_hw[1] - crop_hw[1] + 1))
-        return _Placement(scaled_hw, (y, x), crop_hw, flip)
+        return Placement(scaled_hw, (y, x), crop_hw, flip)
 
     def _masks(
         self,
         sample: Sample,
         hw: tuple[int, int],
         order: np.ndarray,
-        placement: _Placement,
+        placement: Placement,
     ) -> tuple[list[PackedMask], list[DroppedMask]]:
         """Up to max_masks masks, and the dropped."""
         grid = rle.Grid(hw, placement.scaled_hw, placement.crop_yx, placement.crop_hw)
@@ -380,3 +359,28 @@ class TrainTransform:
         mean = float(cv2.mean(image)[:3] @ _LUMA)
         offset = np.full((3, 1), (1 - contrast) * mean * brightness)
         return np.hstack([brightness * contrast * linear, offset])
+
+
+@dataclass(frozen=True)
+class LazyTransform:
+    """Makes training examples whose images are decoded only where they are new.
+
+    Attributes:
+      transform: what makes the rest of them. Without jitter: no image would come again.
+      known: digests of windows that have been decoded, see `Window.digest`.
+    """
+
+    transform: TrainTransform
+    known: Container[str]
+
+    def zeros(self, batch_size: int) -> dict[str, np.ndarray]:
+        """An empty batch: `TrainTransform.zeros` with `LAZY_IMAGES`, objects [b], for `image`."""
+        batch = self.transform.zeros(batch_size)
+        del batch["image"]
+        return {LAZY_IMAGES: np.empty(batch_size, object), **batch}
+
+    def packed(
+        self, sample: Sample, rng: np.random.Generator
+    ) -> tuple[PackedExample, tuple[DroppedMask, ...]]:
+        """See `TrainTransform.packed`."""
+        return self.transform.packed(sample, rng, self.known)

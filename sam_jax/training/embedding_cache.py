@@ -1,15 +1,17 @@
 """Image embeddings that are computed once and kept on disk, for training what comes after them.
 
 A frozen encoder gives the same embeddings of an image in every epoch. An entry is found by what it
-follows from: the pixels that the encoder takes, the encoder's shape and weights, what pixels are
-normalised by, and the type that it computes in. So nothing stale is ever found, whatever the order
-of the images, their files' names or the data sets that they are in, and runs and hosts share a
-folder without a word to each other.
+follows from: the image's content and what is shown of it, the encoder's shape and weights, what
+pixels are normalised by, and the type that it computes in. So nothing stale is ever found, whatever
+the order of the images, their files' names or the data sets that they are in, and runs and hosts
+share a folder without a word to each other. No image is decoded that has an entry.
 """
 
+import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from sam_jax import places
 from sam_jax.arrays import Array, Float, Int, UInt8
+from sam_jax.data.transforms import LAZY_IMAGES
+from sam_jax.data.windows import LazyImage
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import RGB, normalize_images
@@ -67,7 +71,7 @@ class EmbeddingCache:
 
     def read(self, key: str) -> Float[np.ndarray, "gh gw d"] | None:
         """The embeddings of an image, None if they are not there or damaged."""
-        path = self._path(key)
+        path = _entry(self._folder, key)
         try:
             with safe_open(path, framework="numpy") as file:
                 found, said = file.get_tensor(FIELD), (file.metadata() or {}).get(_CHECKSUM)
@@ -91,11 +95,34 @@ class EmbeddingCache:
           WeightsError: if the disk is full, or was taken away.
         """
         kept = np.ascontiguousarray(embeddings, np.float16)
-        with written_whole(self._path(key)) as unfinished, failing_as_os_error(SafetensorError):
+        with (
+            written_whole(_entry(self._folder, key)) as unfinished,
+            failing_as_os_error(SafetensorError),
+        ):
             safetensors.numpy.save_file({FIELD: kept}, unfinished, {_CHECKSUM: _digest(kept)})
 
-    def _path(self, key: str) -> Path:
-        return self._folder / key[:2] / f"{key}.safetensors"
+
+@dataclasses.dataclass(frozen=True)
+class KnownImages:
+    """Digests of the images that have embeddings of any encoder, of which each was decoded once.
+
+    Attributes:
+      folder: of all encoders.
+    """
+
+    folder: Path
+
+    def __contains__(self, digest: object) -> bool:
+        try:
+            encoders = [entry.path for entry in os.scandir(self.folder) if entry.is_dir()]
+        except FileNotFoundError:
+            return False
+        return any(_entry(Path(encoder), str(digest)).is_file() for encoder in encoders)
+
+
+def _entry(folder: Path, digest: str) -> Path:
+    """The file of an image, in an encoder's folder."""
+    return folder / digest[:2] / f"{digest}.safetensors"
 
 
 def _say_damaged(path: Path, reason: str) -> None:
@@ -113,15 +140,6 @@ def encoder_name(model: Sam, encoder_params: Any) -> str:
     for path in sorted(flat):
         hashed.update(path.encode())
         hashed.update(np.ascontiguousarray(flat[path]).data)
-    return hashed.hexdigest()
-
-
-def image_key(
-    image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"], image_hw: Int[np.ndarray, " 2"]
-) -> str:
-    """A name that no other input of the encoder has."""
-    hashed = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16)
-    hashed.update(f"{image.shape} {tuple(map(int, image_hw))}".encode())
     return hashed.hexdigest()
 
 
@@ -165,7 +183,7 @@ class EmbeddingStage:
         variables: Mapping[str, Any],
         say: Callable[[str], None] = lambda text: None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches with the field ``image_embeddings`` in place of ``image``.
+        """Batches with the field ``image_embeddings`` in place of ``lazy_images``.
 
         Args:
           batches: of the input pipeline.
@@ -194,34 +212,32 @@ class EmbeddingStage:
         # On the devices only while there is something to embed.
         placed: Any = None
         for batch in batches:
-            images, sizes = batch["image"], batch["image_hw"]
-            keys = [image_key(*pair) for pair in zip(images, sizes, strict=True)]
-            read = {key: cache.read(key) for key in dict.fromkeys(keys)}
-            found = {key: array for key, array in read.items() if array is not None}
-            missing = [keys.index(key) for key in read if key not in found]
+            images = {image.digest: image for image in batch[LAZY_IMAGES]}
+            read = {digest: cache.read(digest) for digest in images}
+            found = {digest: array for digest, array in read.items() if array is not None}
+            missing = [image for digest, image in images.items() if digest not in found]
             if missing:
                 placed = placed or jax.device_put(params, self._everywhere)
-                computed = self._computed(placed, images[missing], sizes[missing])
-                for index, embeddings in zip(missing, computed, strict=True):
-                    cache.write(keys[index], embeddings)
-                    found[keys[index]] = embeddings
+                for image, embeddings in zip(missing, self._computed(placed, missing), strict=True):
+                    cache.write(image.digest, embeddings)
+                    found[image.digest] = embeddings
             else:
                 placed = None
-            others = {name: array for name, array in batch.items() if name != "image"}
-            yield {FIELD: np.stack([found[key] for key in keys]), **others}
+            others = {name: array for name, array in batch.items() if name != LAZY_IMAGES}
+            yield {FIELD: np.stack([found[image.digest] for image in batch[LAZY_IMAGES]]), **others}
 
     def _computed(
-        self,
-        params: Any,
-        images: UInt8[np.ndarray, "k h w c"] | Float[np.ndarray, "k h w c"],
-        sizes: Int[np.ndarray, "k 2"],
+        self, params: Any, images: Sequence[LazyImage]
     ) -> Iterator[Float[np.ndarray, "gh gw d"]]:
         """Embeddings of each image, in calls of one size."""
-        size = self._by_image.mesh.size
+        size, channels = self._by_image.mesh.size, self._model.config.channels
         for start in range(0, len(images), size):
-            part, part_sizes = images[start : start + size], sizes[start : start + size]
-            padding = ((0, size - len(part)), *((0, 0),) * 3)
-            placed = jax.device_put(
-                (np.pad(part, padding), np.pad(part_sizes, padding[:2])), self._by_image
-            )
+            part = images[start : start + size]
+            inputs = np.zeros((size, *self._model.image_size, channels.count), channels.dtype)
+            sizes = np.zeros((size, 2), np.int32)
+            for image, input_, input_hw in zip(part, inputs, sizes, strict=False):
+                pixels = image.pixels()
+                input_hw[:] = pixels.shape[:2]
+                input_[: pixels.shape[0], : pixels.shape[1]] = pixels
+            placed = jax.device_put((inputs, sizes), self._by_image)
             yield from np.asarray(self._embed(params, *placed))[: len(part)]

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sam_jax.configuration import from_mapping
 from sam_jax.data.config import DataConfig
+from sam_jax.data.pipeline import TrainIterator, train_iterator
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
 from sam_jax.models.lora import ADAPTERS, LoraConfig
@@ -22,7 +23,7 @@ from sam_jax.ops.dispatch import Kernels
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.compiled_step import CompiledStep, compile_step
-from sam_jax.training.embedding_cache import EmbeddingStage
+from sam_jax.training.embedding_cache import EmbeddingStage, KnownImages
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.tasks.reconstruct import ReconstructTask
 from sam_jax.training.tasks.segment import SegmentTask
@@ -178,6 +179,20 @@ class Experiment:
             return None
         assert isinstance(self.task, SegmentTask), "others have no such cache"
         return EmbeddingStage(self.task.model, self.train.embedding_cache, self.kernels)
+
+    def data_iterator(self, process_index: int = 0, process_count: int = 1) -> TrainIterator:
+        """The input pipeline: batches of the task, or of the stage where there is one.
+
+        Raises:
+          ConfigError: see ``train_iterator``.
+        """
+        folder = self.train.embedding_cache
+        return train_iterator(
+            self.data,
+            process_index=process_index,
+            process_count=process_count,
+            known_images=None if folder is None else KnownImages(Path(folder).expanduser()),
+        )
 
 
 def _check_trained(task: SegmentTask, trainable: Sequence[str], trained: Any) -> None:

@@ -56,12 +56,16 @@ def test_image_embeddings(embeddings: np.ndarray) -> None:
 
 
 def test_frozen_outputs_are_current(embeddings: np.ndarray) -> None:
-    """``SAM_JAX_UPDATE_GOLDEN=1`` writes the file again."""
+    """``SAM_JAX_UPDATE_GOLDEN=1`` writes the file again.
+
+    PyTorch sums in another order where a CPU has wider vectors: 2.7e-6 was seen between AVX2 and
+    AVX-512.
+    """
     kept = embeddings[:, :: tiny.FROZEN_STRIDE, :: tiny.FROZEN_STRIDE, ::4]
     if os.environ.get("SAM_JAX_UPDATE_GOLDEN"):
         np.savez_compressed(tiny.FROZEN, image_embeddings=kept)
     with np.load(tiny.FROZEN) as file:
-        official.assert_equal(kept, file["image_embeddings"], 1e-6)
+        official.assert_equal(kept, file["image_embeddings"])
 
 
 def test_a_file_goes_there_and_back(tmp_path: Path, theirs: Any, embeddings: np.ndarray) -> None:

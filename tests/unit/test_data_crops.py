@@ -69,7 +69,7 @@ def test_images_of_any_form_fill_the_input(hw: tuple[int, int]) -> None:
     for seed in range(5):
         example, _ = transform.packed(sample(hw), np.random.default_rng(seed))
         batch = transform.zeros(2)
-        example.unpack_into({name: array[1] for name, array in batch.items()})
+        example.unpack_into(batch, 1)
         np.testing.assert_array_equal(batch["image"][1], example.image)
         assert not batch["image"][0].any()
 

@@ -12,10 +12,9 @@ from PIL import Image
 from sam_jax.data.samples import CorruptSampleError, NoObjectError, Sample
 from sam_jax.data.transforms import (
     TrainTransform,
-    fit_longest_side,
     pack_mask,
-    resize_image,
 )
+from sam_jax.resizing import fit_longest_side, resize_image
 from tests.unit.data_fixtures import (
     box_mask,
     compress,
@@ -240,7 +239,7 @@ def test_what_is_handed_over_is_small_and_in_one_piece() -> None:
     assert all(array.flags.c_contiguous for array in packed if isinstance(array, np.ndarray))
     # The masks are 11 pixels high and wide here, which is two or three bytes.
     assert packed.mask_bits.nbytes <= 3 * 12 * 3
-    assert packed.window.shape == (64, 96, 3)
+    assert packed.image.shape == (64, 96, 3)
 
 
 def test_an_unreadable_image_is_named_before_its_masks() -> None:

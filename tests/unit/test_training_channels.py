@@ -249,8 +249,8 @@ def test_cached_embeddings_are_of_other_statistics_others(
         changes |= {"train__embedding_cache": str(tmp_path)}
         experiment = Experiment.of(sections_of(data, rgb_weights, **changes))
         variables = experiment.task.load(str(rgb_weights), jax.random.key(0))
-        iterator = train_iterator(experiment.data)
-        return next(iter(experiment.stage()(iterator, variables)))["image_embeddings"]
+        batches = experiment.stage()(experiment.data_iterator(), variables)
+        return next(batches)["image_embeddings"]
 
     first, again, other = stage(), stage(), stage(model__pixel_std=(500.0,) * 4)
     np.testing.assert_array_equal(first, again)

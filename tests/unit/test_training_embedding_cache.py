@@ -1,5 +1,6 @@
 """Cached image embeddings: what an entry is found by, and what becomes of a damaged one."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 from sam_jax import flop_counts
+from sam_jax.data import windows
+from sam_jax.data.transforms import LAZY_IMAGES
+from sam_jax.data.windows import LazyImage
 from sam_jax.errors import ConfigError
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
@@ -18,13 +22,14 @@ from sam_jax.trained_parameters import select_trained
 from sam_jax.training.embedding_cache import (
     EmbeddingCache,
     EmbeddingStage,
+    KnownImages,
     encoder_name,
-    image_key,
 )
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.tasks import segment
 from sam_jax.weights.files import WeightsError
 from tests.golden.tiny import random_variables
+from tests.unit.data_fixtures import write_coco
 
 TINY = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 CACHED = (
@@ -53,10 +58,15 @@ def variables(model: Sam) -> dict[str, Any]:
 def batch(model: Sam) -> dict[str, np.ndarray]:
     """Three images, of which two are one, and a number for each."""
     height, width = model.image_size
-    images = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), np.uint8)
-    images[2] = images[0]
-    sizes = np.tile(np.array([height, width - 8], np.int32), (3, 1))
-    return {"image": images, "image_hw": sizes, "number": np.arange(3)}
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 256, (2, height, width - 8, 3), np.uint8)
+    images = np.empty(3, object)
+    images[:] = [
+        LazyImage("a" * 32, first),
+        LazyImage("b" * 32, second),
+        LazyImage("a" * 32, first),
+    ]
+    return {LAZY_IMAGES: images, "number": np.arange(3)}
 
 
 def files(folder: Path) -> list[Path]:
@@ -69,10 +79,12 @@ def test_batches_hold_what_the_encoder_answers(
     said: list[str] = []
     stage = EmbeddingStage(model, tmp_path)
     (found,) = stage(iter([batch]), variables, said.append)
-    assert sorted(found) == ["image_embeddings", "image_hw", "number"]
+    assert sorted(found) == ["image_embeddings", "number"]
     np.testing.assert_array_equal(found["number"], batch["number"])
     assert found["image_embeddings"].dtype == np.float16
-    images = normalize_images(*map(jnp.asarray, (batch["image"], batch["image_hw"])))
+    pixels = [np.pad(image.pixels(), ((0, 0), (0, 8), (0, 0))) for image in batch[LAZY_IMAGES]]
+    sizes = np.tile(np.array([model.image_size[0], model.image_size[1] - 8], np.int32), (3, 1))
+    images = normalize_images(jnp.asarray(np.stack(pixels)), jnp.asarray(sizes))
     expected = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, images)
     np.testing.assert_allclose(found["image_embeddings"], expected, rtol=2e-3, atol=2e-3)
     # The third is the first's.
@@ -85,6 +97,46 @@ def test_batches_hold_what_the_encoder_answers(
     (again,) = stage(iter([turned]), variables, said.append)
     np.testing.assert_array_equal(again["image_embeddings"], found["image_embeddings"][::-1])
     assert "2 are there" in said[1]
+    known = KnownImages(tmp_path)
+    assert ["a" * 32 in known, "b" * 32 in known, "c" * 32 in known] == [True, True, False]
+    assert "a" * 32 not in KnownImages(tmp_path / "nowhere")
+
+
+def test_pixels_are_decoded_once(tmp_path: Path) -> None:
+    """The second epoch reads files and masks, and no pixel; other weights embed the same images."""
+    path = write_coco(tmp_path / "coco", 4)
+    experiment = experiment_of(
+        f"train.embedding_cache={tmp_path / 'kept'}",
+        f"data.sources=({{'kind': 'coco', 'path': '{path}'}},)",
+        "data.scale_jitter=None",
+        "data.hflip_rate=0.0",
+        "data.color_jitter=0.0",
+        "data.batch_size=4",
+        "data.prefetch_batches=0",
+        "data.prefetch_examples=1",
+    )
+    model = experiment.task.model
+    stage = experiment.stage()
+    assert stage is not None
+
+    def of_seed(seed: int) -> dict[str, Any]:
+        return jax.device_put(random_variables(model.config, seed))
+
+    with contextlib.closing(experiment.data_iterator()) as data:
+        first = next(stage(data, of_seed(0)))
+    assert len(files(tmp_path / "kept")) == 4
+    with (
+        contextlib.closing(experiment.data_iterator()) as data,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(windows, "open_reduced", None)
+        again = next(stage(data, of_seed(0)))
+    np.testing.assert_array_equal(again["image_embeddings"], first["image_embeddings"])
+    np.testing.assert_array_equal(again["masks_packed"], first["masks_packed"])
+    with contextlib.closing(experiment.data_iterator()) as data:
+        other = next(stage(data, of_seed(1)))
+    assert len(files(tmp_path / "kept")) == 8
+    assert np.abs(other["image_embeddings"] - first["image_embeddings"]).max() > 1e-2
 
 
 def test_nothing_is_read_ahead(tmp_path: Path, model: Sam, variables: dict, batch: dict) -> None:
@@ -143,27 +195,13 @@ def test_what_cannot_be_written_leaves_nothing(
     assert cache.read("abc") is None
 
 
-def test_other_weights_sizes_and_pixels_are_other_entries(
-    model: Sam, variables: dict, batch: dict
-) -> None:
+def test_other_weights_and_types_are_other_encoders(model: Sam, variables: dict) -> None:
     params = variables["params"]["image_encoder"]
     changed = {**params, "pos_embed": params["pos_embed"] + 1e-6}
     half = model.clone(dtype=jnp.bfloat16)
     names = [encoder_name(model, params), encoder_name(model, changed), encoder_name(half, params)]
     assert len(set(names)) == 3
     assert encoder_name(model, jax.device_put(params)) == names[0]
-
-    image, size = batch["image"][0], batch["image_hw"][0]
-    darker = image.copy()
-    darker[0, 0, 0] ^= 1
-    keys = [
-        image_key(image, size),
-        image_key(darker, size),
-        image_key(image[:, ::-1], size),
-        image_key(image, size - 1),
-        image_key(image.reshape(image.shape[1], image.shape[0], 3), size),
-    ]
-    assert len(set(keys)) == 5
 
 
 @pytest.mark.parametrize(
