@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -165,6 +166,29 @@ def coco_eval(
         ]
         predicted.createIndex()
         evaluation = COCOeval(coco, predicted, "segm")
+        for name, value in params.items():
+            setattr(evaluation.params, name, value)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def lvis_eval(images: Sequence[Scene], *, max_dets: int = 300, **params: Any) -> Any:
+    """The LVIS tool's evaluation, accumulated; skips a test where it is not installed."""
+    lvis = pytest.importorskip("lvis", reason="lvis is not installed")
+    found = results(images)
+    for result in found:
+        result["segmentation"]["counts"] = result["segmentation"]["counts"].decode()
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        # Names that numpy no longer has.
+        patch.setattr(np, "float", float, raising=False)
+        patch.setattr(np, "bool", bool)
+        theirs = lvis.LVIS.__new__(lvis.LVIS)
+        theirs.logger = lvis.lvis.logging.getLogger("lvis")
+        theirs.dataset = annotations(images, crowds=False)
+        theirs._create_index()
+        loaded = lvis.LVISResults(theirs, found, max_dets=max_dets)
+        evaluation = lvis.LVISEval(theirs, loaded, "segm")
         for name, value in params.items():
             setattr(evaluation.params, name, value)
         evaluation.evaluate()

@@ -22,7 +22,7 @@ from tests.unit.scenes import (
     Scene,
     annotations,
     coco_eval,
-    quiet,
+    lvis_eval,
     rectangle,
     results,
     scenes,
@@ -143,27 +143,9 @@ def test_ranking() -> None:
     assert ranked("random", proposals, 3) == ranked("random", proposals, 3)
 
 
-def lvis_recall(images: list[Scene], found: list[dict[str, Any]], **params: Any) -> float:
+def lvis_recall(images: list[Scene], **params: Any) -> float:
     """Mean recall as the LVIS tool gives it; NaN of nothing."""
-    lvis = pytest.importorskip("lvis", reason="lvis is not installed")
-    with pytest.MonkeyPatch.context() as patch, quiet():
-        patch.setattr(np, "float", float, raising=False)
-        theirs = lvis.LVIS.__new__(lvis.LVIS)
-        theirs.logger = lvis.lvis.logging.getLogger("lvis")
-        theirs.dataset = annotations(images, crowds=False)
-        theirs._create_index()
-        for result in found:
-            counts = result["segmentation"]["counts"]
-            result["segmentation"]["counts"] = (
-                counts if isinstance(counts, str) else counts.decode()
-            )
-        loaded = lvis.LVISResults(theirs, found, max_dets=params.pop("max_dets", 300))
-        evaluation = lvis.LVISEval(theirs, loaded, "segm")
-        for name, value in params.items():
-            setattr(evaluation.params, name, value)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    recall = evaluation.eval["recall"][:, :, 0]
+    recall = lvis_eval(images, **params).eval["recall"][:, :, 0]
     defined = recall[recall > -1]
     return float(defined.mean()) if defined.size else math.nan
 
@@ -174,18 +156,18 @@ def test_traps_of_the_lvis_tool_are_avoided() -> None:
     # Without classes it looks everything up under a category that there is not.
     scene = image([(common, WHOLE, False)], [(common, WHOLE, 0.9)])
     assert recalls([scene])["AR"] == 1.0
-    assert math.isnan(lvis_recall([scene], results([scene]), use_cats=0))
+    assert math.isnan(lvis_recall([scene], use_cats=0))
     # With classes, proposals of one that nobody looked for in the image are dropped.
     scene = image([(common, WHOLE, False)], [(rare, WHOLE, 0.9)])
     assert recalls([scene])["AR"] == 1.0
-    assert lvis_recall([scene], results([scene])) == 0.0
+    assert lvis_recall([scene]) == 0.0
     # It takes 300 proposals of an image.
     tiny = (common, (9, 9, 1, 1), 0.9)
     many = image([(common, WHOLE, False)], [tiny] * 300 + [(common, WHOLE, 0.1)])
     assert recalls([many])["AR"] == 1.0
-    assert lvis_recall([many], results([many])) == 0.0
-    assert lvis_recall([many], results([many]), max_dets=1000) == 1.0
+    assert lvis_recall([many]) == 0.0
+    assert lvis_recall([many], max_dets=1000) == 1.0
     # With classes: a mean over categories, and not over objects.
     mixed = image([(common, WHOLE, False)] * 3 + [(rare, WHOLE, False)], [(rare, WHOLE, 0.9)])
     assert recalls([mixed])["AR"] == 0.25
-    assert lvis_recall([mixed], results([mixed])) == 0.5
+    assert lvis_recall([mixed]) == 0.5

@@ -1,6 +1,9 @@
-"""Thinning beside its definition, pixel by pixel, and beside scikit-image where it is installed."""
+"""Thinning beside its definition, pixel by pixel, and beside what scikit-image gave."""
 
 import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import cv2
 import hypothesis
@@ -11,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from sam_jax.evaluation.edges.thinning import thin
 
+FROZEN = Path(__file__).parent / "thinned.npz"
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 bitmaps = arrays.arrays(bool, shapes)
 
@@ -84,9 +88,20 @@ def test_it_does_not_end_when_only_the_first_half_finds_nothing():
     assert thin(image).sum() < image.sum()
 
 
-def test_scikit_image_does_the_same():
-    morphology = pytest.importorskip("skimage.morphology")
+def noise() -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
     for height, width in itertools.product((7, 40, 63), (9, 41)):
-        image = cv2.GaussianBlur(rng.random((height, width)), (0, 0), 1.5) > 0.5
-        np.testing.assert_array_equal(thin(image), morphology.thin(image))
+        yield cv2.GaussianBlur(rng.random((height, width)), (0, 0), 1.5) > 0.5
+
+
+def test_scikit_image_does_the_same():
+    """`SAM_JAX_UPDATE_GOLDEN=1` keeps what it does, where it is installed."""
+    if os.environ.get("SAM_JAX_UPDATE_GOLDEN"):
+        thinned = pytest.importorskip("skimage.morphology").thin
+        pairs = [np.stack([image, thinned(image)]) for image in noise()]
+        np.savez_compressed(FROZEN, *pairs)
+    with np.load(FROZEN) as file:
+        assert len(file.files) == 6
+        for image, expected in file.values():
+            assert image.sum() > expected.sum() > 0
+            np.testing.assert_array_equal(thin(image), expected)
