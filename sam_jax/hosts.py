@@ -1,12 +1,15 @@
 """The processes of a run: one for each host, or several on one."""
 
 import dataclasses
+import json
 import os
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sam_jax.errors import ConfigError, UserError
 
@@ -90,6 +93,17 @@ def start_devices(hosts: HostsConfig, cpu_devices: int | None = None) -> None:
 def is_first() -> bool:
     """True in the process that logs and writes files for all."""
     return jax.process_index() == 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """Values of JSON of all processes, in their order; all must call together."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(mine.size)).reshape(-1)
+    padded = np.pad(mine, (0, int(lengths.max()) - mine.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
 
 def end_now(message: str, exit_code: int = 1) -> NoReturn:

@@ -270,12 +270,14 @@ class TrainIterator(grain.DatasetIterator):
         counted = [state["skipped"] for state in states] if self._process_index == 0 else []
         self.set_state({"position": position, "skipped": sum_of_states(counted)})
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self, states: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """Sources and their sizes, and what was skipped or decided so far, as values of JSON.
 
-        Counts are those of this process, by what it was and why, with an example of each reason.
+        Args:
+          states: of the processes that are counted, as `get_state` gives them; by default of this
+            one. Counts are by what it was and why, with an example of each reason.
         """
-        state = self.get_state()["skipped"]
+        state = sum_of_states(each["skipped"] for each in states or [self.get_state()])
         kinds = {
             "samples skipped": "corrupt_counts",
             "samples without an object": "without_object_counts",

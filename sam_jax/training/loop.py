@@ -289,6 +289,7 @@ def _begin(program, checkpointer, reporter, first_step: int, sections, data_iter
     for (step, _), folder in zip(checkpointer.damaged, checkpointer.begin(), strict=True):
         reporter.say(f"the damaged checkpoint of step {step} is now {folder}")
     reporter.begin(first_step, sections)
+    manifest.write_data(reporter.workdir, data_iterator)
     if not is_first():
         return
     if sections is not None:
@@ -299,7 +300,6 @@ def _begin(program, checkpointer, reporter, first_step: int, sections, data_iter
             reporter.say(f"the config is another now: {what}; the one before is kept in {kept}")
     manifest.write_start(reporter.workdir, program, first_step)
     manifest.write_parameters(reporter.workdir, program)
-    manifest.write_data(reporter.workdir, data_iterator)
 
 
 class _Run(NamedTuple):
@@ -360,8 +360,7 @@ class _Run(NamedTuple):
                     with stopwatch.during("checkpoint"), watchdog.during("saving a checkpoint"):
                         # A run that goes on from there does not make these numbers again.
                         reporter.flush()
-                        if is_first():
-                            manifest.write_data(reporter.workdir, self.data_iterator)
+                        manifest.write_data(reporter.workdir, self.data_iterator)
                         self.checkpointer.save(state, self.data_iterator)
                 if stop_signal and not is_last:
                     self._stop(stop_signal, step)

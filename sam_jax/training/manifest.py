@@ -7,13 +7,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from sam_jax import places
+from sam_jax.hosts import gathered, is_first
 from sam_jax.sharding import describe
 from sam_jax.training.compiled_step import CompiledStep
 
@@ -29,8 +30,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 class DescribedData(Protocol):
     """Data that can say where they come from and what was left out."""
 
-    def manifest(self) -> dict[str, Any]:
-        """Sources, counts, and what was skipped by reason, as values of JSON."""
+    def get_state(self) -> dict[str, Any]:
+        """Position and counts of this process, as values of JSON."""
+        ...
+
+    def manifest(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Sources, counts, and what was skipped by reason, of processes in such states."""
         ...
 
 
@@ -58,9 +63,12 @@ def write_parameters(workdir: Path, program: CompiledStep) -> None:
 
 
 def write_data(workdir: Path, data: Any) -> None:
-    """Writes ``data.json``, of data that can describe themselves."""
-    if isinstance(data, DescribedData):
-        places.write_text(workdir / DATA, json.dumps(data.manifest(), indent=2) + "\n")
+    """Writes ``data.json``, of data that can describe themselves; all processes call together."""
+    if not isinstance(data, DescribedData):
+        return
+    states = gathered(data.get_state())
+    if is_first():
+        places.write_text(workdir / DATA, json.dumps(data.manifest(states), indent=2) + "\n")
 
 
 def commit_of(folder: Path) -> dict[str, Any] | None:

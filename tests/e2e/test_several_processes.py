@@ -1,6 +1,7 @@
 """Runs of two processes over the loopback, as runs of two hosts are."""
 
 import contextlib
+import json
 import signal
 import socket
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 
     stopped_at = saved_steps(workdir)[-1]
     assert stopped_at > killed_at
+    of_both = json.loads((workdir / "data.json").read_text())
     last = f"--config.train.num_steps={stopped_at + 2}"
     output = run("train.py", *flags, last, RARE, devices=4, config=PRETRAINING)
     assert f"continuing from the checkpoint of step {stopped_at}" in output
@@ -107,6 +109,10 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     straight = tmp_path / "one"
     output = run("train.py", "--workdir", str(straight), *PLAIN, last, RARE, config=PRETRAINING)
     assert "1 cpu device(s) of 1 process(es)" in output
+    # Half of the images are each process's, and both are counted.
+    of_one = json.loads((straight / "data.json").read_text())
+    assert of_both["processes"] == 2
+    assert of_both["samples_read"] * (stopped_at + 2) == of_one["samples_read"] * stopped_at
     two, one = logged(workdir), logged(straight)
     for tag in ("train/loss", "train/gradient_norm"):
         # What a process that was ended had not written yet is lost, and nothing else.
