@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sam_jax.cli_results import channels, compare, fairness, report, stats
 from sam_jax.errors import ConfigError, readable_errors
+from sam_jax.host_memory import keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -738,5 +739,6 @@ def _progress_bar(what: str) -> Iterator[Callable[[Any], None]]:
 
 def main() -> None:
     """Runs the command line; what the user can mend is a message and not a traceback."""
+    keep_freed_memory()
     with readable_errors():
         app()
