@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import soak
-from tests.e2e.programs import PRETRAINING, logged, run, runner_limit, saved_steps, start
+from tests.e2e.programs import ONE_ROUND, PRETRAINING, logged, run, runner_limit, saved_steps, start
 
 pytestmark = runner_limit
 
@@ -54,7 +54,7 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
 
 def test_eval_reproduces_the_numbers_of_the_training_loop(tmp_path: Path) -> None:
     workdir, out = tmp_path / "run", tmp_path / "out"
-    run("train.py", "--workdir", str(workdir), *RARE)
+    run("train.py", "--workdir", str(workdir), *RARE, *ONE_ROUND)
     run("eval.py", "--checkpoint", str(workdir), "--out", str(out))
     report = json.loads((out / "shapes" / "report.json").read_text())
     in_loop = {
