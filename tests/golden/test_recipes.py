@@ -45,12 +45,13 @@ RECIPES = sorted(
 # One of each encoder and task: the others' programs differ from theirs in sizes and numbers alone.
 DIFFERENTIATED = {
     "sam_vit_h",
-    "sam_vit_h_stage3",
     "mobile_sam",
     "small_coco",
     "mae_vit_h",
     "mae_tiny",
 }
+# Variants of ViT-H's recipes: sizes that the models' own tests have, the same options.
+OTHER_SIZES = {"sam_vit_b", "sam_vit_l", "mae_vit_b", "mae_vit_l"}
 PAPER = ("sam_vit_b", "sam_vit_l", "sam_vit_h", "mae_vit_b", "mae_vit_l", "mae_vit_h")
 
 
@@ -85,7 +86,7 @@ def axes_text(axes: Any) -> str:
 def test_every_recipe_builds_its_train_step(
     config: ConfigDict, request: pytest.FixtureRequest
 ) -> None:
-    """Its evaluations, its loss and its update; the gradient of one recipe of each kind."""
+    """Its evaluations and its update; loss and gradient of one recipe of each kind."""
     sections = config.to_dict()
     # Blocks are of two kinds, with windows and without; two hold both, and are traced sooner.
     if sections["model"]["variant"] != "mobile_sam":
@@ -103,11 +104,12 @@ def test_every_recipe_builds_its_train_step(
         assert shapes(new_state) == shapes(state)
         assert metrics["loss"].dtype == np.float32
         return
-    loss_sums = task.loss_sums(Parallel(), None)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    loss, sums = jax.eval_shape(loss_sums, state.params, state.constants, batch, key)
-    assert (loss.shape, loss.dtype) == ((), np.float32)
-    assert "loss" in sums
+    if request.node.callspec.params["config"] not in OTHER_SIZES:
+        loss_sums = task.loss_sums(Parallel(), None)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        loss, sums = jax.eval_shape(loss_sums, state.params, state.constants, batch, key)
+        assert (loss.shape, loss.dtype) == ((), np.float32)
+        assert "loss" in sums
     # Gradients have the parameters' shapes.
     updates, opt_state = jax.eval_shape(
         optimizer.update, state.params, state.opt_state, state.params

@@ -47,6 +47,7 @@ from sam_jax.training.tasks.segment import SegmentTask
 from tests.golden.tiny import TINY
 
 CONFIG = Path(__file__).parents[1] / "e2e" / "tiny_run.py"
+PRETRAINING = CONFIG.with_name("tiny_pretraining.py")
 
 # Wide enough that products are nearly all of it; its windows need padding, and it is not square.
 WIDE = SamConfig(
@@ -250,7 +251,7 @@ ONE_ROUND = [
             ["--grid", "4", "8", "--heads", "2", "--backward", "--dtype", "bfloat16"],
             "chunked FLOP/s",
         ),
-        (checkpoint.main, ["--config", str(CONFIG), *ONE_LAYER], "restored bytes/s"),
+        (checkpoint.main, ["--config", str(PRETRAINING)], "restored bytes/s"),
         (step.main, ["--config", str(CONFIG), "--fresh-batches", *ONE_ROUND], "FLOP/s"),
         (
             input.main,
