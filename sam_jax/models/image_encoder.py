@@ -118,12 +118,12 @@ class RelativePositionAttention(nn.Module):
     @nn.compact
     def __call__(self, tokens: Float[Array, "b gh gw d"]) -> Float[Array, "b gh gw d"]:
         qkv = Dense(3 * self.num_heads * self.head_dim, dtype=self.dtype, name="qkv")(tokens)
-        rel_pos_h, rel_pos_w = (
-            self.param(name, nn.initializers.zeros, (2 * size - 1, self.head_dim)) if size else None
-            for name, size in zip(
-                ("rel_pos_h", "rel_pos_w"), self.table_grid or (0, 0), strict=True
-            )
-        )
+        rel_pos_h = rel_pos_w = None
+        if self.table_grid is not None:
+            height, width = self.table_grid
+            zeros = nn.initializers.zeros
+            rel_pos_h = self.param("rel_pos_h", zeros, (2 * height - 1, self.head_dim))
+            rel_pos_w = self.param("rel_pos_w", zeros, (2 * width - 1, self.head_dim))
         out = grid_attention(
             product_of(qkv),
             rel_pos_h,

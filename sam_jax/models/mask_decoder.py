@@ -17,6 +17,7 @@ from sam_jax.ops.full_precision import broadcast_to
 from sam_jax.ops.mask_prediction import UpscalingWeights, predict_masks
 
 NUM_MULTIMASK = 3
+NUM_MASK_TOKENS = 1 + NUM_MULTIMASK
 _NORM_EPSILON = 1e-6
 
 
@@ -65,7 +66,7 @@ class TransformerOutput:
       iou_predictions: of the wanted candidates, see ``MaskPrediction``.
     """
 
-    mask_tokens: Float[Array, "b p k d"]
+    mask_tokens: Float[Array, "b p 4 d"]
     image_tokens: Float[Array, "b p gh gw d"]
     iou_predictions: Float[Array, "b p m"]
 
@@ -73,8 +74,8 @@ class TransformerOutput:
 class MaskDecoder(nn.Module):
     """Mask candidates of every prompted object.
 
-    Four output tokens make masks: the first is used where the prompt leaves no doubt, the other
-    three where several objects fit it.
+    Four output tokens make masks: three where several objects fit the prompt, and one where it
+    leaves no doubt, which is the paper's fourth and stands first, as in the published weights.
 
     Source: Kirillov et al. 2023, section 3 and appendix A.
     """
@@ -86,7 +87,7 @@ class MaskDecoder(nn.Module):
     def setup(self) -> None:
         cfg, dim = self.config, self.embed_dim
         normal = nn.initializers.normal(1.0)
-        self.output_tokens = self.param("output_tokens", normal, (2 + NUM_MULTIMASK, dim))
+        self.output_tokens = self.param("output_tokens", normal, (1 + NUM_MASK_TOKENS, dim))
         self.transformer = TwoWayTransformer(
             depth=cfg.depth,
             num_heads=cfg.num_heads,
@@ -94,7 +95,7 @@ class MaskDecoder(nn.Module):
             dropout_rate=cfg.dropout_rate,
             dtype=self.dtype,
         )
-        widths = (cfg.iou_head_dim, cfg.iou_head_dim, 1 + NUM_MULTIMASK)
+        widths = (cfg.iou_head_dim, cfg.iou_head_dim, NUM_MASK_TOKENS)
         # Candidates are chosen and ranked by predictions that differ in their third digit, which
         # numbers near 1 do not have in half precision.
         self.iou_head = Mlp(widths, nn.relu, self.dtype, exact_output=True)
@@ -158,7 +159,7 @@ class MaskDecoder(nn.Module):
         iou_predictions = self.iou_head(tokens[:, :, 0])[..., _wanted(multimask_output)]
         gh, gw = image_pe.shape[:2]
         return TransformerOutput(
-            mask_tokens=tokens[:, :, 1 : 2 + NUM_MULTIMASK],
+            mask_tokens=tokens[:, :, 1 : 1 + NUM_MASK_TOKENS],
             image_tokens=rearrange(image_tokens, "b p (h w) d -> b p h w d", h=gh, w=gw),
             iou_predictions=iou_predictions,
         )
@@ -185,10 +186,11 @@ class HyperNetworks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, mask_tokens: Float[Array, "b p k d"], wanted: slice
+        self, mask_tokens: Float[Array, "b p 4 d"], wanted: slice
     ) -> Float[Array, "b p m c"]:
-        dim = mask_tokens.shape[-1]
-        indices = range(mask_tokens.shape[2]) if self.is_initializing() else range(4)[wanted]
+        dim, indices = mask_tokens.shape[-1], range(NUM_MASK_TOKENS)
+        # All have parameters; only what is wanted is computed.
+        indices = indices if self.is_initializing() else indices[wanted]
         filters = [
             Mlp((dim, dim, self.output_dim), nn.relu, self.dtype, name=f"mlp_{index}")(
                 mask_tokens[:, :, index]

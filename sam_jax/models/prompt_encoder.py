@@ -19,6 +19,8 @@ from sam_jax.ops.positional import fourier_features, grid_fourier_features
 NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
 NUM_POINT_KINDS = 4
 _NORM_EPSILON = 1e-6
+# Tokens, and which of them an object has.
+_Embedded = tuple[Float[Array, "b p t d"], Bool[Array, "b p t"]]
 
 
 @no_type_check  # JAX's transformations fill a pytree with placeholders
@@ -121,13 +123,12 @@ class PromptEncoder(nn.Module):
           ValueError: if a kind of prompt comes without its validity, or points without labels.
         """
         _check_complete(prompts)
-        tokens, valid = self._embed_sparse(prompts, image_size)
-        if not tokens:
-            tokens.append(jnp.zeros((num_images, 1, 0, self.embed_dim), self.dtype))
-            valid.append(jnp.zeros((num_images, 1, 0), bool))
-        return SparseEmbeddings(
-            jnp.concatenate(tokens, axis=2).astype(self.dtype), jnp.concatenate(valid, axis=2)
-        )
+        embedded = self._embed_sparse(prompts, image_size)
+        if not embedded:
+            nothing = jnp.zeros((num_images, 1, 0, self.embed_dim), self.dtype)
+            embedded = [(nothing, jnp.zeros((num_images, 1, 0), bool))]
+        tokens, valid = (jnp.concatenate(parts, axis=2) for parts in zip(*embedded, strict=True))
+        return SparseEmbeddings(tokens.astype(self.dtype), valid)
 
     def dense_prompt_embeddings(
         self, prompts: Prompts, grid: tuple[int, int]
@@ -166,35 +167,44 @@ class PromptEncoder(nn.Module):
         """Positional encoding of the image tokens."""
         return grid_fourier_features(grid, self.frequencies.value).astype(self.dtype)
 
-    def _embed_sparse(self, prompts: Prompts, image_size):
-        tokens, valid = [], []
-        pad_valid = None
+    def _embed_sparse(self, prompts: Prompts, image_size: tuple[int, int]) -> list[_Embedded]:
+        """Tokens of each kind of prompt, and which of them an object has.
+
+        As in the published model, an object has the tokens of its points, then those of its box's
+        two corners. One with points and no box has a token in the place of the box that says "not
+        a point". Where others of the batch have a box, that is the place of the first corner.
+        """
+        embedded = []
         if prompts.point_coords is not None:
-            coords = _zero_invalid(prompts.point_coords, prompts.point_valid)
-            tokens.append(self._embed_points(coords, prompts.point_labels, image_size))
-            valid.append(prompts.point_valid)
-            # The published model closes a list of points that comes without a box with one token
-            # that says "not a point", and one that comes with a box with none.
-            pad_valid = jnp.any(prompts.point_valid, axis=-1, keepdims=True)
+            embedded.append(self._embed_clicks(prompts, image_size))
         if prompts.boxes_xyxy is not None:
-            boxes = _zero_invalid(prompts.boxes_xyxy, prompts.box_valid)
-            corners = rearrange(boxes, "b p (corner xy) -> b p corner xy", xy=2)
-            labels = jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])
-            labels = jnp.broadcast_to(labels, corners.shape[:-1])
-            if pad_valid is not None:
-                # What has no box leaves the place of a corner to it: a token less for everybody.
-                labels = jnp.where(prompts.box_valid[..., None], labels, NOT_A_POINT)
-                pad_valid |= prompts.box_valid[..., None]
-            tokens.append(self._embed_points(corners, labels, image_size))
-            of_box = prompts.box_valid[..., None]
-            valid += [of_box if pad_valid is None else pad_valid, of_box]
-        elif pad_valid is not None:
-            tokens.append(jnp.broadcast_to(self.not_a_point, (*pad_valid.shape, self.embed_dim)))
-            valid.append(pad_valid)
+            embedded.append(self._embed_boxes(prompts, image_size))
+        elif prompts.point_coords is not None:
+            has_points = _any_point(prompts)
+            shape = (*has_points.shape, self.embed_dim)
+            embedded.append((jnp.broadcast_to(self.not_a_point, shape), has_points))
         if prompts.text_tokens is not None:
-            tokens.append(_zero_invalid(prompts.text_tokens, prompts.text_valid))
-            valid.append(prompts.text_valid)
-        return tokens, valid
+            text = _zero_invalid(prompts.text_tokens, prompts.text_valid)
+            embedded.append((text, prompts.text_valid))
+        return embedded
+
+    def _embed_clicks(self, prompts: Prompts, image_size):
+        coords = _zero_invalid(prompts.point_coords, prompts.point_valid)
+        points = self._embed_points(coords, prompts.point_labels, image_size)
+        return points, prompts.point_valid
+
+    def _embed_boxes(self, prompts: Prompts, image_size):
+        boxes = _zero_invalid(prompts.boxes_xyxy, prompts.box_valid)
+        corners = rearrange(boxes, "b p (corner xy) -> b p corner xy", xy=2)
+        labels = jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])
+        labels = jnp.broadcast_to(labels, corners.shape[:-1])
+        has_box = prompts.box_valid[..., None]
+        has_first = has_box
+        if prompts.point_coords is not None:
+            labels = jnp.where(has_box, labels, NOT_A_POINT)
+            has_first = has_box | _any_point(prompts)
+        valid = jnp.concatenate([has_first, has_box], axis=-1)
+        return self._embed_points(corners, labels, image_size), valid
 
     def _embed_points(self, coords, labels, image_size):
         height, width = image_size
@@ -221,6 +231,10 @@ class MaskDownscaling(nn.Module):
             NormParams(name="norm2")(channels),
             *DenseParams(self.embed_dim, name="conv3")(channels),
         )
+
+
+def _any_point(prompts: Prompts) -> Bool[Array, "b p 1"]:
+    return jnp.any(prompts.point_valid, axis=-1, keepdims=True)
 
 
 def _zero_invalid(values: Float[Array, "b p ..."], valid: Bool[Array, "b p ..."]) -> Array:

@@ -140,7 +140,7 @@ class Sam(nn.Module):
           image_embeddings: from ``encode``.
           prompts: at least one kind, or the decoder answers one empty prompt per image.
           multimask_output: three candidates, for prompts that leave room for doubt (the paper: one
-            single prompt), or the one of the fourth token.
+            single prompt), or one, from a token of its own (the paper's fourth).
           dropout_seeds: of each object, in training; None for no dropout.
         """
         return self.mask_decoder(

@@ -96,7 +96,8 @@ class TwoWayAttentionBlock(nn.Module):
             tokens = add_shared(drop(update), tokens)
         tokens = norm("norm1", tokens)
 
-        # Attention of the tokens to the image.
+        # Attention of the tokens to the image, whose tokens come back as they are: going through
+        # the operation, their gradients are summed there.
         weights = AttentionParams(2, name="cross_attn_token_to_image")(dim)
         update, image_tokens = token_to_image(
             weights, tokens + token_pe, image_tokens, image_pe, num_heads=heads
@@ -159,6 +160,7 @@ class TwoWayTransformer(nn.Module):
           tokens_valid: tokens that exist; the others are attended to by nothing.
           dropout_seeds: of each object, in training; None for no dropout.
         """
+        # As in the paper: each attention adds the original tokens again.
         token_pe = tokens
         for index in range(self.depth):
             tokens, image_tokens = TwoWayAttentionBlock(

@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ from sam_jax.training.embedding_cache import EmbeddingStage, KnownImages
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.tasks.reconstruct import ReconstructTask
 from sam_jax.training.tasks.segment import SegmentTask
-from sam_jax.weights.load import is_pretraining
 
-# By the names that configs use; the first is that of configs which name none.
-TASKS = ("segment", "reconstruct")
+# What configs train that name no task.
+DEFAULT_TASK = "segment"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +140,9 @@ class Experiment:
             "data",
         )
         train = from_mapping(TrainConfig, sections["train"], "train")
-        build = _reconstruct if is_pretraining(sections) else _segment
+        build_task = _TASKS[sections.get("task", DEFAULT_TASK)]
         return cls(
-            task=build(model_config, data, train, sections),
+            task=build_task(model_config, data, train, sections),
             kernels=model_config.kernels,
             data=data,
             optimizer=from_mapping(OptimizerConfig, sections["optimizer"], "optimizer"),
@@ -241,14 +240,14 @@ def _check_views(data: DataConfig, model: SamConfig) -> None:
 
 
 def check_task(sections: Mapping[str, Any]) -> None:
-    """Checks that a config's task, "segment" where it names none, is one of those there are.
+    """Checks that a config's task, ``DEFAULT_TASK`` where it names none, is one of those there are.
 
     Raises:
       ConfigError: if not.
     """
-    task = sections.get("task", TASKS[0])
-    if task not in TASKS:
-        raise ConfigError(f"config.task is {task!r}; there are {', '.join(TASKS)}")
+    task = sections.get("task", DEFAULT_TASK)
+    if task not in _TASKS:
+        raise ConfigError(f"config.task is {task!r}; there are {', '.join(_TASKS)}")
 
 
 def _segment(
@@ -286,6 +285,13 @@ def _reconstruct(
         )
     config = from_mapping(AutoencoderConfig, sections["autoencoder"], "autoencoder")
     return ReconstructTask(build_autoencoder(model, config))
+
+
+# By the names that configs use.
+_TASKS: dict[str, Callable[..., SegmentTask | ReconstructTask]] = {
+    "segment": _segment,
+    "reconstruct": _reconstruct,
+}
 
 
 def read_config(file: str, settings: Sequence[str] = ()) -> dict[str, Any]:
