@@ -13,18 +13,16 @@ from typing import Self
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.e2e import tiny_run
+
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_run.py")
 # What is compiled sooner, for tests that ask no more of a run than that it trains.
 PRETRAINING = Path(__file__).with_name("tiny_pretraining.py")
 # A few steps of a tiny model: compiling them well would take longer than running them.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-# Prompts once an object, for runs of segmentation of which no more is asked than that they train.
-ONE_ROUND = (
-    "--config.prompts.num_corrections=0",
-    "--config.prompts.random_mask_round=False",
-    "--config.prompts.final_mask_round=False",
-)
+# For runs of segmentation of which no more is asked than that they train.
+ONE_ROUND = tuple(f"--config.{setting}" for setting in tiny_run.ONE_ROUND)
 
 # How long a test waits for one thing, on a machine that is busy with others.
 WAIT_SECONDS = 300

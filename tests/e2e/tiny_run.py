@@ -4,6 +4,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+# Settings under which it is compiled sooner: an object is prompted once; there is a layer of each
+# kind.
+ONE_ROUND = (
+    "prompts.num_corrections=0",
+    "prompts.random_mask_round=False",
+    "prompts.final_mask_round=False",
+)
+ONE_LAYER = ("model.encoder.depth=1", "model.encoder.global_attention_blocks=()")
+
 
 def get_config() -> ConfigDict:
     """A two-block model on 32-pixel shapes, with all of the paper's kinds of rounds."""

@@ -44,6 +44,7 @@ from sam_jax.models.variants import VARIANTS
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.trained_parameters import select_trained
 from sam_jax.training.tasks.segment import SegmentTask
+from tests.e2e.tiny_run import ONE_LAYER, ONE_ROUND
 from tests.golden.tiny import TINY
 
 CONFIG = Path(__file__).parents[1] / "e2e" / "tiny_run.py"
@@ -222,17 +223,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 ENCODER = ["--variant", "tiny", "--batch", "2"]
 DECODER = ["--variant", "tiny", "--prompts", "3"]
 # Programs that are compiled sooner.
-ONE_LAYER = [
-    *("--set", "model.encoder.depth=1"),
-    *("--set", "model.encoder.global_attention_blocks=()"),
-    *("--set", "model.decoder.depth=1"),
-]
-ONE_ROUND = [
-    *ONE_LAYER,
-    *("--set", "prompts.num_corrections=0"),
-    *("--set", "prompts.random_mask_round=False"),
-    *("--set", "prompts.final_mask_round=False"),
-]
+SMALL = [part for setting in (*ONE_LAYER, *ONE_ROUND) for part in ("--set", setting)]
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -252,7 +243,7 @@ ONE_ROUND = [
             "chunked FLOP/s",
         ),
         (checkpoint.main, ["--config", str(PRETRAINING)], "restored bytes/s"),
-        (step.main, ["--config", str(CONFIG), "--fresh-batches", *ONE_ROUND], "FLOP/s"),
+        (step.main, ["--config", str(CONFIG), "--fresh-batches", *SMALL], "FLOP/s"),
         (
             input.main,
             ["--config", str(CONFIG), "--synthetic", "--set", "data.batch_size=4"],

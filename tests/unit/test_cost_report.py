@@ -18,17 +18,11 @@ from sam_jax.cli import app
 from sam_jax.errors import ConfigError
 from sam_jax.sharding import ShardingConfig, make_mesh
 from sam_jax.training.experiment import Experiment, read_config
+from tests.e2e.tiny_run import ONE_LAYER, ONE_ROUND
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "tests" / "e2e" / "tiny_run.py")
-SMALL = (
-    "prompts.num_corrections=0",
-    "prompts.random_mask_round=False",
-    "prompts.final_mask_round=False",
-    "model.encoder.depth=1",
-    "model.encoder.global_attention_blocks=()",
-    "model.decoder.depth=1",
-)
+SMALL = (*ONE_ROUND, *ONE_LAYER)
 
 needs_compiler = pytest.mark.usefixtures("tpu_compiler")
 

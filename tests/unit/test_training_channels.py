@@ -26,17 +26,15 @@ from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.weights.inflation import inflated
 from sam_jax.weights.load import load, run_config, save
 from sam_jax.weights.names import NamesError
+from tests.e2e.tiny_run import ONE_LAYER, ONE_ROUND
 from tests.golden.tiny import random_variables
 
 TINY = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 # As little to compile as there can be.
 SETTINGS = (
+    *ONE_ROUND,
+    *ONE_LAYER,
     "model.drop_path_rate=0.0",
-    "model.encoder.depth=1",
-    "model.encoder.global_attention_blocks=()",
-    "prompts.num_corrections=0",
-    "prompts.random_mask_round=False",
-    "prompts.final_mask_round=False",
     "optimizer.warmup_steps=0",
     "train.log_every=1",
     "train.remat_rounds=False",

@@ -17,22 +17,15 @@ from sam_jax.parallel import all_gathered
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.state import TrainState
+from tests.e2e.tiny_run import ONE_ROUND
 from tests.golden.tiny import random_variables
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 BATCH_SIZE, MAX_MASKS = 8, 4
-# Later rounds are a scan, which takes most of the time of compiling.
-ONE_ROUND = (
-    "prompts.num_corrections=0",
-    "prompts.random_mask_round=False",
-    "prompts.final_mask_round=False",
-)
-# Most of what is compiled is there for each layer anew.
-ONE_LAYER = "model.decoder.depth=1"
 
 
 def build(*settings: str) -> CompiledStep:
-    settings = (f"data.max_masks={MAX_MASKS}", ONE_LAYER, *settings)
+    settings = (f"data.max_masks={MAX_MASKS}", *settings)
     return Experiment.of(read_config(CONFIG, settings)).program()
 
 
@@ -123,7 +116,7 @@ class History(NamedTuple):
 
 def train(devices: int, **axes: int) -> History:
     settings = [f"sharding.{axis}={size}" for axis, size in axes.items()]
-    settings += [f"train.ema_decay={DECAY}", ONE_LAYER]
+    settings += [f"train.ema_decay={DECAY}"]
     experiment = Experiment.of(read_config(CONFIG, settings))
     program = experiment.program(jax.devices()[:devices])
     step, data = compiled(program), train_iterator(experiment.data)

@@ -14,6 +14,7 @@ from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.training.optimizer import OptimizerConfig
 from sam_jax.training.state import TrainState
+from tests.e2e.tiny_run import ONE_LAYER, ONE_ROUND
 from tests.golden.tiny import random_variables
 
 CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
@@ -21,13 +22,9 @@ CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 WITHOUT_CHANCE = (
     "prompts.box_rate=1.0",
     "prompts.box_noise_rate=0.0",
-    "prompts.num_corrections=0",
-    "prompts.random_mask_round=False",
-    "prompts.final_mask_round=False",
+    *ONE_ROUND,
+    *ONE_LAYER,
     "model.drop_path_rate=0.0",
-    "model.encoder.depth=1",
-    "model.encoder.global_attention_blocks=()",
-    "model.decoder.depth=1",
     "model.decoder.dropout_rate=0.0",
     "optimizer.warmup_steps=0",
     "train.remat_rounds=False",
