@@ -25,9 +25,12 @@ from sam_jax.rle import BadRleError
 _ANNOTATIONS, _SETTINGS = "annotations", "settings.json"
 _IMAGES, _MASKS = "images", "masks"
 _KIND = "kind="
+# What is a model's for training, and no field of a source.
+_CHANNELS = "in_channels"
 # Fields of a source that are no text, and those that are several of something.
 _OTHERS: dict[str, Callable[[str], Any]] = {
     "background": int,
+    _CHANNELS: int,
     "num_images": int,
     "seed": int,
     "weight": float,
@@ -148,7 +151,8 @@ def open_store(store: str, name: str | None = None) -> MaskStore:
     Args:
       store: a COCO JSON; an SA-1B JSON of one image; a tar of SA-1B's, a folder of such or of JSON
         files, or a pattern; the folder that ``sam-jax masks`` wrote; a folder with ``images`` and
-        ``masks``; or ``kind=mask_folder,path=A,masks=B`` and the like.
+        ``masks``; or ``kind=mask_folder,path=A,masks=B`` and the like, with ``in_channels=4`` where
+        images have other channels than RGB.
       name: of the data set; by default what its path ends with.
 
     Raises:
@@ -156,7 +160,7 @@ def open_store(store: str, name: str | None = None) -> MaskStore:
       OSError: it cannot be read, or is not there.
     """
     if store.startswith(_KIND):
-        return _open_source(_source_config(store, name))
+        return _open_source(*_source_config(store, name))
     path = Path(store)
     if path.is_file() and path.suffix.lower() == ".json":
         name = name or "/".join(path.with_suffix("").parts[-2:])
@@ -198,8 +202,11 @@ def _annotation_of_one_image(path: Path) -> AnnotationFile | None:
     return AnnotationFile(str(path), path) if is_one else None
 
 
-def _source_config(text: str, name: str | None) -> SourceConfig:
-    """The source that ``kind=...,path=...`` describes; what is several has a plus between."""
+def _source_config(text: str, name: str | None) -> tuple[SourceConfig, int | None]:
+    """The source that ``kind=...,path=...`` describes, and the channels of its images.
+
+    What is several has a plus between.
+    """
     values: dict[str, Any] = {}
     for part in text.split(","):
         field, separator, value = part.partition("=")
@@ -218,13 +225,14 @@ def _source_config(text: str, name: str | None) -> SourceConfig:
         except (ValueError, KeyError):
             expected = "true or false" if field == "components" else "a number, several as in 0+255"
             raise ConfigError(f"{text}: {field} is {value!r}; expected {expected}") from None
-    return SourceConfig.from_dict(values | ({} if name is None else {"name": name}))
+    in_channels = values.pop(_CHANNELS, None)
+    return SourceConfig.from_dict(values | ({} if name is None else {"name": name})), in_channels
 
 
-def _open_source(config: SourceConfig) -> MaskStore:
+def _open_source(config: SourceConfig, in_channels: int | None = None) -> MaskStore:
     if config.kind == "coco" and config.path is not None:
         return CocoStore(Path(config.path), config.name or "coco", config.crowd == "keep")
-    source = build_source(config)
+    source = build_source(config, in_channels)
     return Sa1bStore(source) if isinstance(source, Sa1bSource) else SampleStore(source)
 
 

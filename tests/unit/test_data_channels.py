@@ -10,6 +10,7 @@ import pytest
 
 from sam_jax.data import SourceConfig, build_source
 from sam_jax.data.config import DataConfig
+from sam_jax.data.mask_stores import open_store
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.data.samples import CorruptSampleError, Sample, decode_image, image_hw
 from sam_jax.errors import ConfigError
@@ -188,3 +189,12 @@ def test_a_file_of_other_channels_is_counted_and_named(tmp_path: Path) -> None:
     assert "has 3 channels" in told["example"]
     assert "0.png" in told["example"]
     iterator.close()
+
+
+def test_statistics_of_masks_take_images_of_channels(tmp_path: Path) -> None:
+    fields = _mask_folder(tmp_path) | {"in_channels": 5}
+    store = open_store(",".join(f"{name}={value}" for name, value in fields.items()))
+    found = [store.reader(index)() for index in range(len(store))]
+    assert [(one.hw, len(one.masks_rle)) for one in found] == [(MASK.shape, 1)] * 2
+    with pytest.raises(ConfigError, match="in_channels is 'many'; expected a number"):
+        open_store("kind=mask_folder,path=a,masks=b,in_channels=many")
