@@ -1,5 +1,6 @@
 """Interface of training tasks, as the loop, the step, reports and plans see them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -96,3 +97,20 @@ class ItemizedTask(Protocol):
         Parts have the names that they are reported under.
         """
         ...
+
+
+# By the text of a task that is a dataclass, which says all of it.
+_TRACED: dict[str, Any] = {}
+
+
+def variable_shapes(task: Task) -> dict[str, Any]:
+    """Shapes and types of a task's variables; a dataclass is traced once in a process."""
+    text, says_all = repr(task), dataclasses.is_dataclass(type(task))
+    shapes: dict[str, Any] | None = _TRACED.get(text) if says_all else None
+    if shapes is None:
+        shapes = jax.eval_shape(task.init, jax.random.key(0))
+    if says_all:
+        _TRACED[text] = shapes
+    # The caller's own, to change as it likes.
+    copy: dict[str, Any] = jax.tree.map(lambda leaf: leaf, shapes)
+    return copy

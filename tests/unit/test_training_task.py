@@ -1,5 +1,6 @@
 """Any task trains in the same loop: a toy one, whose model is a number for each channel."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from sam_jax.training import loop
 from sam_jax.training.compiled_step import CompiledStep, compile_step
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.optimizer import OptimizerConfig
-from sam_jax.training.task import Task
+from sam_jax.training.task import Task, variable_shapes
 
 COLOR = np.array([0.2, 0.5, 0.9], np.float32)
 
@@ -131,3 +132,28 @@ def test_a_toy_task_trains_reports_and_continues(tmp_path: Path, capsys: Any) ->
     found = read_run(tmp_path / "run")
     assert list(found.metrics["train/loss"]) == list(range(10, 101, 10))
     assert found.damaged == ["20"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized(MeanColor):
+    """A task that says all of itself in its text."""
+
+    size: int = 3
+
+    def init(self, key: Any) -> dict[str, Any]:
+        TRACED.append(self.size)
+        return {"params": {"color": jnp.zeros(self.size)}, "constants": {}}
+
+
+TRACED: list[int] = []
+
+
+def test_a_task_s_variables_are_traced_once() -> None:
+    shapes = [variable_shapes(Sized(size)) for size in (3, 5, 3)]
+    assert TRACED == [3, 5]
+    assert [tree["params"]["color"].shape for tree in shapes] == [(3,), (5,), (3,)]
+    # Nobody changes another's.
+    shapes[0]["params"].clear()
+    assert variable_shapes(Sized(3)) == shapes[2]
+    # What is no dataclass may be another object with the same text.
+    assert variable_shapes(MeanColor())["params"]["color"].shape == (3,)
