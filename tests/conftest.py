@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import tempfile
+import threading
 
 # XLA and JAX read these when they start, in this process and in those that tests start.
 # SAM_JAX_TEST_PLATFORM=cuda runs the suite on an accelerator instead.
@@ -94,11 +95,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _lower_in_one_context()
     if MISSING_FOR_PARITY:
         reason = f"needs requirements-torch.lock: no {', '.join(MISSING_FOR_PARITY)}"
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _lower_in_one_context() -> None:
+    """Has a thread keep its MLIR context, which JAX makes anew for each of thousands of programs.
+
+    Registering all dialects takes as long as lowering a small program.
+    """
+    from jax._src.interpreters import mlir
+
+    make, of_thread = mlir.make_ir_context, threading.local()
+
+    def kept() -> Any:
+        if not hasattr(of_thread, "context"):
+            of_thread.context = make()
+        return of_thread.context
+
+    mlir.make_ir_context = kept
 
 
 def _forbid_skip(report: pytest.CollectReport | pytest.TestReport) -> None:
