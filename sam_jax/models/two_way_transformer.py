@@ -1,7 +1,5 @@
 """The two-way transformer: prompt tokens and image tokens attend to each other."""
 
-import itertools
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -18,7 +16,8 @@ from sam_jax.ops.token_attention import (
 )
 
 _NORM_EPSILON = 1e-5
-# Places with dropout in a layer, at most.
+# Places with dropout in a layer, by which their random bits differ; there is room for more.
+_BRANCHES = ("self-attention", "token to image", "mlp", "image to token")
 _MOST_BRANCHES = 8
 
 
@@ -74,14 +73,16 @@ class TwoWayAttentionBlock(nn.Module):
         dropout_seeds: UInt32[Array, "b p"] | None,
     ) -> tuple[Float[Array, "b p t d"], Float[Array, "b #p k d"]]:
         dim, heads = tokens.shape[-1], self.num_heads
-        branch = itertools.count(_MOST_BRANCHES * self.index)
 
-        def seeds():
-            number = next(branch)
-            return None if dropout_seeds is None else branch_seeds(dropout_seeds, number)
+        def seeds(branch):
+            if dropout_seeds is None:
+                return None
+            return branch_seeds(
+                dropout_seeds, _MOST_BRANCHES * self.index + _BRANCHES.index(branch)
+            )
 
-        def drop(x):
-            return dropout(x, seeds(), self.dropout_rate)
+        def drop(x, branch):
+            return dropout(x, seeds(branch), self.dropout_rate)
 
         def norm(name, x):
             return layer_norm(_NORM_EPSILON, self.dtype, name)(x)
@@ -89,11 +90,12 @@ class TwoWayAttentionBlock(nn.Module):
         # Self-attention of the tokens.
         weights = AttentionParams(name="self_attn")(dim)
         if self.index == 0:
-            tokens = drop(attention(weights, tokens, tokens, tokens, tokens_valid, num_heads=heads))
+            tokens = attention(weights, tokens, tokens, tokens, tokens_valid, num_heads=heads)
+            tokens = drop(tokens, "self-attention")
         else:
             q = tokens + token_pe
             update = attention(weights, q, q, tokens, tokens_valid, num_heads=heads)
-            tokens = add_shared(drop(update), tokens)
+            tokens = add_shared(drop(update, "self-attention"), tokens)
         tokens = norm("norm1", tokens)
 
         # Attention of the tokens to the image, whose tokens come back as they are: going through
@@ -102,11 +104,11 @@ class TwoWayAttentionBlock(nn.Module):
         update, image_tokens = token_to_image(
             weights, tokens + token_pe, image_tokens, image_pe, num_heads=heads
         )
-        tokens = norm("norm2", add_shared(drop(update), tokens))
+        tokens = norm("norm2", add_shared(drop(update, "token to image"), tokens))
 
         # MLP of each token.
         mlp = Mlp((self.mlp_dim, dim), nn.relu, self.dtype, name="mlp")
-        tokens = norm("norm3", add_shared(drop(mlp(tokens)), tokens))
+        tokens = norm("norm3", add_shared(drop(mlp(tokens), "mlp"), tokens))
 
         # Attention of the image to the tokens.
         image_tokens = image_to_token(
@@ -117,7 +119,7 @@ class TwoWayAttentionBlock(nn.Module):
             tokens + token_pe,
             tokens,
             tokens_valid,
-            seeds(),
+            seeds("image to token"),
             num_heads=heads,
             dropout_rate=self.dropout_rate,
             norm_epsilon=_NORM_EPSILON,
