@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.report import results_folder
 from sam_jax.evaluation.run import build_evaluators, model_of
+from sam_jax.host_memory import keep_freed_memory
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.places import check_folder
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    keep_freed_memory()
     start_devices(HostsConfig(DISTRIBUTED.value))
     config = CONFIG.value.to_dict()
     if not config["evals"]:

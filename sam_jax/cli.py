@@ -279,6 +279,7 @@ def predict(
     decoder_heads: DecoderHeads = None,
 ) -> None:
     """Segments one object of a picture from clicks, a box, or both."""
+    keep_freed_memory()
     import numpy as np
 
     from sam_jax import places
@@ -404,6 +405,7 @@ def masks(
 
     A folder may be stopped at any time: the same command goes on where it was.
     """
+    keep_freed_memory()
     import jax
 
     from sam_jax.inference import folder
@@ -739,6 +741,5 @@ def _progress_bar(what: str) -> Iterator[Callable[[Any], None]]:
 
 def main() -> None:
     """Runs the command line; what the user can mend is a message and not a traceback."""
-    keep_freed_memory()
     with readable_errors():
         app()

@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sam_jax.errors import ConfigError, UserError
-from sam_jax.host_memory import keep_freed_memory
 
 # A process that is silent for so long is taken for dead, and all others end.
 HEARTBEAT_TIMEOUT_SECONDS = 30
@@ -65,14 +64,13 @@ class HostsConfig:
 
 
 def start_devices(hosts: HostsConfig, cpu_devices: int | None = None) -> None:
-    """Sets up memory and devices of a CPU, and joins the run's other processes.
+    """Splits the CPU into devices and joins the run's other processes.
 
     Must come before JAX's first use of a device.
 
     Raises:
       HostsError: if nothing says where the others are, or not all came in time.
     """
-    keep_freed_memory()
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not hosts.distributed:
