@@ -34,9 +34,6 @@ from typing import Any  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-from sam_jax.host_memory import keep_freed_memory  # noqa: E402
-
-keep_freed_memory()
 IN_CI = os.environ.get("CI") == "true"
 MISSING_FOR_PARITY = [
     name
