@@ -14,7 +14,7 @@ import dataclasses
 
 from sam_jax.arrays import GridShape
 from sam_jax.models.image_encoder import ImageEncoderConfig
-from sam_jax.models.mask_decoder import NUM_MULTIMASK
+from sam_jax.models.mask_decoder import NUM_MASK_TOKENS, NUM_MULTIMASK
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, kept_patches
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.tiny_vit import MERGE_STRIDES, TinyViTConfig
@@ -25,7 +25,7 @@ from sam_jax.simulated_user import PromptConfig
 # either factor. Rematerialisation multiplies again, but that is a price, not work done.
 TRAINING_FACTOR = 3
 # The quality token and the tokens of the four masks.
-NUM_OUTPUT_TOKENS = 2 + NUM_MULTIMASK
+NUM_OUTPUT_TOKENS = 1 + NUM_MASK_TOKENS
 # Sub-pixels per image token of the low-resolution logits.
 _SUBPIXELS = 16
 
@@ -167,7 +167,7 @@ def decoder_flops(
     upscaling = image_tokens * dim * (dim + dim // 2)
     filters = masks * dim * (2 * dim + dim // 8)
     products = masks * _SUBPIXELS * image_tokens * (dim // 8)
-    iou_head = decoder.iou_head_dim * (dim + decoder.iou_head_dim + 1 + NUM_MULTIMASK)
+    iou_head = decoder.iou_head_dim * (dim + decoder.iou_head_dim + NUM_MASK_TOKENS)
     per_prompt = transformer + upscaling + filters + products + iou_head
     if with_mask:
         channels = config.mask_channels

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from sam_jax.export.onnx_graph import Graph
-from sam_jax.models.mask_decoder import NUM_MULTIMASK
+from sam_jax.models.mask_decoder import NUM_MASK_TOKENS, NUM_MULTIMASK
 from sam_jax.models.sam import SamConfig
 from sam_jax.ops.positional import grid_coords
 
 _PROMPT, _DECODER = "prompt_encoder", "mask_decoder"
 _TRANSFORMER = f"{_DECODER}.transformer"
-_NUM_MASKS = NUM_MULTIMASK + 1
 _ATTENTION_RATE = 2
 
 
@@ -84,7 +83,7 @@ def decoder_graph(
         masks, scores = _best(graph, masks, scores)
     full = _original_size(graph, masks, (height, width))
 
-    num_masks = 1 if options.return_single_mask else _NUM_MASKS
+    num_masks = 1 if options.return_single_mask else NUM_MASK_TOKENS
     graph.name_output(full, "masks")
     graph.name_output(scores, "iou_predictions")
     outputs: dict[str, tuple[int | str, ...]] = {
@@ -233,12 +232,12 @@ def _masks(graph: Graph, tokens: str, image: str, config: SamConfig) -> str:
     x = graph.gelu(graph.channel_norm(doubled(x, f"{up}.0"), f"{up}.1"))
     pixels = graph.reshape(graph.gelu(doubled(x, f"{up}.3")), 0, dim // 8, 16 * gh * gw)
     filters = []
-    for index in range(_NUM_MASKS):
+    for index in range(NUM_MASK_TOKENS):
         token = graph.op("Gather", tokens, graph.constant(1 + index, np.int64), axis=1)
         mlp = _mlp(graph, token, f"{_DECODER}.output_hypernetworks_mlps.{index}")
         filters.append(graph.op("Unsqueeze", mlp, graph.integers(1)))
     product = graph.op("MatMul", graph.op("Concat", *filters, axis=1), pixels)
-    return graph.reshape(product, 0, _NUM_MASKS, 4 * gh, 4 * gw)
+    return graph.reshape(product, 0, NUM_MASK_TOKENS, 4 * gh, 4 * gw)
 
 
 def _mlp(graph: Graph, x: str, name: str) -> str:

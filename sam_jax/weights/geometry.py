@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sam_jax.models.image_encoder import ImageEncoderConfig
-from sam_jax.models.mask_decoder import NUM_MULTIMASK, MaskDecoderConfig
+from sam_jax.models.mask_decoder import NUM_MASK_TOKENS, NUM_MULTIMASK, MaskDecoderConfig
 from sam_jax.models.sam import SamConfig
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import VARIANTS
@@ -138,11 +138,11 @@ def infer_config(
     else:
         image_encoder = _vit_config(tensors, scheme, where, hints, shape)
     candidates = _count(tensors, f"{decoder}/hyper_networks/mlp_0/dense_0/kernel", scheme)
-    if candidates != NUM_MULTIMASK + 1:
+    if candidates != NUM_MASK_TOKENS:
         raise WeightsError(
             f"{where} lacks a mask decoder: it holds an image encoder alone"
             if not candidates
-            else f"{where}: the decoder makes {candidates} masks, expected {NUM_MULTIMASK + 1}"
+            else f"{where}: the decoder makes {candidates} masks, expected {NUM_MASK_TOKENS}"
         )
     layer = f"{decoder}/transformer/layer_0"
     mask_decoder = MaskDecoderConfig(
