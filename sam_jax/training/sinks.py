@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,12 +81,9 @@ class TensorBoardSink:
     """
 
     def __init__(self, workdir: Path, first_step: int):
-        # It imports PyTorch where there is one, which other processes need not wait for.
-        from tensorboardX import SummaryWriter
-
         # Absolute, since what stands before a colon would be taken for a scheme.
         self._folder = workdir.absolute() / "tensorboard"
-        self._writer: Any = SummaryWriter(str(self._folder), purge_step=first_step + 1)
+        self._writer: Any = _summary_writer()(str(self._folder), purge_step=first_step + 1)
 
     def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -122,6 +120,22 @@ class TensorBoardSink:
             f"{self._folder} takes no more numbers: the disk is full, or was taken away. Once "
             "that is mended, the same command continues"
         )
+
+
+def _summary_writer() -> Any:
+    """Gives tensorboardX's writer, without the PyTorch that it would import for tensors to write.
+
+    That takes seconds and memory at the start of every run, where PyTorch happens to be installed.
+    """
+    is_hidden = "torch" not in sys.modules
+    if is_hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if is_hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 class WandbSink:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from PIL import Image
 from sam_jax.errors import ConfigError
 from sam_jax.training.sinks import FileSink, WandbSink
 
+ROOT = Path(__file__).parents[2]
 PICTURE = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
 
 
@@ -40,6 +43,33 @@ def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(tmp_path: Pa
     sink.close()
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last) == {"step": 2, "a": 3.0}
+
+
+def test_tensorboard_needs_no_pytorch(tmp_path: Path) -> None:
+    """In a process of its own, with a package of that name: other tests import the real one."""
+    (tmp_path / "torch.py").write_text("Tensor = ()\n")
+    program = f"""
+import pathlib, sys
+import numpy as np
+from sam_jax.training.sinks import TensorBoardSink
+sink = TensorBoardSink(pathlib.Path({str(tmp_path)!r}), first_step=0)
+sink.write_numbers(1, {{"loss": 0.5}})
+sink.write_picture(1, "picture", np.zeros((4, 5, 3), np.uint8))
+sink.close()
+print("torch" in sys.modules)
+import torch
+print(torch.Tensor)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == ["False", "()"]
+    assert list(tmp_path.glob("tensorboard/events*"))
 
 
 class StubRun:
