@@ -5,6 +5,7 @@ needed: reading and writing files is the business of others.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -601,10 +602,10 @@ RULES: dict[Scheme, tuple[Rule, ...]] = {
 
 def native_path(name: str, scheme: Scheme = "official") -> str | None:
     """The native path of a foreign tensor (of which it may be a part), or None."""
-    for rule in RULES[scheme]:
-        for pattern in rule.foreign:
-            if (fields := _match(pattern, name)) is not None:
-                return rule.native.format(**fields)
+    for rule, _, foreign in _regexes(scheme):
+        for regex in foreign:
+            if (match := regex.fullmatch(name)) is not None:
+                return rule.native.format(**_fields(match))
     return None
 
 
@@ -687,23 +688,35 @@ def from_native(
 
 
 def _find(path: str, scheme: Scheme) -> tuple[Rule | None, tuple[str, ...]]:
-    for rule in RULES[scheme]:
-        if (fields := _match(rule.native, path)) is not None:
+    for rule, native, _ in _regexes(scheme):
+        if (match := native.fullmatch(path)) is not None:
+            fields = _fields(match)
             return rule, tuple(name.format(**fields) for name in rule.foreign)
     return None, ()
 
 
-def _match(pattern: str, name: str) -> dict[str, Any] | None:
-    """The fields of a name that follows a pattern, numbers as int; None if it does not."""
+@functools.cache
+def _regexes(scheme: Scheme) -> list[tuple[Rule, re.Pattern[str], list[re.Pattern[str]]]]:
+    """Each rule of a scheme, with what its native and its foreign names match."""
+    return [
+        (rule, _regex(rule.native), [_regex(name) for name in rule.foreign])
+        for rule in RULES[scheme]
+    ]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
     # Odd pieces are the fields, as in "block_{i:02d}/attn".
     pieces = re.split(r"\{(\w+)(?::02d)?\}", pattern)
-    regex = "".join(
-        f"(?P<{piece}>{_FIELDS[piece]})" if index % 2 else re.escape(piece)
-        for index, piece in enumerate(pieces)
+    return re.compile(
+        "".join(
+            f"(?P<{piece}>{_FIELDS[piece]})" if index % 2 else re.escape(piece)
+            for index, piece in enumerate(pieces)
+        )
     )
-    match = re.fullmatch(regex, name)
-    if match is None:
-        return None
+
+
+def _fields(match: re.Match[str]) -> dict[str, Any]:
+    """The fields of a name that follows a pattern, numbers as int."""
     return {key: int(word) if word.isdigit() else word for key, word in match.groupdict().items()}
 
 
