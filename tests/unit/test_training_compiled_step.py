@@ -1,6 +1,7 @@
 """A compiled training step: what travels between devices, and that it does what one device does."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,12 @@ CONFIG = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
 BATCH_SIZE, MAX_MASKS = 8, 4
 
 
+def experiment(*settings: str) -> Experiment:
+    return Experiment.of(read_config(CONFIG, (f"data.max_masks={MAX_MASKS}", *settings)))
+
+
 def build(*settings: str) -> CompiledStep:
-    settings = (f"data.max_masks={MAX_MASKS}", *settings)
-    return Experiment.of(read_config(CONFIG, settings)).program()
+    return experiment(*settings).program()
 
 
 def compiled(program: CompiledStep) -> Any:
@@ -37,56 +41,68 @@ def compiled(program: CompiledStep) -> Any:
     )
 
 
-def transfers(program: CompiledStep) -> list[hlo.Collective]:
-    return hlo.collectives(compiled(program).as_text())
-
-
 def nbytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize(
-    ("axes", "rounds"),
-    [
-        ({"data": 8, "fsdp": 1, "tensor": 1}, ONE_ROUND),
-        # One correction and two rounds of masks alone.
-        ({"data": 2, "fsdp": 4, "tensor": 1}, ()),
-    ],
-    ids=["data-parallel", "fsdp"],
-)
-def test_only_weights_and_their_gradients_travel(
-    axes: dict[str, int], rounds: tuple[str, ...]
-) -> None:
-    """Weights are gathered a kernel at a time, gradients summed, and images stay where they are."""
-    mesh = (f"sharding.{axis}={size}" for axis, size in axes.items())
+DECAY = 0.6
+
+
+class Compiled(NamedTuple):
+    """A step on devices that share images."""
+
+    program: CompiledStep
+    step: Any
+
+
+@pytest.fixture(scope="module")
+def shared() -> Compiled:
+    """Devices of every kind: different images, pieces of the state, parts of an image."""
+    axes = ("sharding.data=2", "sharding.fsdp=2", "sharding.tensor=2")
+    program = build(*axes, f"train.ema_decay={DECAY}")
+    return Compiled(program, compiled(program))
+
+
+def test_only_gradients_travel_where_all_devices_have_all_weights() -> None:
     # An average lies where the parameters do, so nothing of it travels.
-    program = build(*mesh, *rounds, "train.ema_decay=0.99")
-    num_later_rounds = program.task.prompts.num_rounds - 1
-    assert num_later_rounds == (0 if rounds else 3)
+    program = build("sharding.data=8", *ONE_ROUND, f"train.ema_decay={DECAY}")
+    assert program.task.prompts.num_rounds == 1
+    found = hlo.collectives(compiled(program).as_text())
+    assert not [c for c in found if c.kind == "all-gather" and c.num_bytes > 1024]
+    assert_gradients_travel_once(program, found)
+
+
+def test_only_weights_and_gradients_travel_where_all_is_shared(shared: Compiled) -> None:
+    """Weights are gathered a kernel at a time, and images stay where they are."""
+    program = shared.program
     params = program.state_shapes.params
     blocks = [params["image_encoder"][f"block_{index:02d}"] for index in range(2)]
     largest = max(map(nbytes, jax.tree.leaves(blocks)))
     tokens = math.prod(program.task.model.config.image_encoder.grid) * 16 * 4
-    found = transfers(program)
-    by_kind = {kind: [c for c in found if c.kind == kind] for kind in hlo.COLLECTIVES}
-
-    gathered = [c for c in by_kind["all-gather"] if c.num_bytes > 1024]
-    assert bool(gathered) == (axes["fsdp"] > 1)
+    found = hlo.collectives(shared.step.as_text())
+    gathered = [c for c in found if c.kind == "all-gather" and c.num_bytes > 1024]
+    assert gathered
     for collective in gathered:
         # Neither all parameters nor the tokens of the batch.
         assert collective.num_bytes <= largest < min(nbytes(params), BATCH_SIZE * tokens)
     # Four kernels of each of two blocks; for the forward and at most once more for the backward
     # pass, and the table of positions.
     assert sum(c.count for c in gathered) <= 2 * 2 * 4 + 2
+    assert_gradients_travel_once(program, found)
 
-    summed = sum(c.num_bytes * c.count for c in by_kind["all-reduce"])
-    # Gradients once, with what is reported. A CPU's compiler leaves those of the later rounds,
-    # which are the decoder's alone, inside their loop.
+
+def assert_gradients_travel_once(program: CompiledStep, found: Sequence[hlo.Collective]) -> None:
+    """Gradients once, with what is reported, and nothing else of size."""
+    params = program.state_shapes.params
+    summed = sum(c.num_bytes * c.count for c in found if c.kind == "all-reduce")
+    # A CPU's compiler leaves those of the later rounds, which are the decoder's alone, inside their
+    # loop.
     of_round = nbytes((params["mask_decoder"], params["prompt_encoder"]))
+    num_later_rounds = program.task.prompts.num_rounds - 1
     assert summed <= 1.1 * (nbytes(params) + num_later_rounds * of_round)
     for kind in ("all-to-all", "collective-permute", "ragged-all-to-all"):
         # Random numbers at most.
-        assert all(c.num_bytes <= 1024 for c in by_kind[kind]), kind
+        assert all(c.num_bytes <= 1024 for c in found if c.kind == kind), kind
 
 
 def test_what_is_on_a_device() -> None:
@@ -102,7 +118,6 @@ def test_what_is_on_a_device() -> None:
     assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(batch)} == {1}
 
 
-DECAY = 0.6
 NUM_STEPS = 3
 
 
@@ -114,12 +129,8 @@ class History(NamedTuple):
     state: TrainState
 
 
-def train(devices: int, **axes: int) -> History:
-    settings = [f"sharding.{axis}={size}" for axis, size in axes.items()]
-    settings += [f"train.ema_decay={DECAY}"]
-    experiment = Experiment.of(read_config(CONFIG, settings))
-    program = experiment.program(jax.devices()[:devices])
-    step, data = compiled(program), train_iterator(experiment.data)
+def train(program: CompiledStep, step: Any) -> History:
+    data = train_iterator(experiment().data)
     # Without an initialiser to compile; runs of tests/e2e compare what that gives.
     state = program.state_from(random_variables(program.task.model.config))
     # Copies, as a step takes the memory of what it is given.
@@ -135,15 +146,15 @@ def train(devices: int, **axes: int) -> History:
 
 
 @pytest.fixture(scope="module")
-def on_eight() -> History:
-    """Devices of every kind: different images, pieces of the state, parts of an image."""
-    return train(8, data=2, fsdp=2, tensor=2)
+def on_eight(shared: Compiled) -> History:
+    return train(*shared)
 
 
 def test_devices_that_share_images_do_what_one_does(on_eight: History) -> None:
     kernel = on_eight.state.params["image_encoder"]["block_00"]["mlp"]["dense_0"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (8, 32)
-    on_one = train(1)
+    program = experiment(f"train.ema_decay={DECAY}").program(jax.devices()[:1])
+    on_one = train(program, compiled(program))
     for ours, theirs in zip(on_eight.metrics, on_one.metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for name in ("loss", "focal", "dice", "iou_mse", "gradient_norm"):
