@@ -1,6 +1,7 @@
 """The predictor: what it answers, how often it compiles, and that padding changes nothing."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def test_embeddings_are_the_encoders(predictor: Predictor, variables: dict[str, 
     (image,) = pictures(MODEL.image_size)
     found = predictor.embed([image])
     normalized = normalize_images(jnp.asarray(image)[None], jnp.array([MODEL.image_size]))
-    expected = MODEL.apply(variables, normalized, method=Sam.encode)
+    expected = jax.jit(functools.partial(MODEL.apply, method=Sam.encode))(variables, normalized)
     np.testing.assert_allclose(found.features, expected, rtol=0, atol=1e-5)
 
 
@@ -102,18 +103,14 @@ def test_answers_are_the_models(predictor: Predictor, variables: dict[str, Any])
     (image,) = pictures((20, 24))
     embeddings = predictor.embed([image])
     (found,) = predictor.predict(embeddings, [[Prompt(points=[(7, 3)], labels=[0])]])
-    expected = MODEL.apply(
-        variables,
-        embeddings.features,
-        Prompts(
-            # Twice as large in the model's input
-            point_coords=jnp.array([[[[14.0, 6.0]]]]),
-            point_labels=jnp.zeros((1, 1, 1), jnp.int32),
-            point_valid=jnp.ones((1, 1, 1), bool),
-        ),
-        multimask_output=True,
-        method=Sam.decode,
+    prompts = Prompts(
+        # Twice as large in the model's input
+        point_coords=jnp.array([[[[14.0, 6.0]]]]),
+        point_labels=jnp.zeros((1, 1, 1), jnp.int32),
+        point_valid=jnp.ones((1, 1, 1), bool),
     )
+    decode = functools.partial(MODEL.apply, multimask_output=True, method=Sam.decode)
+    expected = jax.jit(decode)(variables, embeddings.features, prompts)
     np.testing.assert_allclose(found.low_res_logits, expected.low_res_logits[0], rtol=0, atol=2e-5)
     np.testing.assert_allclose(found.iou_predictions, expected.iou_predictions[0], atol=1e-5)
 

@@ -21,15 +21,18 @@ BOX = (60, 30, 139, 79)
 def boxes_of(box, num_samples, config=PromptConfig(), image_hw=(120, 200)):
     keys = jax.random.split(jax.random.key(0), num_samples)
     box, image_hw = jnp.array(box, jnp.float32), jnp.array(image_hw)
-    return np.asarray(jax.vmap(lambda key: noisy_box(key, box, image_hw, config))(keys))
+    boxes = jax.jit(jax.vmap(lambda key: noisy_box(key, box, image_hw, config)))
+    return np.asarray(boxes(keys))
 
 
 def clicks_of(predicted, masks, area, num_samples, seed=0):
     """Clicks ``[num_samples, 2]`` and labels for an object of booleans ``[h, w]``."""
     mask_layout = MaskLayout((masks.shape[0] // 4, masks.shape[1] // 4), 1)
-    packed_masks = [mask_layout.of_masks(jnp.asarray(x)) for x in (predicted ^ masks, masks, area)]
+    pack = jax.jit(mask_layout.of_masks)
+    packed_masks = [pack(jnp.asarray(x)) for x in (predicted ^ masks, masks, area)]
     keys = jax.random.split(jax.random.key(seed), num_samples)
-    coords, labels = jax.vmap(lambda key: error_click(key, *packed_masks, mask_layout))(keys)
+    clicks = jax.jit(jax.vmap(lambda key: error_click(key, *packed_masks, mask_layout)))
+    coords, labels = clicks(keys)
     return np.asarray(coords), np.asarray(labels)
 
 

@@ -49,8 +49,11 @@ class Recorder:
             low_res_logits=4 * jax.random.normal(logits_key, (*shape, *LOW)),
             iou_predictions=jax.random.uniform(iou_key, shape),
         )
-        jax.debug.callback(lambda p, a: self.rounds.append((p, a)), prompts, answer, ordered=True)
+        jax.debug.callback(self.keep, prompts, answer, ordered=True)
         return answer
+
+    def keep(self, *asked_and_answered):
+        self.rounds.append(jax.tree.map(np.asarray, asked_and_answered))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_new_clicks_lie_in_the_error_region_with_the_right_sign(recorded, masks)
     truth = np.asarray(MASK_LAYOUT.to_masks(masks))
     num_checked = 0
     for (before, _), (after, _) in itertools.pairwise(rounds):
-        predicted = np.asarray(resize_bilinear(after.mask_logits, SIZE) > 0)
+        predicted = np.asarray(resize_bilinear(jnp.asarray(after.mask_logits), SIZE) > 0)
         for image, number, slot in np.argwhere(np.asarray(after.point_valid & ~before.point_valid)):
             x, y = np.asarray(after.point_coords[image, number, slot], int)
             assert y < IMAGE_HW[0]

@@ -57,7 +57,10 @@ def test_parts_sum_to_the_whole() -> None:
     assert found == pytest.approx(metrics, rel=1e-4)
     assert found["num_masks"] == 8
     # First moments are the gradients, up to a factor; some are zero but for rounding.
-    ours, theirs = (jax.tree.leaves(of.opt_state[1].mu) for of in (in_parts, state))
+    ours, theirs = (
+        [np.asarray(moments) for moments in jax.tree.leaves(of.opt_state[1].mu)]
+        for of in (in_parts, state)
+    )
     largest = max(float(abs(moments).max()) for moments in theirs)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * largest)
