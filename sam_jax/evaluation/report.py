@@ -21,12 +21,11 @@ from sam_jax.data.tally import Tally
 from sam_jax.evaluation.baselines import DISK_RADIUS_RATES, best_disk, disk_measure
 from sam_jax.evaluation.clicks import FirstClick
 from sam_jax.evaluation.evaluation import Record
+from sam_jax.evaluation.mean_ious import MEAN
 from sam_jax.evaluation.metrics import IouTotals, mean_over_datasets
 from sam_jax.evaluation.protocols import PROTOCOLS
 from sam_jax.evaluation.protocols.protocol import ReportTable
 from sam_jax.visualize import MUTED, Curve, draw_curves
-
-MEAN = "mean"
 
 # Baselines that diagrams show, as levels: measure, name in the legend, color.
 _BASELINE_LEVELS = (

@@ -14,7 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sam_jax.hosts import is_first
-from sam_jax.training.sinks import FileSink, Sink, TensorBoardSink, WandbSink
+from sam_jax.training.sinks import METRICS, FileSink, Sink, TensorBoardSink, WandbSink
+
+# As evaluations call what they found on average over their data sets.
+_OF_MEAN = "mean/"
+_MOST_FIGURES = 8
 
 
 class Reporter:
@@ -86,8 +90,9 @@ class Reporter:
         self.say(f"step {step}/{self._num_steps}  {news}")
 
     def evaluation(self, step: int, name: str, report: Any) -> None:
-        """Records an evaluator's numbers and pictures."""
+        """Records an evaluator's numbers and pictures, and prints the first of the numbers."""
         numbers = report.as_flat_dict()
+        self.say(f"evaluation {name} at step {step}: {_figures(numbers)}")
         self._write(step, {f"eval/{name}/{key}": value for key, value in numbers.items()})
         for sink in self._sinks:
             for title, picture in report.pictures.items():
@@ -109,6 +114,15 @@ class Reporter:
         with contextlib.ExitStack() as stack:
             while self._sinks:
                 stack.callback(self._sinks.pop().close)
+
+
+def _figures(numbers: Mapping[str, float]) -> str:
+    """What an evaluation found, as one line: means over data sets, where there are any."""
+    means = {k.removeprefix(_OF_MEAN): v for k, v in numbers.items() if k.startswith(_OF_MEAN)}
+    shown = list((means or numbers).items())
+    line = "  ".join(f"{name} {value:.4g}" for name, value in shown[:_MOST_FIGURES])
+    num_more = len(shown) - _MOST_FIGURES
+    return f"{line}  and {num_more} more in {METRICS}" if num_more > 0 else line
 
 
 class Profile:

@@ -36,6 +36,28 @@ def test_a_profile_is_of_the_steps_asked_for(
     assert ("a profile is in" in capsys.readouterr().err) == is_written
 
 
+@pytest.mark.parametrize(
+    ("numbers", "line"),
+    [
+        ({"cats/box": 0.5, "mean/box": 0.25, "mean/loss": 12345.678}, "box 0.25  loss 1.235e+04"),
+        ({"ODS": 0.5, "AP": 1.0}, "ODS 0.5  AP 1"),
+        (
+            {f"mean/center_{n}": 0.5 for n in range(10)},
+            " center_7 0.5  and 2 more in metrics.jsonl",
+        ),
+    ],
+)
+def test_an_evaluation_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], numbers: dict[str, float], line: str
+) -> None:
+    reporter = Reporter(tmp_path, 5)
+    reporter.evaluation(3, "val", SimpleNamespace(as_flat_dict=lambda: numbers, pictures={}))
+    reporter.close()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("evaluation val at step 3: ")
+    assert said.endswith(" ".join(line.split()))
+
+
 # What the thread says on its way out.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_no_endless_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
