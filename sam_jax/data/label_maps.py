@@ -37,6 +37,9 @@ _MIN_SMOOTH_LABELS = 16
 # With fewer such labels, one that is nowhere 3 pixels wide and high may be a small object.
 _MIN_BLENDS = 3
 _BLEND_RATE = 0.9
+# Of the pixels around objects, those that are background: nearly all beside labels, a quarter of
+# them at the most beside outlines that were smoothed, resized or saved as JPEG.
+_HARD_OUTLINE_RATE = 0.6
 _SMEARED = (
     "it was smoothed, resized or saved as JPEG; save labels as they are, or resized by the nearest "
     "neighbour"
@@ -282,7 +285,8 @@ def _soft_edge(
     """The value of the only object of a mask whose outline is smoothed; None for a map of labels.
 
     Smoothing, resizing and JPEG leave values between those of both sides along each outline, in
-    places too thin to be objects.
+    places too thin to be objects. Thin objects beside a large one may have such values as well, but
+    leave most of its outline to the background.
 
     Raises:
       LabelMapError: outlines between several objects are smoothed, so that it is lost which pixels
@@ -308,7 +312,11 @@ def _soft_edge(
     ):
         thin = ~is_solid[ranks]
         between = _between(stored.channels, ~thin, stored.labels == stored.background)
-        if between[thin].mean() >= _BLEND_RATE:
+        is_object = np.isin(values, list(solid_objects))[ranks]
+        is_soft = is_cut_out or not _has_hard_outline(
+            is_object, stored.labels == stored.background
+        )
+        if is_soft and between[thin].mean() >= _BLEND_RATE:
             if len(solid_objects) == 1 and stored.channels.shape[-1] == 1:
                 return solid_objects.pop()
             raise LabelMapError(
@@ -317,6 +325,13 @@ def _soft_edge(
     if num_thin > max(_MIN_SMOOTH_LABELS, len(solid_objects)) and _is_scattered(ranks, is_solid):
         raise LabelMapError(f"{num_thin} labels are specks all over: {_SMEARED}")
     return None
+
+
+def _has_hard_outline(
+    is_object: Bool[np.ndarray, "h w"], is_background: Bool[np.ndarray, "h w"]
+) -> bool:
+    around = cv2.dilate(is_object.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~is_object
+    return bool(around.any()) and float(is_background[around].mean()) > _HARD_OUTLINE_RATE
 
 
 def _is_scattered(ranks: Shaped[np.ndarray, "h w"], is_solid: Bool[np.ndarray, "n"]) -> bool:

@@ -128,6 +128,21 @@ def test_gaps_of_a_soft_mask_stay_gaps(tmp_path: Path) -> None:
     assert 0.2 < (labels > 0).mean() < 0.5
 
 
+@pytest.mark.parametrize("trunk", [1, 5])
+def test_thin_objects_beside_a_large_one_are_objects_whatever_their_labels_are(
+    tmp_path: Path, trunk: int
+) -> None:
+    """Limbs of a tree, of which some stand between the labels of the trunk and of background."""
+    drawn = np.zeros((120, 120), np.uint8)
+    drawn[20:110, 50:70] = trunk
+    limbs = [label for label in range(1, 6) if label != trunk]
+    for top, label in zip((25, 45, 65, 85), limbs, strict=True):
+        drawn[top : top + 2, 36:50] = label
+    labels, remarks = read(tmp_path, drawn)
+    np.testing.assert_array_equal(labels, drawn)
+    assert remarks == ()
+
+
 CELLS = (np.arange(HW[0])[:, None] // 8 * 16 + np.arange(HW[1]) // 8 + 1) * (
     (np.arange(HW[0])[:, None] % 8 > 1) & (np.arange(HW[1]) % 8 > 1)
 )
