@@ -1,6 +1,7 @@
 """Errors that whoever runs a program can mend: shown as a message, not as a traceback."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -29,12 +30,17 @@ class ConfigError(UserError, ValueError):
 def readable_errors(*others: type[Exception]) -> Iterator[None]:
     """Ends the program with a message and an exit code at an error that the user can mend.
 
-    Anything else keeps its traceback: it is a fault of the code.
+    Anything else keeps its traceback: it is a fault of the code. What the program prints may hold
+    any name of a file.
 
     Args:
       *others: what else is the user's to mend here.
     """
     mendable: tuple[type[Exception], ...] = (UserError, OSError, *others)
+    # Names of files need not be UTF-8, and must not end a program that prints them.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except mendable as error:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import cv2
 import grain
 import numpy as np
+from jaxtyping import Bool
 
 from sam_jax import rle
 from sam_jax.data.config import DataConfig, SourceConfig, build_source
@@ -483,20 +484,33 @@ def _let_grain_read_its_flag() -> None:
 
 
 class EvalExample(NamedTuple):
-    """A decoded sample at its original size.
+    """A sample at its original size.
 
     Attributes:
       image: uint8 [h, w, 3], RGB, or float32 [h, w, c] of other channels.
-      masks: bool [k, h, w], k >= 1, in the order of the annotations; unusable and empty ones are
-        left out. For `eval_images`, none.
+      mask_runs: of each mask (see `rle.run_lengths`), in the order of the annotations; unusable and
+        empty ones are left out. At least one; for `eval_images`, none.
       dataset: the source's name.
       name: the file.
     """
 
     image: np.ndarray
-    masks: np.ndarray
+    mask_runs: tuple[np.ndarray, ...]
     dataset: str
     name: str
+
+    @property
+    def masks(self) -> Bool[np.ndarray, "k h w"]:
+        """All masks, which may be more than memory holds."""
+        return self.decode_masks(range(len(self.mask_runs)))
+
+    def decode_masks(self, indices: Sequence[int]) -> Bool[np.ndarray, "k h w"]:
+        """Some of the masks."""
+        hw = self.image.shape[0], self.image.shape[1]
+        masks = np.empty((len(indices), *hw), bool)
+        for mask, index in zip(masks, indices, strict=True):
+            mask[:] = rle.decode(self.mask_runs[index], hw)
+        return masks
 
 
 class ReadSample(NamedTuple):
@@ -632,15 +646,13 @@ def eval_images(
 
 
 def _without_masks(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
-    image = decode_image(sample)
-    masks = np.zeros((0, *image.shape[:2]), bool)
-    return EvalExample(image, masks, sample.dataset, sample.name), []
+    return EvalExample(decode_image(sample), (), sample.dataset, sample.name), []
 
 
 def _with_masks(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
     image = decode_image(sample)
     hw = image.shape[:2]
-    masks = []
+    usable = []
     dropped = dropped_by_source(sample)
     for index in range(len(sample.masks_rle)):
         try:
@@ -649,10 +661,9 @@ def _with_masks(sample: Sample) -> tuple[EvalExample, list[DroppedMask]]:
             dropped.append(DroppedMask(error.reason, error.detail))
             continue
         if rle.area_px(runs):
-            masks.append(rle.decode(runs, hw))
+            usable.append(runs)
         else:
             dropped.append(DroppedMask("empty", f"mask {index}"))
-    if not masks:
+    if not usable:
         raise no_valid_mask(sample, dropped)
-    example = EvalExample(image, np.stack(masks), sample.dataset, sample.name)
-    return example, dropped
+    return EvalExample(image, tuple(usable), sample.dataset, sample.name), dropped

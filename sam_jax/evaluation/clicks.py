@@ -93,7 +93,9 @@ def correction_click(
 
 def keyed_number(key: str) -> int:
     """A number of 128 bits drawn by hashing ``key``: the same on every host and for ever."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "big")
+    # Names of files need not be UTF-8; Python keeps their bytes.
+    content = key.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "big")
 
 
 def _deepest_pixel(

@@ -106,7 +106,7 @@ def _first_of_each_image(ranked: Iterable[Scored], number: int) -> list[Scored]:
 
 def _drawn(mask: Mapping[str, Any], example: EvalExample, caption: str) -> Example:
     """The example that a mask's record and its image make."""
-    ground_truth = example.masks[mask["mask"]]
+    (ground_truth,) = example.decode_masks([mask["mask"]])
     size = (ground_truth.shape[0], ground_truth.shape[1])
     clicks = np.array(mask["clicks"], int).reshape(-1, 3)
     return Example(

@@ -220,13 +220,13 @@ class PromptedMasks:
         config = self._config
         file = example.name.rpartition("/")[2]
         chosen = draw(
-            len(example.masks), config.max_masks_per_image, f"{config.seed}/{dataset}/{file}"
+            len(example.mask_runs), config.max_masks_per_image, f"{config.seed}/{dataset}/{file}"
         )
         return EvalImage(
             dataset=dataset,
             name=example.name,
             pixels=example.image,
-            masks=example.masks[chosen],
+            masks=example.decode_masks(chosen),
             mask_indices=tuple(chosen),
             number=number,
         )

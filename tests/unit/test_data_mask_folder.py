@@ -216,3 +216,14 @@ def test_masks_are_counted_without_the_picture(folders: tuple[Path, Path]) -> No
     assert (source.num_masks(0), source.num_masks(2)) == (2, 3)
     with pytest.raises(CorruptSampleError, match="no valid mask"):
         source.num_masks(1)
+
+
+def test_two_label_maps_of_an_image_are_refused(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    add_image(images, "a.jpg")
+    add(masks, "a_1.png", (LEFT * 255).astype(np.uint8))
+    add(masks, "a.png", LEFT.astype(np.uint8))
+    assert len(MaskFolderSource(*folders)[0].masks_rle) == 2
+    np.save(masks / "a.npy", LEFT)
+    with pytest.raises(ConfigError, match=r"a\.npy and .*a\.png would both be label maps of .*a\."):
+        MaskFolderSource(*folders)

@@ -119,6 +119,19 @@ def test_each_form_gives_its_polygons(
     assert source.left_out.counts == counts
 
 
+def test_labelme_names_pictures_from_the_folder_of_each_file(tmp_path: Path) -> None:
+    """Pictures of one name in two folders, and one of a folder beside."""
+    shape = {"label": "car", "points": POINTS, "shape_type": "polygon"}
+    for folder, picture in (("v1", "a.png"), ("v2", "a.png"), ("json", "../v2/b.png")):
+        content = labelme(shape) | {"imagePath": picture}
+        save(tmp_path / folder / f"{Path(picture).stem}.json", content)
+    for folder, names in (("v1", ["a.png"]), ("v2", ["a.png", "b.png"])):
+        add_images(tmp_path / folder, *names)
+    source = PolygonSource(tmp_path, "labelme", tmp_path)
+    names = sorted(Path(source[i].name).relative_to(tmp_path).as_posix() for i in range(len(source)))
+    assert names == ["v1/a.png", "v2/a.png", "v2/b.png"]
+
+
 @pytest.mark.parametrize("write", [write_via, write_labelme, write_visor, write_woodscape])
 def test_a_missing_picture_is_told_when_it_is_due(
     write: Callable[[Path], PolygonSource], tmp_path: Path, caplog: pytest.LogCaptureFixture

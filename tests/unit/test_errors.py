@@ -1,5 +1,9 @@
 """Errors that end a program with a message, and those that end it with a traceback."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -49,3 +53,22 @@ def test_a_key_that_is_not_there_is_named(
             "error: a --config flag, or the config file, names a key that there is not: "
             f"num_step{end}\n"
         )
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_names_that_are_not_utf8_are_printed(stream: str) -> None:
+    program = f"""
+import os, sys
+from sam_jax.errors import readable_errors
+with readable_errors():
+    print(os.fsdecode(b"caf\\xe9.jpg"), file=sys.{stream})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        env={"PYTHONIOENCODING": "utf-8:strict"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert getattr(result, stream) == "caf\\udce9.jpg\n"

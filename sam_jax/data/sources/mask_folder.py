@@ -59,7 +59,8 @@ class MaskFolderSource:
 
         Raises:
           FileNotFoundError: a folder does not exist.
-          ConfigError: two images differ in their suffix only, or no mask belongs to any image.
+          ConfigError: two images differ in their suffix only, or two label maps of one; or no mask
+            belongs to any image.
         """
         self.name = name
         self.left_out = Tally()
@@ -89,8 +90,15 @@ class MaskFolderSource:
                     )
             if owner is None:
                 self.left_out.add("mask files without an image", str(mask))
-            else:
-                found[owner][mask] = stem.casefold() == owner.casefold()
+                continue
+            is_label_map = stem.casefold() == owner.casefold()
+            others = [file for file, is_other_map in found[owner].items() if is_other_map]
+            if is_label_map and others:
+                raise ConfigError(
+                    f"{others[0]} and {mask} would both be label maps of {images[owner]}, and its "
+                    "objects would count twice: keep one"
+                )
+            found[owner][mask] = is_label_map
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(

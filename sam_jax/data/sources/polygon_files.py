@@ -1,7 +1,8 @@
 """JSON files of polygons that are not COCO's, in the forms of annotation tools and data sets."""
 
+import posixpath
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 
 from sam_jax.data.sources.json_form import (
@@ -40,7 +41,7 @@ def read_polygons(
     Args:
       path: a JSON, or a folder (tree) of them.
       form: what wrote them. ``via``: a project or the annotations of the VGG Image Annotator.
-        ``labelme``: a JSON for each picture. ``visor``: a JSON for each video of EPIC-KITCHENS
+        ``labelme``: a JSON for each picture, which it names from its own folder. ``visor``: a JSON for each video of EPIC-KITCHENS
         VISOR. ``woodscape``: a JSON for each picture, of WoodScape's instance annotations.
       skip_labels: labels of what is no object.
 
@@ -60,9 +61,10 @@ def read_polygons(
         files = [path]
     images: dict[str, ListedImage] = {}
     for file in files:
-        inside = file.name if path.is_dir() else ""
+        below = file.relative_to(path) if path.is_dir() else PurePath(file.name)
+        inside = below.as_posix() if path.is_dir() else ""
         try:
-            for image, objects in _READERS[form](as_object(parse(file), "the file"), file):
+            for image, objects in _READERS[form](as_object(parse(file), "the file"), below):
                 if image.file_name in images:
                     raise FormError(f"the image {image.file_name!r} stands in it, or before, twice")
                 images[image.file_name] = image
@@ -96,7 +98,7 @@ def _flat(points: Any) -> Any:
     return [value for point in points for value in point] if is_points else points
 
 
-def _via(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
+def _via(content: Mapping[str, Any], path: PurePath) -> Iterator[_Entry]:
     """Entries of a VIA file; a project has its annotations under a name of their own."""
     del path
     for key, record in content.get("_via_img_metadata", content).items():
@@ -125,9 +127,8 @@ def _via(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
         yield ListedImage(name, None, []), objects
 
 
-def _labelme(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
+def _labelme(content: Mapping[str, Any], path: PurePath) -> Iterator[_Entry]:
     """The entry of a LabelMe file, whose picture is named as it is stored beside the JSON."""
-    del path
     name = text(content, "imagePath", "the file", "the name of a file")
     hw = image_size(content, "the file", name, ("imageHeight", "imageWidth"))
     objects: list[_Object] = []
@@ -135,10 +136,14 @@ def _labelme(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
         is_polygon = shape.get("shape_type") in _LABELME_POLYGONS
         polygons = [shape.get("points")] if is_polygon else None
         objects.append((f"shapes[{number}]", str(shape.get("label")), polygons))
-    yield ListedImage(name, hw, []), objects
+    folder = path.parent.as_posix()
+    if folder == ".":
+        yield ListedImage(name, hw, []), objects
+    else:
+        yield ListedImage(posixpath.normpath(f"{folder}/{name}"), hw, [], (name,)), objects
 
 
-def _visor(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
+def _visor(content: Mapping[str, Any], path: PurePath) -> Iterator[_Entry]:
     """Entries of a video of VISOR, whose frames lie in folders of participants and videos."""
     video = path.stem
     participant = video.split("_")[0]
@@ -161,7 +166,7 @@ def _visor(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
         yield ListedImage(frame, None, [], (f"{video}/{name}", name)), objects
 
 
-def _woodscape(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
+def _woodscape(content: Mapping[str, Any], path: PurePath) -> Iterator[_Entry]:
     """The entry of a WoodScape file, which stands under the file's own name."""
     record = as_object(content.get(path.name), repr(path.name), "what is marked in the picture")
     picture = f"{path.stem}.png"
@@ -177,7 +182,8 @@ def _woodscape(content: Mapping[str, Any], path: Path) -> Iterator[_Entry]:
     yield ListedImage(picture, hw, []), objects
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Path], Iterator[_Entry]]] = {
+# Each takes what is in a file, and the file's path below the folder that was given.
+_READERS: dict[str, Callable[[Mapping[str, Any], PurePath], Iterator[_Entry]]] = {
     "via": _via,
     "labelme": _labelme,
     "visor": _visor,
