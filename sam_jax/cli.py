@@ -466,6 +466,8 @@ def masks(
         typer.echo(f"stopped; the same command goes on from what is in {out}", err=True)
         raise typer.Exit(130) from None
     before = f", {summary.num_before} were there before" if summary.num_before else ""
+    if summary.num_completed:
+        before += f" ({summary.num_completed} of them lacked a picture of masks, a map or a link)"
     typer.echo(f"{out}: {summary.num_masks} masks of {summary.num_annotated} pictures{before}")
     if summary.num_annotated and not summary.num_masks and boxes is None:
         typer.echo(

@@ -313,9 +313,7 @@ def _soft_edge(
         thin = ~is_solid[ranks]
         between = _between(stored.channels, ~thin, stored.labels == stored.background)
         is_object = np.isin(values, list(solid_objects))[ranks]
-        is_soft = is_cut_out or not _has_hard_outline(
-            is_object, stored.labels == stored.background
-        )
+        is_soft = is_cut_out or not _has_hard_outline(is_object, stored.labels == stored.background)
         if is_soft and between[thin].mean() >= _BLEND_RATE:
             if len(solid_objects) == 1 and stored.channels.shape[-1] == 1:
                 return solid_objects.pop()

@@ -27,10 +27,10 @@ from sam_jax.ops.dispatch import Kernels
 from sam_jax.weights.files import written_whole
 from sam_jax.weights.load import (
     autoencoder_variables_for,
-    is_pretraining,
     load,
     variables_for,
 )
+from sam_jax.weights.runs import is_pretraining
 
 # What can be evaluated.
 Model: TypeAlias = Sam | MaskedAutoencoder

@@ -1,6 +1,7 @@
 """Boxes that a detector found in images: its file, read and checked."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -94,9 +95,11 @@ class Detections:
         names = sorted((label for _, label in pairs if label is not None))
         own = {label: number for number, label in pairs if label is not None}
         by_label: dict[Name, dict[str, Any]] = {}
-        for position, label in enumerate(names, start=1):
+        taken = {number for number, _ in pairs}
+        free = (number for number in itertools.count(1) if number not in taken)
+        for label in names:
             number = own[label]
-            by_label[label] = _category(position if number is None else number, label)
+            by_label[label] = _category(next(free) if number is None else number, label)
         for number in sorted(n for n, label in pairs if label is None and n is not None):
             by_label[number] = _category(number, str(number))
         return by_label

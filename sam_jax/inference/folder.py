@@ -9,7 +9,7 @@ import logging
 import os
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,19 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Outcome of annotating a folder: numbers of pictures and masks, and what was skipped."""
+    """Outcome of annotating a folder: numbers of pictures and masks, and what was skipped.
+
+    Attributes:
+      num_annotated: pictures that were searched.
+      num_before: pictures whose masks were there before.
+      num_completed: of those, how many got overlays, label maps or links that they lacked.
+      num_masks: of the pictures that were searched.
+      skipped: pictures that were not, each with the reason.
+    """
 
     num_annotated: int
     num_before: int
+    num_completed: int
     num_masks: int
     skipped: Sequence[str]
 
@@ -155,9 +164,10 @@ def annotate_folder(
 ) -> Summary:
     """Writes the masks of all pictures in the form of SA-1B's annotations, one file per picture.
 
-    A picture whose file is there is not looked at again, so a call that was stopped is finished by
-    the same call. Pictures that cannot be read are skipped and named in ``skipped.txt``; the next
-    call tries them again. ``settings.json`` keeps how the masks were made.
+    A picture whose file is there is not searched again, so a call that was stopped is finished by
+    the same call; an overlay, a label map or a link that it lacks is made from its file. Pictures
+    that cannot be read are skipped and named in ``skipped.txt``; the next call tries them again.
+    ``settings.json`` keeps how the masks were made.
 
     Args:
       predictor: of the model.
@@ -179,7 +189,7 @@ def annotate_folder(
 
     Raises:
       ConfigError: if there is no picture, the target lies among them, or it holds masks that were
-        made otherwise.
+        made otherwise, or of another picture under the same name.
     """
     masks = picture_masks(options, boxes)
     pictures = list_pictures(source, predictor.in_channels)
@@ -194,6 +204,9 @@ def annotate_folder(
     }
     left, skipped = _to_do(files, root)
     num_before, num_masks, num_annotated = len(pictures) - len(left) - len(skipped), 0, 0
+    extras = _Extras(target, overlays, label_maps, link_pictures, predictor.in_channels)
+    done = [path for path in pictures if path not in {*left} and _is_there(files[path])]
+    num_completed = _complete(extras, {path: files[path] for path in done}, root, skipped)
     opened = deque[tuple[Path, np.ndarray]]()
 
     def report(path: Path, count: int | None) -> None:
@@ -214,17 +227,10 @@ def annotate_folder(
             path, pixels = opened.popleft()
             relative = path.relative_to(root)
             try:
-                if overlays:
-                    picture = overlay_of(rgb_view(pixels), records)
-                    _save_picture(target / OVERLAYS_FOLDER / relative, picture)
-                if label_maps:
-                    labels = _label_picture(path, records, pixels)
-                    _save_picture(target / LABELS_FOLDER / relative, labels)
-                if link_pictures:
-                    beside = target / ANNOTATIONS_FOLDER / relative
-                    _put_beside(path, beside, predictor.in_channels)
+                annotation = sa1b_annotation(records, relative, pixels.shape[:2])
+                extras.put(extras.wanted, path, relative, annotation, pixels)
                 # Last, since this is the file that says that the picture is done.
-                _write_json(files[path], sa1b_annotation(records, relative, pixels.shape[:2]))
+                _write_json(files[path], annotation)
             except (ImageError, WeightsError, OSError) as error:
                 if not _is_of_one_picture(error):
                     raise
@@ -239,7 +245,86 @@ def annotate_folder(
     if coco:
         done = [files[path] for path in pictures if _is_there(files[path])]
         write_coco(done, target / COCO_NAME, masks.categories)
-    return Summary(num_annotated, num_before, num_masks, skipped)
+    return Summary(num_annotated, num_before, num_completed, num_masks, skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extras:
+    """Overlays, label maps and links, made of a picture's masks besides their annotation file.
+
+    Attributes:
+      target: the folder that all goes to.
+      overlays, label_maps, links: what is asked for.
+      in_channels: of the model.
+    """
+
+    target: Path
+    overlays: bool
+    label_maps: bool
+    links: bool
+    in_channels: int | None
+
+    @property
+    def wanted(self) -> list[str]:
+        """Folders of what is asked for; that of annotations has the links."""
+        asked = {
+            OVERLAYS_FOLDER: self.overlays,
+            LABELS_FOLDER: self.label_maps,
+            ANNOTATIONS_FOLDER: self.links,
+        }
+        return [folder for folder, is_wanted in asked.items() if is_wanted]
+
+    def missing(self, relative: Path) -> list[str]:
+        """Folders of what a picture lacks."""
+        return [
+            folder
+            for folder in self.wanted
+            if not _is_there(
+                (self.target / folder / relative).with_suffix(
+                    relative.suffix if folder == ANNOTATIONS_FOLDER else ".png"
+                )
+            )
+        ]
+
+    def put(
+        self,
+        folders: Collection[str],
+        path: Path,
+        relative: Path,
+        annotation: Mapping[str, Any],
+        pixels: Shaped[np.ndarray, "h w c"] | None,
+    ) -> None:
+        """Writes what goes to these folders; overlays alone take the picture's pixels."""
+        records = annotation["annotations"]
+        if OVERLAYS_FOLDER in folders and pixels is not None:
+            picture = overlay_of(rgb_view(pixels), records)
+            _save_picture(self.target / OVERLAYS_FOLDER / relative, picture)
+        if LABELS_FOLDER in folders:
+            hw = annotation["image"]["height"], annotation["image"]["width"]
+            labels = _label_picture(path, records, hw)
+            _save_picture(self.target / LABELS_FOLDER / relative, labels)
+        if ANNOTATIONS_FOLDER in folders:
+            _put_beside(path, self.target / ANNOTATIONS_FOLDER / relative, self.in_channels)
+
+
+def _complete(extras: _Extras, files: Mapping[Path, Path], root: Path, skipped: list[str]) -> int:
+    """Makes what annotated pictures lack, and counts those; names in ``skipped`` what cannot be."""
+    num_completed = 0
+    for path, file in files.items():
+        relative = path.relative_to(root)
+        if not (folders := extras.missing(relative)):
+            continue
+        try:
+            is_seen = OVERLAYS_FOLDER in folders
+            pixels = read_pixels(path, extras.in_channels) if is_seen else None
+            extras.put(folders, path, relative, _read_json(file), pixels)
+        except (ImageError, OSError) as error:
+            if not _is_of_one_picture(error):
+                raise
+            skipped.append(f"{path}: {error}")
+            continue
+        num_completed += 1
+    return num_completed
 
 
 def _to_do(files: Mapping[Path, Path], root: Path) -> tuple[list[Path], list[str]]:
@@ -248,6 +333,7 @@ def _to_do(files: Mapping[Path, Path], root: Path) -> tuple[list[Path], list[str
     for path, file in files.items():
         try:
             if not _is_done(file, path.relative_to(root)):
+                _check_not_of_another(file, path, root)
                 left.append(path)
         except OSError as error:
             skipped.append(f"{path}: its masks cannot be in {file}: {error.strerror}")
@@ -393,17 +479,31 @@ def _is_done(file: Path, relative: Path) -> bool:
     return name in head and end.endswith(b"]}\n")
 
 
+def _check_not_of_another(file: Path, path: Path, root: Path) -> None:
+    """Refuses to replace the masks of another picture, which is there with another ending."""
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["image"]["file_name"]
+        other = root / name
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return  # cut off, or nobody's: it is written anew
+    if other != path and _is_there(other):
+        raise ConfigError(
+            f"{file} has the masks of {other}, which those of {path} would replace: rename one, or "
+            "give another folder"
+        )
+
+
 def _save_picture(path: Path, picture: np.ndarray) -> None:
     with written_whole(path.with_suffix(".png")) as unfinished:
         save_picture(unfinished, picture)
 
 
 def _label_picture(
-    path: Path, records: Sequence[Mapping[str, Any]], pixels: Shaped[np.ndarray, "h w c"]
+    path: Path, records: Sequence[Mapping[str, Any]], hw: tuple[int, int]
 ) -> UInt16[np.ndarray, "h w"]:
     if len(records) > _MAX_LABEL:
         raise ConfigError(f"{path} has {len(records)} masks: too many for 16 bits")
-    return label_map(records, (pixels.shape[0], pixels.shape[1])).astype(np.uint16)
+    return label_map(records, hw).astype(np.uint16)
 
 
 def _is_there(file: Path) -> bool:

@@ -117,7 +117,7 @@ class Reporter:
 
 
 def _figures(numbers: Mapping[str, float]) -> str:
-    """What an evaluation found, as one line: means over data sets, where there are any."""
+    """Figures of an evaluation, as one line: means over data sets, where there are any."""
     means = {k.removeprefix(_OF_MEAN): v for k, v in numbers.items() if k.startswith(_OF_MEAN)}
     shown = list((means or numbers).items())
     line = "  ".join(f"{name} {value:.4g}" for name, value in shown[:_MOST_FIGURES])

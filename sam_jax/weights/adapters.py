@@ -14,20 +14,24 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from sam_jax.checkpoint import CONFIG, restore_variables
+from sam_jax.checkpoint import restore_variables
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
 from sam_jax.models.lora import ADAPTERS, LoraConfig, adapted_kernels, merged
+from sam_jax.ops.images import ImageChannels
 from sam_jax.trained_parameters import select_trained, with_part
+from sam_jax.weights.channels import channels_in, metadata_of
 from sam_jax.weights.files import (
     SAFETENSORS_SUFFIX,
     WeightsError,
     failing_as_os_error,
     written_whole,
 )
+from sam_jax.weights.runs import run_config, run_lora, run_sections
 
 # How the file says what it is.
 _FORM, _FORM_NAME = "form", "sam_jax adapters 1"
+_IMAGE_SIZE = "image_size"
 # Tables of positions are interpolated where a base is read for images of another size.
 _POSITIONS = re.compile(r"/(pos_embed|rel_pos_[hw])$")
 
@@ -41,37 +45,16 @@ class Adapters:
       config: of the adapters; rank 0 where there are none.
       params: trained parameters, as a part of the model's tree with adapters.
       base: name of the parameters that they were trained with, see ``base_name``.
+      channels: of the images that they were trained on; None if the file does not say.
+      image_size: height and width of those in pixels, likewise.
     """
 
     path: Path
     config: LoraConfig
     params: Mapping[str, Any]
     base: str
-
-
-def run_lora(run: Path) -> LoraConfig:
-    """The adapters that a run trains; of rank 0 for none.
-
-    Raises:
-      WeightsError: if its config is damaged.
-    """
-    section = _sections(run).get(ADAPTERS, {})
-    try:
-        return from_mapping(LoraConfig, section, ADAPTERS)
-    except ConfigError as error:
-        raise WeightsError(f"{run / CONFIG}: {error}") from None
-
-
-def _sections(run: Path) -> dict[str, Any]:
-    try:
-        sections = json.loads((run / CONFIG).read_text())
-        if not isinstance(sections, dict):
-            raise ValueError("it is no object")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise WeightsError(f"{run / CONFIG}: expected a run's config as JSON: {error}") from None
-    return sections
+    channels: ImageChannels | None = None
+    image_size: tuple[int, int] | None = None
 
 
 def base_name(params: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
@@ -107,13 +90,13 @@ def write_adapters(
     run, path = Path(run), Path(path)
     if path.suffix != SAFETENSORS_SUFFIX:
         raise WeightsError(f"{path}: adapters are written as {SAFETENSORS_SUFFIX}")
-    patterns = _sections(run).get("train", {}).get("trainable", ("all",))
+    patterns = run_sections(run).get("train", {}).get("trainable", ("all",))
     if "all" in patterns:
         raise WeightsError(
             f"{run} has trained all parameters, as its train.trainable says: without them nothing "
             "is left; convert the whole model"
         )
-    config = run_lora(run)
+    config, model = run_lora(run), run_config(run)
     params = jax.device_get(restore_variables(run, step, ema=ema)["params"])
     trained = select_trained(params, patterns)
     tensors = {name: np.asarray(leaf) for name, leaf in flatten_dict(trained, sep="/").items()}
@@ -121,6 +104,8 @@ def write_adapters(
         _FORM: _FORM_NAME,
         ADAPTERS: json.dumps(dataclasses.asdict(config)),
         "base": base_name(params, trained),
+        _IMAGE_SIZE: json.dumps(model.image_encoder.image_size),
+        **metadata_of(model.channels),
     }
     with written_whole(path) as unfinished, failing_as_os_error(SafetensorError):
         safetensors.numpy.save_file(tensors, unfinished, about)
@@ -154,7 +139,24 @@ def read_adapters(path: str | Path) -> Adapters:
         config = from_mapping(LoraConfig, json.loads(about[ADAPTERS]), ADAPTERS)
     except (ConfigError, KeyError, ValueError) as error:
         raise WeightsError(f"{path}: its {ADAPTERS} is damaged: {error}") from None
-    return Adapters(path, config, unflatten_dict(tensors, sep="/"), about.get("base", ""))
+    return Adapters(
+        path,
+        config,
+        unflatten_dict(tensors, sep="/"),
+        about.get("base", ""),
+        channels_in(about, path),
+        _image_size_in(about, path),
+    )
+
+
+def _image_size_in(about: Mapping[str, str], path: Path) -> tuple[int, int] | None:
+    if _IMAGE_SIZE not in about:
+        return None
+    try:
+        height, width = map(int, json.loads(about[_IMAGE_SIZE]))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its {_IMAGE_SIZE} is damaged: {error}") from None
+    return height, width
 
 
 def adapted(params: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:

@@ -206,14 +206,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _tensors_in(content: Any, tensor_type: type, path: Path) -> dict[str, Any]:
     """The mapping from names to tensors in what a file holds, however it is wrapped."""
-    if isinstance(content, Mapping):
-        # First, since beside a wrapper there may be tensors that are no weights, such as a loss.
-        for key in _WRAPPERS:
-            if isinstance(content.get(key), Mapping) and content[key]:
-                return _tensors_in(content[key], tensor_type, path)
-        tensors = {str(k): v for k, v in content.items() if isinstance(v, tensor_type)}
-        if tensors:
-            return tensors
+    if tensors := _wrapped_tensors(content, tensor_type):
+        return tensors
     found = (
         f"a mapping with {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
         if isinstance(content, Mapping)
@@ -223,6 +217,17 @@ def _tensors_in(content: Any, tensor_type: type, path: Path) -> dict[str, Any]:
         f"{path} holds {found}: expected tensors by name, or those under one of "
         f"{', '.join(map(repr, _WRAPPERS))}"
     )
+
+
+def _wrapped_tensors(content: Any, tensor_type: type) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        return {}
+    # First, since beside a wrapper there may be tensors that are no weights, such as a loss. Under
+    # one of these names there may be settings as well.
+    for key in _WRAPPERS:
+        if tensors := _wrapped_tensors(content.get(key), tensor_type):
+            return tensors
+    return {str(name): value for name, value in content.items() if isinstance(value, tensor_type)}
 
 
 def import_torch(purpose: str) -> Any:

@@ -228,7 +228,8 @@ def _vit_config(
     embed_dim, _, patch, patch_w = shape(f"{encoder}/patch_embed/proj/kernel", 4)
     if patch != patch_w:
         raise WeightsError(f"{where}: expected square patches, found {patch} x {patch_w} pixels")
-    grid = shape(f"{encoder}/pos_embed", 4)[1:3]
+    _, *grid_hw, _ = shape(f"{encoder}/pos_embed", 4)
+    grid = grid_hw[0], grid_hw[1]
     depth = _count(tensors, f"{encoder}/block_00/attn/qkv/kernel", scheme)
     if not depth:
         raise WeightsError(f"{where} holds no blocks of an image encoder")
@@ -249,7 +250,7 @@ def _vit_config(
         window_size = windows.pop()[0]
         global_blocks = tuple(i for i, table in enumerate(tables) if table == grid)
     else:
-        window_size, global_blocks = _windows_that_fill_the_grid(embed_dim, depth, hints)
+        window_size, global_blocks = _windows_that_fill_the_grid(grid, embed_dim, depth, hints)
     return ImageEncoderConfig(
         image_size=(grid[0] * patch, grid[1] * patch),
         patch_size=patch,
@@ -283,13 +284,15 @@ def _decoder_heads(heads: int | None, dim: int, where: Any) -> int:
 
 
 def _windows_that_fill_the_grid(
-    embed_dim: int, depth: int, hints: Hints
+    grid: tuple[int, int], embed_dim: int, depth: int, hints: Hints
 ) -> tuple[int, tuple[int, ...]]:
     """Window side and global blocks where all tables have the grid's size, and tell neither.
 
-    It makes no difference at this size of images, but at others it does.
+    It makes no difference at this size of images, but at others it does. Windows of another size
+    than the grid's would have tables of theirs: then all blocks are global.
     """
-    window_size, blocks = ImageEncoderConfig.window_size, tuple(range(depth))
+    every_block = tuple(range(depth))
+    window_size, blocks = ImageEncoderConfig.window_size, every_block
     if known := vit_variant(embed_dim, depth):
         encoder = known.image_encoder
         assert isinstance(encoder, ImageEncoderConfig)
@@ -298,7 +301,7 @@ def _windows_that_fill_the_grid(
         window_size = hints.window_size
     if hints.global_attention_blocks is not None:
         blocks = hints.global_attention_blocks
-    return window_size, blocks
+    return window_size, blocks if (window_size, window_size) == grid else every_block
 
 
 def vit_variant(embed_dim: int, depth: int) -> SamConfig | None:

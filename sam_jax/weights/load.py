@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,27 +16,22 @@ from sam_jax import places
 from sam_jax.arrays import Array
 from sam_jax.checkpoint import (
     CHECKPOINTS,
-    CONFIG,
     checkpoint_path,
     restore_variables,
     save_config,
     save_variables,
 )
-from sam_jax.configuration import from_mapping
-from sam_jax.errors import ConfigError
 from sam_jax.models.lora import merged_variables
-from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
+from sam_jax.models.masked_autoencoder import MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import (
-    ModelConfig,
-    build_autoencoder,
-    build_model,
     model_config_of,
 )
 from sam_jax.ops.images import RGB, ImageChannels
 from sam_jax.ops.resize import resize_positions
-from sam_jax.weights.adapters import merged_with, read_adapters, run_lora
+from sam_jax.weights.adapters import Adapters, merged_with, read_adapters
+from sam_jax.weights.channels import PREPROCESSOR, metadata_of, preprocessor_of, stated_channels
 from sam_jax.weights.files import (
     SAFETENSORS,
     SAFETENSORS_SUFFIX,
@@ -44,7 +39,6 @@ from sam_jax.weights.files import (
     WeightsError,
     failing_as_os_error,
     put_safetensors,
-    read_metadata,
     read_tensors,
     write_safetensors,
     write_torch,
@@ -53,7 +47,6 @@ from sam_jax.weights.files import (
 from sam_jax.weights.geometry import (
     Hints,
     UnknownChannelsError,
-    channel_differences,
     closest_variant,
     detect_scheme,
     differences,
@@ -73,27 +66,15 @@ from sam_jax.weights.mae import (
 )
 from sam_jax.weights.mobile_sam import is_left_out, unused_classifier
 from sam_jax.weights.names import NamesError, from_native, to_native
+from sam_jax.weights.runs import run_autoencoder, run_config, run_lora
 
 Target = Literal["orbax", "official", "hugging-face", "mae"]
 Form = Literal["orbax", "official", "hugging_face", "mae"]
 
-# What of an encoder, and of what is added to it, makes two masked autoencoders different ones.
-_ENCODER_FIELDS = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_rate")
-_AUTOENCODER_FIELDS = (
-    "normalize_pixels",
-    "decoder_dim",
-    "decoder_depth",
-    "decoder_heads",
-    "decoder_mlp_rate",
-)
 # Forms that are files, all others are folders; their endings, of which the last needs no PyTorch.
 FILE_TARGETS: tuple[Target, ...] = ("official", "mae")
 OFFICIAL_SUFFIXES = (".pth", ".pt", SAFETENSORS_SUFFIX)
-# Metadata of safetensors that say what images a model takes, and what says it elsewhere.
-_CHANNELS = "image_channels"
-_PREPROCESSOR = "preprocessor_config.json"
 _POSITIONS = re.compile(r"/(pos_embed|rel_pos_[hw])$")
-_Read = TypeVar("_Read")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -297,7 +278,10 @@ def convert(
     variables = _variables(weights, None if seed is None else jax.random.key(seed))
     config, form, left_out = weights.config, weights.form, weights.left_out
     if adapters is not None:
-        variables = merged_with(variables, read_adapters(adapters))
+        trained = read_adapters(adapters)
+        config = _as_trained(config, trained, weights.path)
+        variables = _with_positions_of(variable_shapes(config), variables)
+        variables = merged_with(variables, trained)
     if to == "orbax":
         # Copies, so that the mapped file is let go of before writing takes memory of its own.
         variables = jax.tree.map(jax.numpy.array, variables)
@@ -308,6 +292,19 @@ def convert(
     channels = "" if config.channels == RGB else f"; channels: {config.channels}"
     without = f"; left out: {len(left_out)} tensors that segment nothing" if left_out else ""
     return f"{variant_name(config)} for {height} x {width} pixels, from {form}{channels}{without}"
+
+
+def _as_trained(config: SamConfig, adapters: Adapters, base: Path) -> SamConfig:
+    """The model that a base becomes with adapters, for the images that those were trained on."""
+    channels = adapters.channels or config.channels
+    if channels.count != config.channels.count:
+        raise WeightsError(
+            f"{adapters.path} was trained on images of {channels.count} channels, and {base} takes "
+            f"{config.channels.count}: convert the whole run"
+        )
+    size = adapters.image_size or config.image_encoder.image_size
+    encoder = dataclasses.replace(config.image_encoder, image_size=size)
+    return dataclasses.replace(config, channels=channels, image_encoder=encoder)
 
 
 def _convert_autoencoder(
@@ -414,7 +411,7 @@ def _open(
         raise WeightsError(f"{path} is no training run, so it has no steps to choose from")
     found = read_tensors(path)
     scheme, tensors = detect_scheme(found, path)
-    stated = _stated_channels(path)
+    stated = stated_channels(path, is_hugging_face=scheme == "hugging_face")
     if scheme == "mae":
         hints = dataclasses.replace(hints, channels=stated)
         return Weights(path, scheme, mae_of or mae_config(tensors, path, hints), tensors)
@@ -423,9 +420,7 @@ def _open(
         twin = tensors.pop("prompt_encoder.shared_embedding.positional_embedding", None)
         if twin is not None:
             tensors.setdefault("shared_image_embedding.positional_embedding", twin)
-        hints = dataclasses.replace(
-            _hints_beside(path) or hints, model_channels=hints.model_channels
-        )
+        hints = _hints_beside(path, hints)
     hints = dataclasses.replace(hints, channels=stated)
     left_out: tuple[str, ...] = ()
     if scheme == "official" and is_tiny_vit(tensors):
@@ -491,7 +486,7 @@ def save(path: str | Path, config: SamConfig, variables: Mapping[str, Any], targ
         with written_whole(path) as folder:
             folder.mkdir()
             _write_json(folder / "config.json", settings)
-            _write_json(folder / _PREPROCESSOR, _preprocessor(config))
+            _write_json(folder / PREPROCESSOR, preprocessor_of(config))
             tensors = from_native(variables, "hugging_face", channels=config.channels.count)
             put_safetensors(folder / SAFETENSORS, tensors, _about(config.channels))
     else:
@@ -621,81 +616,6 @@ def _checked(variables: Mapping[str, Any], template: Mapping[str, Any], where: A
     return dict(variables)
 
 
-def run_config(run: Path) -> SamConfig:
-    """The shape of the promptable model that a run trains, or of the one whose encoder it does.
-
-    Raises:
-      WeightsError: if its config is missing or damaged.
-    """
-    return _from_sections(run, lambda sections: build_model(_model_section(sections)).config)
-
-
-def run_autoencoder(run: Path) -> MaskedAutoencoder | None:
-    """The masked autoencoder that a run trains; None if it trains a promptable model.
-
-    Raises:
-      WeightsError: if its config is missing or damaged.
-    """
-
-    def autoencoder(sections: Mapping[str, Any]) -> MaskedAutoencoder | None:
-        if not is_pretraining(sections):
-            return None
-        section = from_mapping(AutoencoderConfig, sections["autoencoder"], "autoencoder")
-        return build_autoencoder(_model_section(sections), section)
-
-    return _from_sections(run, autoencoder)
-
-
-def is_pretraining(sections: Mapping[str, Any]) -> bool:
-    """True if a config's task is to train a masked autoencoder."""
-    return sections.get("task") == "reconstruct"
-
-
-def run_differences(run: Path, model: Sam | MaskedAutoencoder) -> list[str]:
-    """Differences of the model that a run trains from this one, a line each.
-
-    Raises:
-      WeightsError: if its config is missing or damaged.
-    """
-    found = run_autoencoder(run)
-    if isinstance(model, Sam):
-        if found is not None:
-            return ["it trains a masked autoencoder, expected a promptable model"]
-        return differences(run_config(run), model.config)
-    if found is None:
-        return ["it trains a promptable model, expected a masked autoencoder"]
-    return [
-        f"{name} is {ours}, expected {theirs}"
-        for name, ours, theirs in (
-            (name, getattr(of_run, name), getattr(of_model, name))
-            for of_run, of_model, names in (
-                (found.encoder, model.encoder, _ENCODER_FIELDS),
-                (found.config, model.config, _AUTOENCODER_FIELDS),
-            )
-            for name in names
-        )
-        if ours != theirs
-    ] + channel_differences(found.channels, model.channels)
-
-
-def _model_section(sections: Mapping[str, Any]) -> ModelConfig:
-    return from_mapping(ModelConfig, dict(sections["model"]), "model")
-
-
-def _from_sections(run: Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
-    """The answer of a function to the sections of a run's config."""
-    try:
-        return read(json.loads((run / CONFIG).read_text()))
-    except FileNotFoundError:
-        raise WeightsError(
-            f"{run / CONFIG} is missing: it says what model the run trains"
-        ) from None
-    except ConfigError as error:
-        raise WeightsError(f"{run / CONFIG}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
-
-
 def shape_of(path_or_name: str | Path, *, decoder_heads: int | None = None) -> SamConfig:
     """The shape of the model that any checkpoint is of; reads no more of it than that takes.
 
@@ -716,84 +636,22 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray], channels: Imag
         write_torch(path, dict(tensors))
 
 
-def _about(channels: ImageChannels) -> dict[str, str]:
-    """Metadata that say what images a model takes; none where it takes what published ones do."""
-    if channels == RGB:
-        return {}
-    return {_CHANNELS: json.dumps(dataclasses.asdict(channels))}
-
-
-def _stated_channels(path: Path) -> ImageChannels | None:
-    """Channels as the metadata of a safetensors file say; None if they do not.
-
-    Raises:
-      WeightsError: if they say what makes no sense.
-    """
-    text = read_metadata(path).get(_CHANNELS)
-    if text is None:
-        return _preprocessed_channels(path)
-    try:
-        return from_mapping(ImageChannels, json.loads(text), _CHANNELS)
-    except (ConfigError, ValueError, TypeError) as error:
-        raise WeightsError(f"{path}: its metadata {_CHANNELS} are damaged: {error}") from None
-
-
-def _preprocessed_channels(path: Path) -> ImageChannels | None:
-    """Channels other than RGB as Hugging Face's ``preprocessor_config.json`` has them."""
-    file = (path if path.is_dir() else path.parent) / _PREPROCESSOR
-    try:
-        said = json.loads(file.read_text())
-        mean, std = said["image_mean"], said["image_std"]
-        scale = 1 / said["rescale_factor"] if said.get("do_rescale") else 1.0
-        if len(mean) == RGB.count:
-            return None
-        scaled = ([value * scale for value in values] for values in (mean, std))
-        return ImageChannels(len(mean), *map(tuple, scaled))
-    # It is there for other programs, and may be of any kind.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return None
-
-
-def _hints_beside(path: Path) -> Hints | None:
-    """Hints from the ``config.json`` beside Hugging Face's weights; None if there is none."""
+def _hints_beside(path: Path, hints: Hints) -> Hints:
+    """Hints from the ``config.json`` beside Hugging Face's weights; for the rest those given."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        return hugging_face_hints(json.loads(config.read_text()))
+        beside = hugging_face_hints(json.loads(config.read_text()))
     except FileNotFoundError:
-        return None
+        return hints
     except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{config}: expected Hugging Face's config: {error}") from None
+    stated = {name: value for name, value in vars(beside).items() if value is not None}
+    return dataclasses.replace(hints, **stated)
 
 
-def _preprocessor(config: SamConfig) -> dict[str, Any]:
-    encoder = config.image_encoder
-    side = max(encoder.image_size)
-    # Hugging Face's name for the size of low-resolution masks; four per image token and side.
-    low_res = 4 * encoder.grid[0]
-    channels = config.channels
-    # 8-bit pixels are brought to [0, 1] first; values as they are stored are not.
-    is_rgb = channels.in_chans is None
-    mean, std = (
-        [round(value / 255, 6) if is_rgb else value for value in values]
-        for values in (channels.pixel_mean, channels.pixel_std)
-    )
-    return {
-        "image_processor_type": "SamImageProcessor",
-        "processor_class": "SamProcessor",
-        "do_convert_rgb": is_rgb,
-        "do_normalize": True,
-        "do_pad": True,
-        "do_rescale": is_rgb,
-        "do_resize": True,
-        "image_mean": mean,
-        "image_std": std,
-        "mask_pad_size": {"height": low_res, "width": low_res},
-        "mask_size": {"longest_edge": low_res},
-        "pad_size": {"height": side, "width": side},
-        "resample": 2,
-        "rescale_factor": 1 / 255,
-        "size": {"longest_edge": side},
-    }
+def _about(channels: ImageChannels) -> dict[str, str]:
+    """Metadata that say what images a model takes; none where it takes what published ones do."""
+    return {} if channels == RGB else metadata_of(channels)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -128,7 +128,9 @@ def test_labelme_names_pictures_from_the_folder_of_each_file(tmp_path: Path) -> 
     for folder, names in (("v1", ["a.png"]), ("v2", ["a.png", "b.png"])):
         add_images(tmp_path / folder, *names)
     source = PolygonSource(tmp_path, "labelme", tmp_path)
-    names = sorted(Path(source[i].name).relative_to(tmp_path).as_posix() for i in range(len(source)))
+    names = sorted(
+        Path(source[i].name).relative_to(tmp_path).as_posix() for i in range(len(source))
+    )
     assert names == ["v1/a.png", "v2/a.png", "v2/b.png"]
 
 

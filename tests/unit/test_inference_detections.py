@@ -53,6 +53,9 @@ def test_categories_are_made_of_labels(tmp_path: Path) -> None:
     assert {name: found["id"] for name, found in named.items()} == {"cat": 1, "dog": 2}
     both = categories({"label": "dog", "category_id": 18}, {"label": "cat", "category_id": 17})
     assert {name: found["id"] for name, found in both.items()} == {"cat": 17, "dog": 18}
+    # Those without a number get one that no other has.
+    mixed = categories({"label": "dog", "category_id": 1}, {"label": "cat"}, {"label": "ox"})
+    assert {name: found["id"] for name, found in mixed.items()} == {"cat": 2, "dog": 1, "ox": 3}
     assert categories() == {}
     with pytest.raises(ConfigError, match="category_id 1 differ in their label"):
         categories({"label": "dog", "category_id": 1}, {"label": "cat", "category_id": 1})

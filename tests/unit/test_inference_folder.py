@@ -115,6 +115,37 @@ def test_a_stopped_call_goes_on(predictor: Predictor, pictures: Path, tmp_path: 
         assert (out / path.relative_to(straight)).read_text() == path.read_text()
 
 
+def test_what_is_asked_for_later_is_made_of_the_masks_that_are_there(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    """Bit for bit as in one call, but for a picture that is gone by then; nothing is searched."""
+    once, later = tmp_path / "once", tmp_path / "later"
+    extras = {"label_maps": True, "link_pictures": True}
+    folder.annotate_folder(predictor, pictures, once, OPTIONS, **extras)
+    folder.annotate_folder(predictor, pictures, later, OPTIONS, overlays=False)
+    assert not (later / "overlays").exists()
+    summary = folder.annotate_folder(predictor, pictures, later, OPTIONS, **extras)
+    found = (summary.num_annotated, summary.num_before, summary.num_completed, summary.skipped)
+    assert found == (0, 3, 3, [])
+    for path in once.rglob("*"):
+        if path.is_file():
+            assert (later / path.relative_to(once)).read_bytes() == path.read_bytes(), path
+    assert folder.annotate_folder(predictor, pictures, later, OPTIONS, **extras).num_completed == 0
+
+
+def test_masks_of_another_picture_of_that_name_stay(
+    predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with Image.open(pictures / "a.png") as picture:
+        picture.save(pictures / "a.jpg")
+    folder.annotate_folder(predictor, pictures / "a.png", out, OPTIONS)
+    with pytest.raises(ConfigError, match=r"a\.json has the masks of .*png, which those of .*jpg"):
+        folder.annotate_folder(predictor, pictures / "a.jpg", out, OPTIONS)
+    content = json.loads((out / "annotations" / "a.json").read_text())
+    assert content["image"]["file_name"] == "a.png"
+
+
 def test_damaged_pictures_are_skipped_and_named(
     predictor: Predictor, pictures: Path, tmp_path: Path
 ) -> None:

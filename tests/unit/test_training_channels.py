@@ -24,8 +24,9 @@ from sam_jax.resizing import fit_longest_side, resize_image
 from sam_jax.training import loop
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.weights.inflation import inflated
-from sam_jax.weights.load import load, run_config, save
+from sam_jax.weights.load import load, save
 from sam_jax.weights.names import NamesError
+from sam_jax.weights.runs import run_config
 from tests.e2e.tiny_run import ONE_LAYER, ONE_ROUND
 from tests.golden.tiny import random_variables
 

@@ -28,10 +28,10 @@ from sam_jax.weights.load import (
     describe,
     load,
     open_weights,
-    run_differences,
 )
 from sam_jax.weights.mae import mae_tensors, start_from_mae
 from sam_jax.weights.names import NamesError
+from sam_jax.weights.runs import run_differences
 from tests.golden.tiny import random_autoencoder
 from tests.unit.data_fixtures import encode_image, gradient_image
 

@@ -17,10 +17,11 @@ from sam_jax.checkpoint import save_config, save_variables
 from sam_jax.cli import app
 from sam_jax.errors import ConfigError
 from sam_jax.models.lora import merged_variables
+from sam_jax.ops.images import ImageChannels
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.weights.adapters import read_adapters, write_adapters
 from sam_jax.weights.files import WeightsError
-from sam_jax.weights.load import load, save
+from sam_jax.weights.load import _as_trained, convert, load, save
 from tests.golden.tiny import random_variables
 
 TINY = str(Path(__file__).parents[1] / "e2e" / "tiny_run.py")
@@ -117,6 +118,31 @@ def test_adapters_on_their_base_are_the_run(
     assert_same(plain.task.load(str(base), key), expected)
     with pytest.raises(ConfigError, match=r"rank=2.*the config's section lora is .*rank=3"):
         experiment_of(*options, "lora.rank=3").task.load(str(base), key)
+
+
+def test_adapters_carry_the_images_that_they_were_trained_on(base: Path, tmp_path: Path) -> None:
+    """Statistics of pixels, and a size: the whole is the run, and not the base with its weights."""
+    own = ("model.pixel_mean=(10.0, 20.0, 30.0)", "model.image_size=(48, 32)")
+    sections = sections_of(f"train.init_from={base}", *own)
+    variables = Experiment.of(sections).task.load(str(base), jax.random.key(0))
+    save_config(tmp_path / "run", sections)
+    save_variables(tmp_path / "run", variables)
+    file, whole = tmp_path / "adapters.safetensors", tmp_path / "whole.safetensors"
+    write_adapters(tmp_path / "run", file)
+    said = convert(base, whole, "official", adapters=file)
+    assert "48 x 32 pixels" in said
+    assert "mean 10, 20, 30" in said
+    (model, found), expected = load(whole, decoder_heads=2), load(tmp_path / "run")
+    assert model.config.channels == expected.model.config.channels
+    assert model.config.image_encoder.image_size == (48, 32)
+    assert_same(found, expected.variables)
+
+    options = (f"train.init_from={base}", f"train.adapters_from={file}")
+    with pytest.raises(ConfigError, match=r"images of other channels \(8-bit RGB; mean 10, 20, 30"):
+        experiment_of(*options).task.load(str(base), jax.random.key(0))
+    adapters = dataclasses.replace(read_adapters(file), channels=ImageChannels(1, (0.5,), (0.5,)))
+    with pytest.raises(WeightsError, match="was trained on images of 1 channels"):
+        _as_trained(model.config, adapters, base)
 
 
 def test_another_base_is_refused(run: tuple[Path, dict], base: Path, tmp_path: Path) -> None:

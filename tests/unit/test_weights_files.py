@@ -239,6 +239,12 @@ class TestTorch:
         torch.save({"best_loss": torch.tensor(0.3), "model": self.state(torch)}, path)
         assert_same(read_tensors(path), TENSORS)
 
+    def test_settings_under_the_name_of_a_wrapper_hide_nothing(self, torch, tmp_path: Path) -> None:
+        path = tmp_path / "x.pth"
+        settings = {"name": "vit_b", "model": {"image_size": 1024}}
+        torch.save({"model": settings, "state_dict": self.state(torch)}, path)
+        assert_same(read_tensors(path), TENSORS)
+
     def test_a_type_that_numpy_has_not_is_named(self, torch, tmp_path: Path) -> None:
         path = tmp_path / "x.pth"
         torch.save({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, path)

@@ -155,6 +155,23 @@ def test_hugging_faces_form_says_its_channels(tmp_path: Path) -> None:
     rgb = json.loads((tmp_path / "rgb/preprocessor_config.json").read_text())
     assert rgb["image_mean"] == [0.485, 0.456, 0.406]
     assert rgb["do_rescale"]
+    assert load(tmp_path / "rgb").model.config.channels == RGB
+
+
+@pytest.mark.parametrize("in_channels", [None, 3])
+def test_hugging_faces_statistics_of_three_channels_are_taken(
+    tmp_path: Path, in_channels: int | None
+) -> None:
+    """Without metadata of ours, as `transformers` writes files: of 8-bit RGB and others."""
+    channels = ImageChannels(in_channels, (10.0, 20.0, 30.0), (20.0, 25.5, 51.0))
+    config = dataclasses.replace(SQUARE, channels=channels)
+    save(tmp_path / "hf", config, random_variables(config), "hugging-face")
+    weights = tmp_path / "hf/model.safetensors"
+    write_safetensors(weights, read_tensors(weights))
+    found = load(tmp_path / "hf").model.config.channels
+    assert found.in_chans == in_channels
+    assert found.pixel_mean == pytest.approx(channels.pixel_mean, abs=1e-3)
+    assert found.pixel_std == pytest.approx(channels.pixel_std, abs=1e-3)
 
 
 def test_what_is_converted_says_its_channels(tmp_path: Path) -> None:

@@ -258,6 +258,28 @@ def test_windows_as_large_as_the_grid_are_not_forgotten(tmp_path: Path, variable
     assert geometry.variant_name(found) == "vit_ti"
 
 
+def test_an_encoder_without_windows_is_read_back(tmp_path: Path) -> None:
+    """Of a variant's width and depth, whose windows would have other tables."""
+    variant = VARIANTS["vit_ti"]
+    blocks = tuple(range(variant.image_encoder.depth))
+    encoder = dataclasses.replace(variant.image_encoder, global_attention_blocks=blocks)
+    config = dataclasses.replace(variant, image_encoder=encoder)
+    found = geometry.infer_config(weightless(config), "official", "x", geometry.Hints(8))
+    assert found.image_encoder.global_attention_blocks == blocks
+    assert found.image_encoder.image_size == encoder.image_size
+
+
+def test_heads_that_hugging_faces_config_lacks_may_be_given(tmp_path: Path, variables) -> None:
+    save(tmp_path / "x", SQUARE, variables, "hugging-face")
+    config = tmp_path / "x" / "config.json"
+    content = json.loads(config.read_text())
+    del content["mask_decoder_config"]["num_attention_heads"]
+    config.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="--decoder-heads"):
+        load(tmp_path / "x")
+    assert load(tmp_path / "x", decoder_heads=4).model.config.mask_decoder.num_heads == 4
+
+
 @pytest.mark.parametrize(
     ("part", "changes", "words"),
     [

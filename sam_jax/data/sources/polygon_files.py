@@ -41,8 +41,9 @@ def read_polygons(
     Args:
       path: a JSON, or a folder (tree) of them.
       form: what wrote them. ``via``: a project or the annotations of the VGG Image Annotator.
-        ``labelme``: a JSON for each picture, which it names from its own folder. ``visor``: a JSON for each video of EPIC-KITCHENS
-        VISOR. ``woodscape``: a JSON for each picture, of WoodScape's instance annotations.
+        ``labelme``: a JSON for each picture, which it names from its own folder. ``visor``: a JSON
+        for each video of EPIC-KITCHENS VISOR. ``woodscape``: a JSON for each picture, of
+        WoodScape's instance annotations.
       skip_labels: labels of what is no object.
 
     Raises:

@@ -18,7 +18,8 @@ from sam_jax.models.masked_autoencoder import MaskedAutoencoder, init_variables
 from sam_jax.ops.images import normalize_whole_images
 from sam_jax.parallel import BATCH, Parallel
 from sam_jax.training.task import Fields, LossSums
-from sam_jax.weights.load import autoencoder_variables_for, run_differences
+from sam_jax.weights.load import autoencoder_variables_for
+from sam_jax.weights.runs import run_differences
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,9 @@ from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
 from sam_jax.training.task import Fields, LossParts, LossSums, Sums, variable_shapes
-from sam_jax.weights.adapters import adapted, merged_with, read_adapters, run_lora
-from sam_jax.weights.load import run_differences, variables_for
+from sam_jax.weights.adapters import adapted, merged_with, read_adapters
+from sam_jax.weights.load import variables_for
+from sam_jax.weights.runs import run_differences, run_lora
 
 _ENCODER = "image_encoder"
 
@@ -99,6 +100,12 @@ class SegmentTask:
         if self.adapters_from is None:
             return self._with_adapters(variables, key)
         adapters = read_adapters(self.adapters_from)
+        channels = self.model.config.channels
+        if adapters.channels not in (None, channels):
+            raise ConfigError(
+                f"{self.adapters_from} was trained on images of other channels "
+                f"({adapters.channels}) than the config's section model says ({channels})"
+            )
         if not self.lora.rank:
             return merged_with(variables, adapters)
         if adapters.config != self.lora:
