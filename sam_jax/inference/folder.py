@@ -7,55 +7,46 @@ import itertools
 import json
 import logging
 import os
-import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sam_jax import places, rle
-from sam_jax.arrays import Shaped, UInt8, UInt16
+from sam_jax import places
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
 from sam_jax.image_channels import (
-    header_of,
     hint_of_arrays,
     image_suffixes,
     read_pixels,
-    rgb_view,
 )
-from sam_jax.images import ImageError, upright_copy
+from sam_jax.images import ImageError
 from sam_jax.inference.automatic import AutomaticOptions
 from sam_jax.inference.box_masks import BoxOptions
-from sam_jax.inference.candidates import label_map
 from sam_jax.inference.detections import Name
+from sam_jax.inference.folder_extras import (
+    ANNOTATIONS_FOLDER,
+    LABELS_FOLDER,
+    OVERLAYS_FOLDER,
+    Extras,
+    is_there,
+)
 from sam_jax.inference.picture_boxes import PictureBoxes
 from sam_jax.inference.picture_masks import Picture, picture_masks
 from sam_jax.inference.predictor import Predictor
-from sam_jax.resizing import resize_image
-from sam_jax.visualize import overlay_masks, palette, save_picture
 from sam_jax.weights.files import WeightsError, written_whole
 
 _log = logging.getLogger(__name__)
-ANNOTATIONS_FOLDER = "annotations"
-OVERLAYS_FOLDER = "overlays"
-LABELS_FOLDER = "labels"
 SETTINGS_NAME = "settings.json"
 SKIPPED_NAME = "skipped.txt"
 COCO_NAME = "coco.json"
 # What automatic masks are masks of, in COCO's form.
 _OBJECT: Mapping[str, Any] = {"id": 1, "name": "object", "supercategory": "object"}
-# Overlays are pictures to look at: a larger image is shown at this size.
-_OVERLAY_SIDE_PX = 1600
 # Pictures that are read ahead of the model.
 _READ_AHEAD = 2
-# Masks that are drawn at once.
-_DRAWN_TOGETHER = 64
-# Most masks that a 16-bit label map can tell apart.
-_MAX_LABEL = 65_535
 # Bytes at a file's start in which its image is named: a path has up to 4,096, and in JSON up to six
 # letters for each.
 _HEAD_BYTES = 32_768
@@ -204,8 +195,8 @@ def annotate_folder(
     }
     left, skipped = _to_do(files, root)
     num_before, num_masks, num_annotated = len(pictures) - len(left) - len(skipped), 0, 0
-    extras = _Extras(target, overlays, label_maps, link_pictures, predictor.in_channels)
-    done = [path for path in pictures if path not in {*left} and _is_there(files[path])]
+    extras = Extras(target, overlays, label_maps, link_pictures, predictor.in_channels)
+    done = [path for path in pictures if path not in {*left} and is_there(files[path])]
     num_completed = _complete(extras, {path: files[path] for path in done}, root, skipped)
     opened = deque[tuple[Path, np.ndarray]]()
 
@@ -243,71 +234,12 @@ def annotate_folder(
         skipped += masks.missing
         _write_skipped(target / SKIPPED_NAME, skipped)
     if coco:
-        done = [files[path] for path in pictures if _is_there(files[path])]
+        done = [files[path] for path in pictures if is_there(files[path])]
         write_coco(done, target / COCO_NAME, masks.categories)
     return Summary(num_annotated, num_before, num_completed, num_masks, skipped)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Extras:
-    """Overlays, label maps and links, made of a picture's masks besides their annotation file.
-
-    Attributes:
-      target: the folder that all goes to.
-      overlays, label_maps, links: what is asked for.
-      in_channels: of the model.
-    """
-
-    target: Path
-    overlays: bool
-    label_maps: bool
-    links: bool
-    in_channels: int | None
-
-    @property
-    def wanted(self) -> list[str]:
-        """Folders of what is asked for; that of annotations has the links."""
-        asked = {
-            OVERLAYS_FOLDER: self.overlays,
-            LABELS_FOLDER: self.label_maps,
-            ANNOTATIONS_FOLDER: self.links,
-        }
-        return [folder for folder, is_wanted in asked.items() if is_wanted]
-
-    def missing(self, relative: Path) -> list[str]:
-        """Folders of what a picture lacks."""
-        return [
-            folder
-            for folder in self.wanted
-            if not _is_there(
-                (self.target / folder / relative).with_suffix(
-                    relative.suffix if folder == ANNOTATIONS_FOLDER else ".png"
-                )
-            )
-        ]
-
-    def put(
-        self,
-        folders: Collection[str],
-        path: Path,
-        relative: Path,
-        annotation: Mapping[str, Any],
-        pixels: Shaped[np.ndarray, "h w c"] | None,
-    ) -> None:
-        """Writes what goes to these folders; overlays alone take the picture's pixels."""
-        records = annotation["annotations"]
-        if OVERLAYS_FOLDER in folders and pixels is not None:
-            picture = overlay_of(rgb_view(pixels), records)
-            _save_picture(self.target / OVERLAYS_FOLDER / relative, picture)
-        if LABELS_FOLDER in folders:
-            hw = annotation["image"]["height"], annotation["image"]["width"]
-            labels = _label_picture(path, records, hw)
-            _save_picture(self.target / LABELS_FOLDER / relative, labels)
-        if ANNOTATIONS_FOLDER in folders:
-            _put_beside(path, self.target / ANNOTATIONS_FOLDER / relative, self.in_channels)
-
-
-def _complete(extras: _Extras, files: Mapping[Path, Path], root: Path, skipped: list[str]) -> int:
+def _complete(extras: Extras, files: Mapping[Path, Path], root: Path, skipped: list[str]) -> int:
     """Makes what annotated pictures lack, and counts those; names in ``skipped`` what cannot be."""
     num_completed = 0
     for path, file in files.items():
@@ -403,27 +335,6 @@ def write_coco(
         file.write('\n],\n"images": [\n' + ",\n".join(images) + "\n]}\n")
 
 
-def overlay_of(
-    pixels: UInt8[np.ndarray, "h w 3"], records: Sequence[Mapping[str, Any]]
-) -> UInt8[np.ndarray, "oh ow 3"]:
-    """The picture under its masks, reduced if it is large."""
-    height, width = pixels.shape[:2]
-    scale = min(1.0, _OVERLAY_SIDE_PX / max(height, width))
-    size = max(round(height * scale), 1), max(round(width * scale), 1)
-    picture = pixels if scale == 1.0 else resize_image(pixels, size)
-    colors = palette(len(records))
-    # Some at a time, which would be gigabytes for all masks of a large picture; the largest first.
-    order = sorted(range(len(records)), key=lambda index: -records[index]["area"])
-    for start in range(0, len(order), _DRAWN_TOGETHER):
-        part = order[start : start + _DRAWN_TOGETHER]
-        masks = [
-            rle.resample(rle.run_lengths(records[index]["segmentation"]), (height, width), size)
-            for index in part
-        ]
-        picture = overlay_masks(picture, np.stack(masks), [colors[index] for index in part])
-    return picture
-
-
 def _read_ahead(paths: Sequence[Path], in_channels: int | None) -> Iterator[tuple[Path, Any]]:
     """Pictures in their order, or the error in place of one; the next are read meanwhile."""
 
@@ -486,56 +397,11 @@ def _check_not_of_another(file: Path, path: Path, root: Path) -> None:
         other = root / name
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return  # cut off, or nobody's: it is written anew
-    if other != path and _is_there(other):
+    if other != path and is_there(other):
         raise ConfigError(
             f"{file} has the masks of {other}, which those of {path} would replace: rename one, or "
             "give another folder"
         )
-
-
-def _save_picture(path: Path, picture: np.ndarray) -> None:
-    with written_whole(path.with_suffix(".png")) as unfinished:
-        save_picture(unfinished, picture)
-
-
-def _label_picture(
-    path: Path, records: Sequence[Mapping[str, Any]], hw: tuple[int, int]
-) -> UInt16[np.ndarray, "h w"]:
-    if len(records) > _MAX_LABEL:
-        raise ConfigError(f"{path} has {len(records)} masks: too many for 16 bits")
-    return label_map(records, hw).astype(np.uint16)
-
-
-def _is_there(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError:
-        return False  # a name that cannot be
-
-
-def _put_beside(path: Path, beside: Path, in_channels: int | None) -> None:
-    """Links a picture, or copies it upright if it is stored turned: its masks are upright."""
-    if beside.exists() and not beside.is_symlink():
-        return
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read any more: {error.strerror or error}") from None
-    if header_of(content, str(path), in_channels).orientation != 1:
-        if in_channels is not None:
-            raise ImageError(
-                f"{path} is stored turned, and its channels would be lost in an upright copy: save "
-                "it upright, or leave link_pictures out"
-            )
-        with written_whole(beside) as unfinished:
-            unfinished.write_bytes(upright_copy(content, str(path)))
-        return
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first, since another process may do the same; a short one, as the picture's
-    # may be as long as names can be.
-    link = beside.with_name(f".{uuid.uuid4().hex[:8]}.link")
-    link.symlink_to(path.resolve())
-    link.replace(beside)
 
 
 def _keep_settings(target: Path, settings: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from pycocotools.coco import COCO
 
 from sam_jax.data.sources.sa1b import Sa1bSource
 from sam_jax.errors import ConfigError
-from sam_jax.inference import folder
+from sam_jax.inference import folder, folder_extras
 from sam_jax.inference.automatic import AutomaticOptions
+from sam_jax.inference.folder_extras import overlay_of
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
 from sam_jax.places import PlaceError
@@ -219,7 +220,7 @@ def test_folders_that_cannot_be(predictor: Predictor, pictures: Path, tmp_path: 
 def test_overlays_of_large_pictures_are_reduced() -> None:
     pixels = np.zeros((100, 3200, 3), np.uint8)
     record = {"segmentation": {"size": [100, 3200], "counts": [0, 160_000, 160_000]}, "area": 1}
-    drawn = folder.overlay_of(pixels, [record])
+    drawn = overlay_of(pixels, [record])
     assert drawn.shape == (50, 1600, 3)
     assert drawn[:, :780].any()
     assert not drawn[:, 820:].any()
@@ -368,7 +369,7 @@ def test_a_target_that_takes_no_more_ends_it(
     def save(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(folder, "save_picture", save)
+    monkeypatch.setattr(folder_extras, "save_picture", save)
     with pytest.raises(WeightsError, match=f"could not write .*: {os.strerror(code)}"):
         folder.annotate_folder(predictor, pictures, tmp_path / "out", OPTIONS)
     assert not list((tmp_path / "out").rglob("annotations/**/*.json"))
