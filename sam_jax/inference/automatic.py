@@ -88,6 +88,9 @@ class AutomaticOptions:
     host_memory_mib: int = 1024
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, got {value}")
         for name in (
             "points_per_side",
             "points_per_batch",

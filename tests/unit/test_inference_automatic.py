@@ -23,6 +23,7 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh must be a finite number, got nan"),
         ({"points_per_side": 0}, "points_per_side must be at least 1, got 0"),
         ({"crop_n_layers": -1}, "must not be negative"),
         ({"max_area_rate": 0.0}, "max_area_rate must be in"),
