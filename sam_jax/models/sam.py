@@ -21,6 +21,7 @@ from sam_jax.models.prompt_encoder import PromptEncoder, Prompts
 from sam_jax.models.tiny_vit import TinyViT, TinyViTConfig
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.images import RGB, ImageChannels
+from sam_jax.tracing import shapes_once
 
 # The parts of ``Sam`` that answer prompts; the other is the image encoder.
 PROMPTED_PARTS = ("prompt_encoder", "mask_decoder")
@@ -203,14 +204,9 @@ def init_variables(model: Sam, key: Array) -> dict:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
 
 
-# Each config is traced once in a process. By its text, as a config may hold lists.
-_TRACED: dict[str, Any] = {}
-
-
-def variable_shapes(config: SamConfig) -> dict:
+def variable_shapes(config: SamConfig) -> dict[str, Any]:
     """Shapes and types of a model's variables, as a tree of ``jax.ShapeDtypeStruct``."""
-    text = repr(config)
-    if text not in _TRACED:
-        _TRACED[text] = jax.eval_shape(lambda: init_variables(Sam(config), jax.random.key(0)))
-    # The caller's own, to change as it likes.
-    return jax.tree.map(lambda leaf: leaf, _TRACED[text])
+    shapes: dict[str, Any] = shapes_once(
+        lambda: init_variables(Sam(config), jax.random.key(0)), repr(config)
+    )
+    return shapes

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float
 from sam_jax.parallel import Parallel
+from sam_jax.tracing import shapes_once
 
 Fields = Mapping[str, Array]
 Sums = dict[str, Float[Array, ""]]
@@ -99,18 +100,15 @@ class ItemizedTask(Protocol):
         ...
 
 
-# By the text of a task that is a dataclass, which says all of it.
-_TRACED: dict[str, Any] = {}
-
-
 def variable_shapes(task: Task) -> dict[str, Any]:
     """Shapes and types of a task's variables; a dataclass is traced once in a process."""
-    text, says_all = repr(task), dataclasses.is_dataclass(type(task))
-    shapes: dict[str, Any] | None = _TRACED.get(text) if says_all else None
-    if shapes is None:
-        shapes = jax.eval_shape(task.init, jax.random.key(0))
-    if says_all:
-        _TRACED[text] = shapes
-    # The caller's own, to change as it likes.
-    copy: dict[str, Any] = jax.tree.map(lambda leaf: leaf, shapes)
-    return copy
+
+    def variables() -> Any:
+        return task.init(jax.random.key(0))
+
+    # The text of a dataclass says all of it.
+    says_all = dataclasses.is_dataclass(type(task))
+    found: dict[str, Any] = (
+        shapes_once(variables, repr(task)) if says_all else jax.eval_shape(variables)
+    )
+    return found
