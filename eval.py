@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from configs import command_line
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.evaluation.report import results_folder
 from sam_jax.evaluation.run import build_evaluators, model_of
@@ -18,7 +18,6 @@ from sam_jax.host_memory import keep_freed_memory
 from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.places import check_folder
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's --workdir, or any file or folder of weights.", required=True
 )
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
     start_devices(HostsConfig(DISTRIBUTED.value))
-    config = CONFIG.value.to_dict()
+    config = command_line.sections()
     if not config["evals"]:
         raise ConfigError("config.evals is empty: there is nothing to evaluate on")
     model, variables, kernels = model_of(config, CHECKPOINT.value, step=STEP.value, ema=EMA.value)
@@ -53,5 +52,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    parse_flags_or_say_why = readable_errors(AttributeError, KeyError)(app.parse_flags_with_usage)
-    app.run(main, flags_parser=parse_flags_or_say_why)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -7,8 +7,8 @@ import contextlib
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from configs import command_line
 from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import readable_errors
@@ -17,7 +17,6 @@ from sam_jax.hosts import HostsConfig, start_devices
 from sam_jax.training import loop
 from sam_jax.training.experiment import Experiment
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the others, as the scheduler says.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if none says so.")
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    config = CONFIG.value.to_dict()
+    config = command_line.sections()
     experiment = Experiment.of(config)
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, experiment.sharding.cpu_devices)
@@ -54,5 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    parse_flags_or_say_why = readable_errors(AttributeError, KeyError)(app.parse_flags_with_usage)
-    app.run(main, flags_parser=parse_flags_or_say_why)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -56,6 +56,12 @@ class CheckpointConfig:
     keep: int = 3
     keep_period: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep", "keep_period"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
 
 class CheckpointError(UserError):
     """There is no usable checkpoint where one was asked for."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -34,12 +35,22 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], section: str) -> T:
         )
         if required and name not in values:
             raise ConfigError(f"config.{section} lacks the field {name!r}")
+    if None in values.values():
+        _check_nones(cls, values, section)
     try:
         return cls(**{key: _frozen(value) for key, value in values.items()})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.{section}: {error}") from error
+
+
+def _check_nones(cls: type, values: Mapping[str, Any], section: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        allowed = typing.get_args(hints[name])
+        if value is None and hints[name] is not Any and type(None) not in allowed:
+            raise ConfigError(f"config.{section}.{name} cannot be None")
 
 
 def _frozen(value: Any) -> Any:

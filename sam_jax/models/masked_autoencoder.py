@@ -58,7 +58,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"mask_rate must be between 0 and 1, got {self.mask_rate}")
-        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
+        if self.decoder_heads < 1 or self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise ValueError(
                 f"decoder_dim {self.decoder_dim} is not divisible by 4 and by decoder_heads "
                 f"{self.decoder_heads}"

@@ -1,7 +1,7 @@
 """The published variants, and small ones for modest hardware."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax.numpy as jnp
@@ -115,14 +115,29 @@ class ModelConfig:
         if self.drop_path_rate:
             encoder = {"drop_path_rate": self.drop_path_rate, **encoder}
         if self.image_size is not None:
-            encoder["image_size"] = tuple(self.image_size)
-        return dataclasses.replace(
-            base,
-            image_encoder=_changed(base.image_encoder, encoder, "model.encoder"),
-            mask_decoder=_changed(base.mask_decoder, self.decoder, "model.decoder"),
-            mask_channels=self.mask_channels,
-            channels=self.channels,
-        )
+            encoder["image_size"] = self._checked_image_size
+        try:
+            return dataclasses.replace(
+                base,
+                image_encoder=_changed(base.image_encoder, encoder, "model.encoder"),
+                mask_decoder=_changed(base.mask_decoder, self.decoder, "model.decoder"),
+                mask_channels=self.mask_channels,
+                channels=self.channels,
+            )
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"config.model: {error}") from None
+
+    @property
+    def _checked_image_size(self) -> tuple[int, int]:
+        size = self.image_size
+        if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
+            raise ConfigError(
+                f"model.image_size = {size!r}: expected height and width in pixels, as in "
+                '--config.model.image_size="(512, 512)"'
+            )
+        return size[0], size[1]
 
     @property
     def channels(self) -> ImageChannels:

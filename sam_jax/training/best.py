@@ -17,6 +17,8 @@ from sam_jax.hosts import is_first
 
 BEST = "best"
 EVALUATIONS = "evaluations.json"
+# A figure of this name is the better, the smaller it is.
+_LOSS = "loss"
 
 
 class Evaluated(NamedTuple):
@@ -24,7 +26,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
       step: of the model.
-      value: the figure; the larger, the better.
+      value: the figure.
     """
 
     step: int
@@ -39,7 +41,7 @@ class Watch:
     Args:
       workdir: of the run.
       figure: name of it: of the evaluation, a slash, and of the figure in its report, as in
-        "val/mean/box".
+        "val/mean/box". The larger the better, but of a loss ("val/mean/loss").
       patience: evaluations without a better figure after which the run is over; None for no end.
       first_step: done before; evaluations of later ones are of a run that was killed, and are made
         again.
@@ -87,7 +89,7 @@ class Watch:
     @property
     def best(self) -> Evaluated | None:
         """The best evaluation so far, the earliest of equals; None before the first."""
-        return max(self._evaluated, key=_goodness, default=None)
+        return max(self._evaluated, key=self._goodness, default=None)
 
     @property
     def is_over(self) -> bool:
@@ -102,6 +104,13 @@ class Watch:
         assert self.best is not None, "there was no evaluation"
         step, value = self.best
         return f"{self._figure} was best at step {step}: {value:.4f}, in {self._workdir / BEST}"
+
+    def _goodness(self, evaluated: Evaluated) -> float:
+        """Order of evaluations, in which a figure that is not a number is the worst."""
+        if math.isnan(evaluated.value):
+            return -math.inf
+        is_loss = self._figure.rpartition("/")[2] == _LOSS
+        return -evaluated.value if is_loss else evaluated.value
 
     def lacks(self, step: int) -> bool:
         """True if the evaluation of a step is missing, whose run was stopped in the midst of it."""
@@ -143,7 +152,8 @@ class Watch:
             )
         found = Evaluated(step, float(figures[self._figure]))
         self._evaluated.append(found)
-        if self.best == found and (self._kept is None or _goodness(found) > _goodness(self._kept)):
+        is_better = self._kept is None or self._goodness(found) > self._goodness(self._kept)
+        if self.best == found and is_better:
             if is_first():
                 save_config(self._workdir / BEST, self._sections or {})
             # A run that was killed before its first checkpoint has left what it started from, which
@@ -168,8 +178,3 @@ class Watch:
 
 def _evaluated(entry: Mapping[str, Any]) -> Evaluated:
     return Evaluated(int(entry["step"]), float(entry["value"]))
-
-
-def _goodness(evaluated: Evaluated) -> float:
-    """The figure, by which one that is not a number is the worst."""
-    return -math.inf if math.isnan(evaluated.value) else evaluated.value

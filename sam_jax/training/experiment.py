@@ -70,10 +70,10 @@ class TrainConfig:
       eval_every: steps between evaluations; None evaluates at the end only, 0 never.
       eval_before: whether a new run is also evaluated before its first step, with what it starts
         from: later models are compared with that, and it is the best where none is better.
-      watch: the figure that the run is judged by, the larger the better: name of an evaluation and
-        of a figure in its report, as in "val/mean/box" or "val/mean/center_1". The model that was
-        best is kept in RUN/best, which is a run's folder by itself; None for none, and without
-        evaluations there is none.
+      watch: the figure that the run is judged by, the larger the better, but of a loss: name of an
+        evaluation and of a figure in its report, as in "val/mean/box", "val/mean/center_1" or, of
+        reconstruction, "val/mean/loss". The model that was best is kept in RUN/best, which is a
+        run's folder by itself; None for none, and without evaluations there is none.
       patience: evaluations without a better figure after which the run ends; None for no such end.
     """
 
@@ -96,6 +96,10 @@ class TrainConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        for name, least in (("num_steps", 1), ("log_every", 1), ("eval_every", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.patience is not None and (self.patience < 1 or not self.watch):
             raise ValueError(
                 f"patience = {self.patience} needs a figure to watch, and at least one evaluation"

@@ -21,7 +21,7 @@ from sam_jax.checkpoint import (
     save_config,
 )
 from sam_jax.errors import TRY_AGAIN, UserError, exit_code_of
-from sam_jax.hosts import end_now, is_first
+from sam_jax.hosts import end_now, gathered, is_first
 from sam_jax.training import diagnosis, manifest
 from sam_jax.training.best import Watch
 from sam_jax.training.compiled_step import CompiledStep
@@ -121,7 +121,8 @@ def train(
                 watch = Watch(workdir, config.watch, config.patience, done, sections)
                 watch.check_names(evaluators)
             if state is not None:
-                if watch and _is_evaluated(done, config) and watch.lacks(done):
+                if _is_evaluated(done, config) and _lacks(done, evaluators, reporter, watch):
+                    reporter.begin(done, sections)
                     with watchdog.during("evaluating", may_work=True):
                         _evaluate(evaluators, program.task, state, reporter, watch)
                 if end := _end_before(done, config, watch):
@@ -328,7 +329,7 @@ class _Run(NamedTuple):
             with watchdog.during("finding out what is not finite", may_work=True):
                 return diagnosis.diagnose(program, state, *what)
 
-        with _stop_signals() as received:
+        with _stop_signals() as received, contextlib.closing(profile):
             for step in range(first_step + 1, config.num_steps + 1):
                 profile.before(step)
                 with stopwatch.during("input"), watchdog.during("waiting for data", may_work=True):
@@ -426,6 +427,13 @@ def _evaluate(
         watch.see(step, figures, lambda: state.evaluated_variables)
 
 
+def _lacks(done: int, evaluators: Evaluators, reporter: Reporter, watch: Watch | None) -> bool:
+    """True if evaluations of a step are missing, as the run was stopped before they were made."""
+    is_missing = not reporter.has_evaluated(done, evaluators)
+    # All processes do what the first has seen.
+    return bool(gathered(is_missing or (watch is not None and watch.lacks(done)))[0])
+
+
 def _agreed_signal(received: list[int], step: int) -> int:
     """A signal that this or another process got, 0 for none: all must stop after the same step."""
     mine = max(received, default=0, key=lambda number: number == signal.SIGINT)
@@ -433,8 +441,8 @@ def _agreed_signal(received: list[int], step: int) -> int:
         return mine
     if step % _STEPS_BETWEEN_AGREEMENTS:
         return 0
-    gathered = multihost_utils.process_allgather(np.array(mine)).reshape(-1)
-    return int(signal.SIGINT) if signal.SIGINT in gathered else int(gathered.max())
+    of_all = multihost_utils.process_allgather(np.array(mine)).reshape(-1)
+    return int(signal.SIGINT) if signal.SIGINT in of_all else int(of_all.max())
 
 
 def _is_evaluated(step: int, config: TrainConfig) -> bool:

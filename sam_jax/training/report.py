@@ -4,7 +4,7 @@ import collections
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sam_jax.hosts import is_first
-from sam_jax.training.sinks import METRICS, FileSink, Sink, TensorBoardSink, WandbSink
+from sam_jax.training.sinks import (
+    EVALUATION,
+    METRICS,
+    FileSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    evaluations_of,
+)
 
 # As evaluations call what they found on average over their data sets.
 _OF_MEAN = "mean/"
@@ -58,7 +66,7 @@ class Reporter:
         return self._workdir
 
     def begin(self, first_step: int = 0, sections: Mapping[str, Any] | None = None) -> None:
-        """Opens the files.
+        """Opens the files; they may be open already.
 
         Args:
           first_step: done before; what an interrupted run wrote of later ones is superseded.
@@ -68,7 +76,7 @@ class Reporter:
           ConfigError: if ``wandb`` is asked for and not installed.
         """
         self._progress.update(self._task, completed=first_step)
-        if self._speaks:
+        if self._speaks and not self._sinks:
             self._workdir.mkdir(parents=True, exist_ok=True)
             if self._wandb:
                 self._sinks.append(WandbSink(self._workdir, self._wandb, sections))
@@ -93,7 +101,7 @@ class Reporter:
         """Records an evaluator's numbers and pictures, and prints the first of the numbers."""
         numbers = report.as_flat_dict()
         self.say(f"evaluation {name} at step {step}: {_figures(numbers)}")
-        self._write(step, {f"eval/{name}/{key}": value for key, value in numbers.items()})
+        self._write(step, {f"{EVALUATION}/{name}/{key}": x for key, x in numbers.items()})
         for sink in self._sinks:
             for title, picture in report.pictures.items():
                 sink.write_picture(step, f"eval/{name}/{title}", np.asarray(picture))
@@ -107,6 +115,10 @@ class Reporter:
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         for sink in self._sinks:
             sink.write_numbers(step, numbers)
+
+    def has_evaluated(self, step: int, names: Collection[str]) -> bool:
+        """True if the run's folder has the figures of all of these evaluations of a step."""
+        return {*names} <= evaluations_of(self._workdir, step)
 
     def close(self) -> None:
         """Ends the progress bar and the files."""
@@ -148,6 +160,11 @@ class Profile:
         """Ends after the last step, once its results are there."""
         if self._is_running and self._steps is not None and step >= self._steps[1]:
             jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a profile that was begun, also before its last step; says where it is."""
+        if self._is_running:
             jax.profiler.stop_trace()
             self._is_running = False
             self._reporter.say(f"a profile is in {self._reporter.workdir / 'profile'}")

@@ -16,6 +16,8 @@ from sam_jax import places
 from sam_jax.errors import ConfigError
 
 METRICS = "metrics.jsonl"
+# What names of evaluations' figures begin with.
+EVALUATION = "eval"
 PICTURES = "pictures"
 _WANDB_RUN = "wandb_run.txt"
 
@@ -70,6 +72,24 @@ class FileSink:
 
     def close(self) -> None:
         """Does nothing: nothing is open."""
+
+
+def evaluations_of(workdir: Path, step: int) -> set[str]:
+    """Names of the evaluations of a step that ``metrics.jsonl`` has figures of."""
+    names: set[str] = set()
+    try:
+        lines = (workdir / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return names
+    for line in lines:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue  # of a process that was killed
+        if isinstance(content, dict) and content.get("step") == step:
+            paths = [key.split("/") for key in content]
+            names |= {path[1] for path in paths if path[0] == EVALUATION and len(path) > 2}
+    return names
 
 
 class TensorBoardSink:

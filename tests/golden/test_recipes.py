@@ -35,7 +35,7 @@ from tests.golden.tables import assert_unchanged, folded
 
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER.parents[1] / "configs"
-FRAGMENTS = {"common", "mae_recipe", "sam_recipe", "small_recipe"}
+FRAGMENTS = {"command_line", "common", "mae_recipe", "sam_recipe", "small_recipe"}
 # What trains from nothing: configs of evaluations and of fine-tuning have tests of their own.
 RECIPES = sorted(
     path.stem

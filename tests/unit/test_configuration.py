@@ -13,10 +13,15 @@ class Experiment:
     steps: int
     boundaries: tuple[int, ...] = ()
     rate: float = 1.0
+    limit: int | None = 3
 
     def __post_init__(self):
         if self.rate < 0:
             raise ValueError(f"rate must not be negative, got {self.rate}")
+
+
+def test_what_may_be_none_is_none():
+    assert from_mapping(Experiment, {"steps": 3, "limit": None}, "recipe").limit is None
 
 
 def test_lists_become_tuples():
@@ -29,8 +34,12 @@ def test_lists_become_tuples():
     ("values", "message"),
     [
         ({"steps": 3, "raet": 1.0}, r"config.recipe has no field 'raet'; did you mean 'rate'\?"),
-        ({"steps": 3, "colour": 1}, "has no field 'colour'; there are steps, boundaries, rate"),
+        (
+            {"steps": 3, "colour": 1},
+            "no field 'colour'; there are steps, boundaries, rate, limit",
+        ),
         ({"rate": 1.0}, "config.recipe lacks the field 'steps'"),
+        ({"steps": None}, "config.recipe.steps cannot be None"),
         ({"steps": 3, "rate": -1.0}, "config.recipe: rate must not be negative, got -1.0"),
     ],
 )

@@ -72,6 +72,11 @@ def test_changes_reach_their_part_and_leave_the_rest() -> None:
         (ModelConfig(encoder={"dept": 3}), "model.encoder has no field 'dept'.*'depth'"),
         (ModelConfig(decoder={"embed_dim": 3}), "model.decoder has no field 'embed_dim'"),
         (ModelConfig(dtype="float64"), "model.dtype = 'float64' must be"),
+        (
+            ModelConfig(image_size=(60, 64)),
+            r"config.model: image_size \(60, 64\) is not a",
+        ),
+        (ModelConfig(image_size=(0, 64)), r"image_size = \(0, 64\): expected height and width"),
     ],
 )
 def test_mistakes_are_named(config: ModelConfig, message: str) -> None:

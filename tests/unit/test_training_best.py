@@ -56,6 +56,7 @@ def train(
     num_steps: int = 8,
     patience: int | None = 2,
     save_every: int = 2,
+    watch: str | None = "val/mean/box",
     **options: Any,
 ) -> Any:
     return loop.train(
@@ -65,7 +66,7 @@ def train(
             num_steps,
             log_every=10,
             eval_every=1,
-            watch="val/mean/box",
+            watch=watch,
             patience=patience,
             **options,
         ),
@@ -121,6 +122,48 @@ def test_a_run_that_was_killed_judges_as_one_that_was_not(tmp_path: Path, killed
     np.testing.assert_array_equal(kept(killed)[1], kept(tmp_path / "straight")[1])
     files = [path / "evaluations.json" for path in (tmp_path / "straight", killed)]
     assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.parametrize("watch", ["val/mean/box", None])
+@pytest.mark.parametrize("num_steps", [8, 4])
+def test_an_evaluation_before_which_a_run_was_stopped_is_made_and_recorded(
+    tmp_path: Path, watch: str | None, num_steps: int
+) -> None:
+    """Between the checkpoint of a step and its evaluation; of the last step as well."""
+    values = [step / 10 for step in range(1, num_steps + 1)]
+    start = functools.partial(train, tmp_path, num_steps=num_steps, patience=None, watch=watch)
+    with pytest.raises(StopIteration):
+        start(Scores(*values[:3]))
+    assert int(start(Scores(*values[3:])).step) == num_steps
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    found = [(x["step"], x["eval/val/mean/box"]) for x in lines if "eval/val/mean/box" in x]
+    assert found == list(enumerate(values, start=1))
+    # Then there is nothing left to do.
+    start(Scores())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_steps": 0}, {"log_every": 0}, {"eval_every": -1}, {"max_skipped_steps": 0}],
+)
+def test_lengths_of_nothing_are_refused(options: dict[str, int]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=rf"config\.train: {name} must be at least"):
+        from_mapping(TrainConfig, {"num_steps": 3} | options, "train")
+
+
+@pytest.mark.parametrize("name", ["every_steps", "keep", "keep_period"])
+def test_checkpoints_that_would_not_be_kept_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.checkpoint: {name} must be at least 1, got 0"):
+        from_mapping(CheckpointConfig, {name: 0}, "checkpoint")
+
+
+def test_of_losses_the_smallest_is_the_best(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, "val/mean/loss", 2, 0)
+    for step, value in ((1, 1.5), (2, 1.2), (3, math.nan), (4, 1.3)):
+        watch.see(step, {"val/mean/loss": value}, lambda: {"params": {"color": np.zeros(3)}})
+    assert watch.best == Evaluated(2, 1.2)
+    assert watch.is_over
 
 
 def watch_of(workdir: Path, first_step: int = 0, patience: int | None = None) -> Watch:

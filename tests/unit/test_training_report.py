@@ -13,8 +13,8 @@ from sam_jax.training.sinks import TensorBoardSink
 
 @pytest.mark.parametrize(
     ("steps", "first_step", "is_written"),
-    [((2, 3), 1, True), ((2, 3), 3, False), (None, 1, False)],
-    ids=["some", "before-it-continued", "none"],
+    [((2, 3), 1, True), ((2, 3), 3, False), (None, 1, False), ((2, 9), 1, True)],
+    ids=["some", "before-it-continued", "none", "the-last-is-not-reached"],
 )
 def test_a_profile_is_of_the_steps_asked_for(
     steps: tuple[int, int] | None,
@@ -31,6 +31,7 @@ def test_a_profile_is_of_the_steps_asked_for(
             profile.before(step)
             profile.after(step, double(jnp.ones(3)))
     finally:
+        profile.close()
         reporter.close()
     assert bool(list(tmp_path.glob("profile/**/*.pb"))) == is_written
     assert ("a profile is in" in capsys.readouterr().err) == is_written
