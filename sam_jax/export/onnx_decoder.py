@@ -304,7 +304,9 @@ def _original_size(graph: Graph, masks: str, model_hw: tuple[int, int]) -> str:
         "Floor",
         graph.op("Add", graph.op("Mul", "orig_im_size", scale), graph.constant(0.5)),
     )
-    inner = graph.op("Cast", rounded, to=7)  # int64
+    # A side is one pixel at least, however thin the image is.
+    at_least_one = graph.op("Max", rounded, graph.constant(1.0))
+    inner = graph.op("Cast", at_least_one, to=7)  # int64
     full = resized(masks, model_size)
     cropped = graph.op("Slice", full, graph.integers(0, 0), inner, graph.integers(2, 3))
     return resized(cropped, graph.op("Cast", "orig_im_size", to=7))

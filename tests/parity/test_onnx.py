@@ -158,6 +158,16 @@ def test_decoder_agrees_with_the_file_that_the_published_script_makes(
                 np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
+def test_masks_of_a_picture_that_is_a_line(setting: Setting, folder: Path) -> None:
+    """Of 48 pixels of the model's input it fills a hundredth of a row, and so a whole one."""
+    hw = (2, 9600)
+    inputs = decoder_inputs(setting, 1, False, hw)
+    masks, _, low_res = session(folder / DECODER).run(None, inputs)
+    for mask, logits in zip(masks[0], low_res[0], strict=True):
+        expected = restore_mask(logits, (48, 48), (1, 48), hw)
+        assert_masks_agree(mask, np.where(expected, 1.0, -1.0))
+
+
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("num_points", [1, 20])
 def test_decoder_agrees_with_ours(
