@@ -205,6 +205,14 @@ class Checkpointer:
         damaged = {step for step, _ in self.damaged}
         return next((step for step in self._steps if step not in damaged), None)
 
+    @property
+    def holds_weights_alone(self) -> bool:
+        """True if the newest checkpoint has no state of training, as that of a best model."""
+        if not self._steps:
+            return False
+        parts = (_part(self._folder, self._steps[0], name) for name in (_OPTIMIZER, _DATA))
+        return not any(part.is_dir() for part in parts)
+
     @functools.cached_property
     def _steps(self) -> list[int]:
         """Steps of all checkpoints that were there at first, the newest first."""

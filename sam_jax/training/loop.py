@@ -106,7 +106,7 @@ def train(
     """
     program.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
-    _check_workdir(Path(workdir), checkpointer.latest_step, program.task)
+    _check_workdir(Path(workdir), checkpointer, program.task)
     reporter = Reporter(workdir, config.num_steps, config.wandb)
     with contextlib.closing(Watchdog(config.max_stall_seconds)) as watchdog:
         try:
@@ -204,16 +204,18 @@ def _end_alone(error: Exception, workdir: str | Path) -> None:
     end_now(f"{process} ends, and so will the others: {error}\n{again}", exit_code_of(error))
 
 
-def _check_workdir(workdir: Path, latest_step: int | None, task: Task) -> None:
+def _check_workdir(workdir: Path, checkpointer: Checkpointer, task: Task) -> None:
     """Refuses a folder that is something else than a run of this model.
 
     Shapes of arrays do not tell all of a model: its config does.
     """
-    if latest_step == 0:
+    if checkpointer.holds_weights_alone:
         raise CheckpointError(
-            f"{workdir} holds weights without a state of training, as sam-jax convert writes them; "
-            f"give another --workdir, and train.init_from={workdir} to start from them"
+            f"{workdir} holds weights without a state of training, as sam-jax convert writes them "
+            "and a run keeps its best; give another --workdir, and "
+            f"train.init_from={workdir} to start from them"
         )
+    latest_step = checkpointer.latest_step
     if not (workdir / CONFIG).exists():
         return
     try:

@@ -227,6 +227,14 @@ def test_another_figure_starts_anew(tmp_path: Path) -> None:
         watch_of(tmp_path, first_step=1)
 
 
+def test_the_best_is_no_run_that_goes_on(tmp_path: Path) -> None:
+    train(tmp_path, Scores(0.2, 0.5, 0.1), num_steps=3)
+    with pytest.raises(
+        CheckpointError, match=r"best holds weights without .*init_from=.*best to"
+    ):
+        train(tmp_path / "best", Scores(0.2), num_steps=9)
+
+
 def test_names_that_are_none_are_refused(tmp_path: Path) -> None:
     watch = watch_of(tmp_path)
     with pytest.raises(ConfigError, match=r"evaluation 'val', which config\.evals has not"):
