@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,6 +35,8 @@ from sam_jax.weights.runs import is_pretraining
 
 # What can be evaluated.
 Model: TypeAlias = Sam | MaskedAutoencoder
+# What answers of models depend on besides the variables; other attributes change their speed.
+_OF_THE_MODEL = ("config", "encoder", "channels")
 
 
 class EvaluationInterruptedError(UserError):
@@ -72,6 +75,7 @@ class Evaluator:
     ):
         self._evaluation = evaluation
         self._kind = kind
+        self._identity = model_identity(model)
         self._shows_progress = show_progress and jax.process_index() == 0 and sys.stderr.isatty()
         self._predictor = predictor or _predictor(
             model, evaluation, devices or jax.local_devices(), kernels
@@ -83,8 +87,8 @@ class Evaluator:
         Args:
           variables: ``{"params": ..., "constants": ...}``; with several hosts, shards of global
             arrays are gathered onto each device.
-          folder: where records and report are kept; what was recorded there with the same options
-            and weights is not done again. None keeps nothing.
+          folder: where records and report are kept; what was recorded there with the same options,
+            model and weights is not done again. None keeps nothing.
 
         Raises:
           UserError: the data or the model's answers are no good; see the kinds of evaluation.
@@ -115,6 +119,7 @@ class Evaluator:
         """All that records depend on."""
         return {
             "kind": self._kind,
+            "model": self._identity,
             "weights": predictor.fingerprint(),
             "evaluation": self._evaluation.settings,
             "num_examples": len(self._evaluation),
@@ -143,6 +148,15 @@ class Evaluator:
             for record in found:
                 yield record
                 progress.advance(task)
+
+
+def model_identity(model: Model) -> dict[str, str]:
+    """Identity of a model besides its variables: its shape, and the type that it computes in.
+
+    Variables alone do not tell: those of a TinyViT have the same shapes for images of any size.
+    """
+    fields = {name: repr(getattr(model, name)) for name in _OF_THE_MODEL if hasattr(model, name)}
+    return fields | {"dtype": str(jnp.dtype(model.dtype))}
 
 
 def _predictor(

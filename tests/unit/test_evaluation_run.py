@@ -22,11 +22,17 @@ from sam_jax.errors import ConfigError
 from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
 from sam_jax.evaluation.protocols import PROTOCOLS
 from sam_jax.evaluation.protocols.protocol import EvalProtocol, ProtocolContext
-from sam_jax.evaluation.run import EvaluationInterruptedError, Evaluator, build_evaluators
+from sam_jax.evaluation.run import (
+    EvaluationInterruptedError,
+    Evaluator,
+    build_evaluators,
+    model_identity,
+)
 from sam_jax.evaluation.targets import EvalImage, NotFiniteError, TargetMask, make_batches
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.mask_decoder import MaskPrediction
+from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig, init_variables
 
 # 32 x 48 pixels of model input, cells of 16, low-resolution logits of 8 x 12: one for 4 x 4 pixels,
@@ -496,6 +502,34 @@ def test_reports_say_what_they_are_of(two_sources, tmp_path):
     evaluate(variables(favourite=2), tmp_path)
     assert len(list(tmp_path.glob("records-*"))) == 2
     assert json.loads((tmp_path / "report.json").read_text())["records"] != content["records"]
+
+
+def test_records_of_another_model_are_left_alone(two_sources, tmp_path):
+    """Models of the same variables: one of another type, one for images of another size."""
+    other_size = SamConfig(dataclasses.replace(CONFIG.image_encoder, image_size=(64, 64)))
+    models = [
+        ColorSam(CONFIG),
+        ColorSam(CONFIG, dtype=jnp.bfloat16),
+        ColorSam(other_size),
+        # The same answers, in other ways.
+        ColorSam(CONFIG, remat="block", scan=True),
+    ]
+    names = []
+    for model in models:
+        evaluator(two_sources, model, protocols=("box",))(variables(), tmp_path)
+        names.append(json.loads((tmp_path / "report.json").read_text())["records"])
+    assert len(set(names)) == 3
+    assert names[0] == names[3]
+
+
+def test_a_models_identity_says_what_answers_depend_on():
+    encoder = dataclasses.replace(TINY.image_encoder, image_size=(32, 32))
+    found = model_identity(MaskedAutoencoder(encoder))
+    assert set(found) == {"encoder", "config", "channels", "dtype"}
+    assert found["dtype"] == "float32"
+    assert model_identity(MaskedAutoencoder(encoder, scan=True)) == found
+    for change in ({"config": AutoencoderConfig(mask_rate=0.5)}, {"dtype": jnp.bfloat16}):
+        assert model_identity(MaskedAutoencoder(encoder, **change)) != found
 
 
 @pytest.mark.parametrize(
