@@ -218,6 +218,16 @@ def data_path(path: str | PurePath) -> DataPath:
     return BucketPath(path)
 
 
+def size_of(path: DataPath) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+      OSError: it is not there.
+      BucketError: its bucket cannot be read.
+    """
+    return path.info().size if isinstance(path, BucketPath) else path.stat().st_size
+
+
 def is_url(path: object) -> bool:
     """True for the URL of a bucket, as text or as a path."""
     return isinstance(path, BucketPath) or (isinstance(path, str) and bool(_URL.match(path)))

@@ -10,6 +10,7 @@ import numpy as np
 from sam_jax import rle
 from sam_jax.arrays import UInt8
 from sam_jax.data.pipeline import EvalExample
+from sam_jax.errors import ConfigError
 from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.evaluation import Record
 from sam_jax.evaluation.targets import mask_key, tight_box
@@ -47,6 +48,9 @@ def sheet(
       measure: whose IoU ranks the masks.
       num_each: how many of each sort.
       read: reads an example by its number, once more.
+
+    Raises:
+      ConfigError: an image does not have its mask any more.
     """
     scored = [
         Scored(
@@ -105,7 +109,17 @@ def _first_of_each_image(ranked: Iterable[Scored], number: int) -> list[Scored]:
 
 
 def _drawn(mask: Mapping[str, Any], example: EvalExample, caption: str) -> Example:
-    """The example that a mask's record and its image make."""
+    """The example that a mask's record and its image make.
+
+    Raises:
+      ConfigError: the image has no such mask any more.
+    """
+    found = len(example.mask_runs)
+    if mask["mask"] >= found:
+        raise ConfigError(
+            f"{example.name} has {found} masks now; expected a mask {mask['mask']} (from 0), which "
+            "was scored: its annotations changed since; evaluate into another folder"
+        )
     (ground_truth,) = example.decode_masks([mask["mask"]])
     size = (ground_truth.shape[0], ground_truth.shape[1])
     clicks = np.array(mask["clicks"], int).reshape(-1, 3)

@@ -1,6 +1,7 @@
 """Segmentation from prompts: clicks and boxes that ask for the masks of datasets."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections import deque
@@ -12,7 +13,8 @@ from sam_jax import rle
 from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.data.pipeline import EvalExample, EvalSamples, eval_samples
 from sam_jax.data.samples import Sample
-from sam_jax.data.sources import Source
+from sam_jax.data.sources import Source, truth_of
+from sam_jax.data.truth_digest import truth_digest
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.baselines import (
     BOX_BASELINES,
@@ -139,11 +141,20 @@ class PromptedMasks:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that scores depend on, and how many images each dataset has."""
+        """The options that scores depend on, and how many images each dataset has.
+
+        With a digest of each dataset's truth, so that corrected annotations are scored anew.
+        """
         settings = dataclasses.asdict(self._config)
         for name in _WITHOUT_INFLUENCE:
             del settings[name]
-        return settings | {"num_images": {s.name: len(s) for s in self._sources}}
+        num_images = {s.name: len(s) for s in self._sources}
+        return settings | {"num_images": num_images, "truth_digests": self._truth_digests}
+
+    @functools.cached_property
+    def _truth_digests(self) -> dict[str, str]:
+        """Read when they are first asked for, as only records that are kept need them."""
+        return {s.name: truth_digest(s, range(len(s))) for s in self._sources}
 
     def __len__(self) -> int:
         """The number of images of all datasets."""
@@ -337,6 +348,10 @@ class _Drawn:
 
     def __getitem__(self, index: int) -> Sample:
         return self._source[self._indices[index]]
+
+    def truth(self, index: int) -> bytes:
+        """Content as the source has it."""
+        return truth_of(self._source, self._indices[index])
 
 
 def _groups(

@@ -6,6 +6,7 @@ whether it still learns, on images that it does not train on.
 
 import base64
 import dataclasses
+import functools
 import io
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from sam_jax.data.corruption import NoObjectsError
 from sam_jax.data.crops import central_crop
 from sam_jax.data.pipeline import EvalSamples, ReadSample, eval_images
 from sam_jax.data.tally import Tally
+from sam_jax.data.truth_digest import truth_digest
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.draw import draw
@@ -108,12 +110,24 @@ class MaskedReconstruction:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that records depend on, and how many images each dataset has."""
+        """The options that records depend on, and how many images each dataset has.
+
+        With a digest of each dataset's images, see ``truth_digest``, so that others are answered
+        anew.
+        """
         settings = dataclasses.asdict(self._config)
         for name in _WITHOUT_INFLUENCE:
             del settings[name]
         counts = Counter(source.name for source, _ in self._places)
-        return settings | {"num_images": dict(counts)}
+        return settings | {"num_images": dict(counts), "truth_digests": self._truth_digests}
+
+    @functools.cached_property
+    def _truth_digests(self) -> dict[str, str]:
+        """Read when they are first asked for, as only records that are kept need them."""
+        return {
+            source.name: truth_digest(source, [i for other, i in self._places if other is source])
+            for source in self._sources
+        }
 
     def __len__(self) -> int:
         """The number of images of all datasets."""
@@ -190,7 +204,7 @@ class MaskedReconstruction:
         pictures = [_decoded(record["picture"]) for record in records if "picture" in record]
         names = [record["image"] for record in records if "picture" in record]
         return ReconstructionReport(
-            losses=losses(records, self.settings)(np.ones(len(records))),
+            losses=losses(records, {})(np.ones(len(records))),
             num_images=dict(counts),
             skipped=skipped,
             settings=dataclasses.asdict(self._config),

@@ -122,6 +122,13 @@ def test_samples_know_which_way_up_they_are_taken(prepared: Path) -> None:
         assert TfdsSource(prepared, orientation=key)[0].orientation == key
 
 
+def test_truth_is_that_of_the_record(prepared: Path) -> None:
+    source, images = TfdsSource(prepared), TfdsImagesSource(prepared)
+    for of in (source, images):
+        assert len({of.truth(index) for index in range(4)}) == 4
+        assert of.truth(1) == type(of)(prepared).truth(1)
+
+
 def test_a_part_of_a_split(prepared: Path) -> None:
     assert len(TfdsSource(prepared, split="train[:75%]")) == 3
 

@@ -71,6 +71,18 @@ def test_a_single_image_varies_by_nothing(tmp_path):
     assert of_mean.interval == of_dataset.interval == (0.5, 0.5)
 
 
+def test_digests_of_truth_must_be_the_same_where_both_have_them(pair):
+    with_digests = [
+        dataclasses.replace(one, settings={**one.settings, "truth_digests": {"d0": digest}})
+        for one, digest in zip(pair, "xy", strict=True)
+    ]
+    with pytest.raises(ConfigError, match="truth_digests, d0: 'x' and 'y'"):
+        check_comparable(*with_digests)
+    # Results of before have none.
+    check_comparable(pair[0], with_digests[1])
+    check_comparable(with_digests[0], pair[1])
+
+
 def changed(results, change):
     records, settings = copy.deepcopy(results.records), copy.deepcopy(results.settings)
     change(records, settings)

@@ -1,6 +1,7 @@
 """The edge evaluation end to end, with a predictor whose edges are known, and ready-made maps."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -179,6 +180,15 @@ def test_it_runs_and_goes_on_like_any_evaluation(data, tmp_path):
     assert again == first
     assert file.read_text().splitlines(keepends=True) == lines
     assert json.loads((tmp_path / "out/report.json").read_text())["kind"] == "edges"
+
+
+def test_corrected_boundaries_are_other_settings(data):
+    evaluation = opened(data)
+    before = evaluation.settings
+    shutil.copy(data / "groundTruth/a.mat", data / "groundTruth/b.mat")
+    assert opened(data).settings != before
+    # Those of the images that are evaluated.
+    assert opened(data, max_images=1).settings["truth_digest"] != before["truth_digest"]
 
 
 def test_ready_made_maps_must_be_those_of_the_images(data, tmp_path):

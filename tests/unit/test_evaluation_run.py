@@ -522,6 +522,35 @@ def test_records_of_another_model_are_left_alone(two_sources, tmp_path):
     assert names[0] == names[3]
 
 
+def test_corrected_annotations_are_scored_anew(two_sources, tmp_path):
+    def run():
+        evaluator(two_sources, protocols=("box",))(variables(), tmp_path / "out")
+        return json.loads((tmp_path / "out/report.json").read_text())
+
+    before, again = run(), run()
+    assert again["records"] == before["records"]
+    path = Path(two_sources[0]["path"])
+    content = json.loads(path.read_text())
+    del content["annotations"][3:5]
+    path.write_text(json.dumps(content))
+    after = run()
+    assert after["records"] != before["records"]
+    assert [d["num_masks"] for d in before["datasets"].values()] == [7, 1]
+    assert [d["num_masks"] for d in after["datasets"].values()] == [5, 1]
+
+
+def test_a_mask_that_is_gone_is_no_example(two_sources):
+    """Records of before the annotations changed, as a program may hand them on."""
+    config = EvalConfig(two_sources, ("box",), num_clicks=(1,), num_examples=1)
+    evaluation = PromptedMasks(config)
+    predictor = Predictor(ColorSam(CONFIG), variables(), evaluation.buckets(1))
+    records = list(evaluation.records(predictor, range(4)))
+    for record in records:
+        record["masks"][0]["mask"] += 9
+    with pytest.raises(ConfigError, match=r"has . masks now; expected a mask .* changed since"):
+        evaluation.report(records, 0.0)
+
+
 def test_a_models_identity_says_what_answers_depend_on():
     encoder = dataclasses.replace(TINY.image_encoder, image_size=(32, 32))
     found = model_identity(MaskedAutoencoder(encoder))

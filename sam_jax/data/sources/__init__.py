@@ -1,7 +1,10 @@
 """Sources of samples; one module a format."""
 
-from typing import Protocol, runtime_checkable
+import json
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
+from sam_jax.buckets import DataPath
 from sam_jax.data.samples import Sample
 from sam_jax.data.tally import Tally
 
@@ -53,3 +56,41 @@ class ListingSource(Source, Protocol):
           SkippedSampleError: the annotation cannot be read.
         """
         ...
+
+
+@runtime_checkable
+class TruthSource(Source, Protocol):
+    """A source that can tell, without decoding anything, whether the truth of a sample changed."""
+
+    def truth(self, index: int) -> bytes:
+        """Content that a sample's masks are read from; of pictures alone, name and size.
+
+        The same wherever the data set lies.
+
+        Raises:
+          SkippedSampleError: it cannot be read.
+          OSError: likewise.
+        """
+        ...
+
+
+def truth_of(source: Source, index: int) -> bytes:
+    """The truth of a sample; nothing where its source reads no files. Raises what that does."""
+    return source.truth(index) if isinstance(source, TruthSource) else b""
+
+
+def truth_bytes(said: Any, files: Iterable[DataPath] = ()) -> bytes:
+    """Values of JSON and named files as bytes.
+
+    Args:
+      said: what an annotation file says, or the sample's name.
+      files: whose names and contents are added.
+
+    Raises:
+      OSError: one of them cannot be read.
+    """
+    parts = [json.dumps(said).encode()]
+    for file in files:
+        parts += [json.dumps(file.name).encode(), file.read_bytes()]
+    # With their lengths, so that no two lists make the same bytes.
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)

@@ -6,6 +6,7 @@ from pathlib import Path
 from sam_jax.data.label_maps import LabelMap, read_label_map
 from sam_jax.data.mask_files import as_one_object, read_mask_files
 from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
+from sam_jax.data.sources import truth_bytes
 from sam_jax.data.sources.label_map_files import MASK_SUFFIXES, NO_MASK_FILE
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
@@ -98,6 +99,14 @@ class ImageFoldersSource:
     def num_masks(self, index: int) -> int:
         """The number of mask files."""
         return len(self._entries[index][2])
+
+    def truth(self, index: int) -> bytes:
+        """The files of its masks.
+
+        Raises:
+          OSError: one of them cannot be read.
+        """
+        return truth_bytes(self.file_name(index), self._entries[index][2])
 
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its masks.

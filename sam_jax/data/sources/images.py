@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from sam_jax.buckets import DataPath
+from sam_jax.buckets import DataPath, size_of
 from sam_jax.data.samples import Sample, read_picture_file
-from sam_jax.data.sources import tars
+from sam_jax.data.sources import tars, truth_bytes
 from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
@@ -87,9 +87,22 @@ class ImagesSource:
             in_channels=self._in_channels,
         )
 
+    def truth(self, index: int) -> bytes:
+        """Name and size of the picture's file, as pictures without masks are their own truth.
+
+        Raises:
+          OSError: it is gone.
+        """
+        shard, within = self._shards.find(index)
+        return truth_bytes(shard.name_and_size(within))
+
 
 class _Shard(Protocol):
     def __len__(self) -> int: ...
+
+    def name_and_size(self, index: int) -> tuple[str, int]:
+        """Name of a picture file below its folder or tar, and its size in bytes."""
+        ...
 
     def read(self, index: int) -> tuple[str, bytes]:
         """Name and content of a picture file.
@@ -118,6 +131,10 @@ class _FolderShard:
         path = self._folder / str(self._names[index])
         return str(path), read_picture_file(path)
 
+    def name_and_size(self, index: int) -> tuple[str, int]:
+        name = str(self._names[index])
+        return name, size_of(self._folder / name)
+
 
 class _TarShard:
     """The picture files of one tar, through its index."""
@@ -135,6 +152,10 @@ class _TarShard:
         name = f"{self._path}::{os.fsdecode(entry['name'])}"
         offset, size = entry["image"].tolist()
         return name, tars.read_extent(self._path, name, "image", (offset, size))
+
+    def name_and_size(self, index: int) -> tuple[str, int]:
+        entry = tars.load_index(self._index_path)[index]
+        return os.fsdecode(entry["name"]), int(entry["image"][1])
 
 
 def _index_of_pictures(suffixes: Sequence[str], members: Iterable[tars.Member]) -> np.ndarray:

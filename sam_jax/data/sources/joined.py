@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sam_jax.data.samples import Sample
-from sam_jax.data.sources import ListingSource, Source
+from sam_jax.data.sources import ListingSource, Source, truth_of
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 
@@ -53,6 +53,11 @@ class JoinedSource:
         if isinstance(part, ListingSource):
             return part.num_masks(within)
         return len(part[within].masks_rle)
+
+    def truth(self, index: int) -> bytes:
+        """Content as its part has it; raises what that does."""
+        number, within = self._place(index)
+        return truth_of(self._parts[number], within)
 
     def _place(self, index: int) -> tuple[int, int]:
         """The number of the part that a sample is of, and its place there."""

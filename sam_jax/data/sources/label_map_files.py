@@ -11,6 +11,7 @@ from sam_jax.data.label_encodings import Encoding, components, read_encoded_labe
 from sam_jax.data.label_maps import LabelMap, read_label_map
 from sam_jax.data.mask_files import count_masks, read_mask_files
 from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
+from sam_jax.data.sources import truth_bytes
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -122,6 +123,14 @@ class LabelMapsSource:
         """
         _, image, mask_files = self._pairs[index]
         return count_masks(mask_files, self._read, image)
+
+    def truth(self, index: int) -> bytes:
+        """The files of its masks.
+
+        Raises:
+          OSError: one of them cannot be read.
+        """
+        return truth_bytes(self.file_name(index), self._pairs[index][2])
 
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its objects.

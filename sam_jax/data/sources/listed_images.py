@@ -15,6 +15,7 @@ from sam_jax.data.samples import (
     read_picture_file,
     sample_of_file,
 )
+from sam_jax.data.sources import truth_bytes
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import NamedFiles
@@ -109,6 +110,10 @@ class ListedImagesSource:
     def num_masks(self, index: int) -> int:
         """The number of segmentations, before any is decoded."""
         return len(self._images[index].segmentations)
+
+    def truth(self, index: int) -> bytes:
+        """All that the annotation file says of the image."""
+        return truth_bytes(self._images[index])
 
     def __getitem__(self, index: int) -> Sample:
         """The image and its masks.

@@ -10,6 +10,7 @@ from pathlib import Path
 from sam_jax.data.label_maps import LabelMap, read_label_map
 from sam_jax.data.mask_files import as_one_object, count_masks, read_mask_files
 from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
+from sam_jax.data.sources import truth_bytes
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
@@ -150,6 +151,14 @@ class MaskFolderSource:
         if not label_maps:
             return num_others
         return num_others + count_masks(label_maps, functools.partial(self._read, mask_files), path)
+
+    def truth(self, index: int) -> bytes:
+        """The files of its masks.
+
+        Raises:
+          OSError: one of them cannot be read.
+        """
+        return truth_bytes(self._names[index], self._pairs[index][1])
 
     def __getitem__(self, index: int) -> Sample:
         """The image at 0 <= index < len, and its masks.

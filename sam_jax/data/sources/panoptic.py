@@ -10,6 +10,7 @@ from jaxtyping import Int64
 
 from sam_jax import rle
 from sam_jax.data.samples import CorruptSampleError, Sample, read_picture_file, sample_of_file
+from sam_jax.data.sources import truth_bytes
 from sam_jax.data.sources.coco import Crowd
 from sam_jax.data.sources.coco_file import CROWD, OF_NO_IMAGE
 from sam_jax.data.sources.json_form import (
@@ -127,6 +128,16 @@ class PanopticSource:
     def num_masks(self, index: int) -> int:
         """The number of segments in use."""
         return len(self._images[index].segment_ids)
+
+    def truth(self, index: int) -> bytes:
+        """All that the JSON says of the image, and its PNG.
+
+        Raises:
+          OSError: the PNG cannot be read.
+        """
+        image, (_, png_path) = self._images[index], self._paths[index]
+        said = [*image[:3], sorted(image.other_ids)]
+        return truth_bytes(said, [] if png_path is None else [png_path])
 
     def __getitem__(self, index: int) -> Sample:
         """The image and its segments.

@@ -15,7 +15,7 @@ import numpy as np
 
 from sam_jax.buckets import DataPath
 from sam_jax.data.samples import CorruptSampleError, Sample
-from sam_jax.data.sources import tars
+from sam_jax.data.sources import tars, truth_bytes
 from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
@@ -131,6 +131,17 @@ class Sa1bSource:
         """The place of a pair's json, for those who want no image; nothing is read yet."""
         shard, within = self._shards.find(index)
         return shard.annotation_file(within)
+
+    def truth(self, index: int) -> bytes:
+        """The pair's name and its json.
+
+        Raises:
+          CorruptSampleError: there is no json, or the tar ends before it does.
+        """
+        file = self.annotation_file(index)
+        name = PurePosixPath(file.name.rpartition("::")[2]).name
+        # Bytes of a json may be anything; as Latin-1 any are text.
+        return truth_bytes([name, file.read().decode("latin-1")])
 
 
 def parse_annotation(

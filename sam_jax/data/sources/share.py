@@ -3,7 +3,7 @@
 import numpy as np
 
 from sam_jax.data.samples import Sample
-from sam_jax.data.sources import ListingSource, Source
+from sam_jax.data.sources import ListingSource, Source, truth_of
 from sam_jax.errors import ConfigError
 
 
@@ -53,3 +53,7 @@ class ShareSource:
         if isinstance(self._source, ListingSource):
             return self._source.num_masks(place)
         return len(self._source[place].masks_rle)
+
+    def truth(self, index: int) -> bytes:
+        """Content as the source has it; raises what that does."""
+        return truth_of(self._source, int(self._indices[index]))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.samples import CorruptSampleError, Sample
+from sam_jax.data.sources import truth_bytes
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.images import Orientation
@@ -131,6 +132,16 @@ class TfdsSource:
             orientation=self._orientation,
         )
 
+    def truth(self, index: int) -> bytes:
+        """The picture's name and its run lengths.
+
+        Raises:
+          CorruptSampleError: the record is damaged.
+        """
+        sample = self[index]
+        masks = [(mask["size"], mask["counts"].decode("latin-1")) for mask in sample.masks_rle]
+        return truth_bytes([sample.name.rpartition("::")[2], masks])
+
 
 class TfdsImagesSource:
     """The images of any data set that was prepared as ArrayRecord, without masks."""
@@ -175,6 +186,14 @@ class TfdsImagesSource:
             image = image["content"]
         name = f"{self._records.path}::{index}"
         return Sample(image, (), self.name, name, orientation=self._orientation)
+
+    def truth(self, index: int) -> bytes:
+        """Place and size of the picture.
+
+        Raises:
+          CorruptSampleError: the record is damaged.
+        """
+        return truth_bytes([index, len(self[index].image)])
 
 
 def _sa1b_features(tfds: Any, stored: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,6 +30,8 @@ from sam_jax.evaluation.results import Results
 
 # Options of sources that say where a data set lies on one machine, and nothing about it.
 _PLACES = ("path", "images", "masks", "cache_dir")
+# Digests that results of before do not have.
+_DIGESTS = ("truth_digest", "truth_digests")
 _MAX_SHOWN = 8
 # The measures whose differences are drawn by default, the paper's first: one click at the centre.
 _DRAWN_FIRST = ("center_1", "random_1", "box")
@@ -291,7 +293,12 @@ def check_comparable(a: Results, b: Results) -> None:
     """
     if a.kind != b.kind:
         raise ConfigError(f"{a.folder} is of kind {a.kind!r}, {b.folder} of kind {b.kind!r}")
-    differing = _differing(_without_places(a.settings), _without_places(b.settings))
+    settings_a, settings_b = _without_places(a.settings), _without_places(b.settings)
+    for name in _DIGESTS:
+        if name not in settings_a or name not in settings_b:
+            settings_a.pop(name, None)
+            settings_b.pop(name, None)
+    differing = _differing(settings_a, settings_b)
     if not differing and len(a.records) != len(b.records):
         differing.append(f"number of examples: {len(a.records)} and {len(b.records)}")
     if not differing:

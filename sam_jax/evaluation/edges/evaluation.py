@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sam_jax import places
+from sam_jax.data.truth_digest import files_digest
 from sam_jax.errors import ConfigError, UserError
 from sam_jax.evaluation.edges import png
 from sam_jax.evaluation.edges.benchmark import import_counts
@@ -134,9 +136,14 @@ class EdgeEvaluation:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """See ``Evaluation``."""
+        """The options that records depend on, and a digest of the annotators' files."""
         options = dataclasses.asdict(self._config)
-        return {name: v for name, v in options.items() if name not in _WITHOUT_INFLUENCE}
+        kept = {name: v for name, v in options.items() if name not in _WITHOUT_INFLUENCE}
+        return kept | {"truth_digest": self._truth_digest}
+
+    @functools.cached_property
+    def _truth_digest(self) -> str:
+        return files_digest([example.annotations for example in self._examples])
 
     def __len__(self) -> int:
         return len(self._examples)
