@@ -231,7 +231,11 @@ def fairness(
 ) -> None:
     """Mean IoU by group, with bootstrap intervals, from an evaluation's records and a table."""
     from sam_jax.data.annotation_ids import mask_numbers
-    from sam_jax.evaluation.comparison.attributes import join_attributes, read_attributes
+    from sam_jax.evaluation.comparison.attributes import (
+        join_attributes,
+        keeps_crowds,
+        read_attributes,
+    )
     from sam_jax.evaluation.comparison.bootstrap import NUM_DRAWS
     from sam_jax.evaluation.comparison.fairness import mean_iou_by_group
     from sam_jax.evaluation.kinds import DEFAULT_KIND
@@ -245,7 +249,10 @@ def fairness(
             f"{results} is of kind {evaluated.kind!r}; groups need the IoUs of prompted masks, "
             f"kind {DEFAULT_KIND!r}"
         )
-    numbers = None if annotations is None else mask_numbers(annotations)
+    numbers = None
+    if annotations is not None:
+        keep = keeps_crowds(evaluated.settings, annotations)
+        numbers = mask_numbers(annotations, keep_crowds=keep)
     joined = join_attributes(table, evaluated.records, numbers)
     with _bar("groups") as advance:
         report = mean_iou_by_group(

@@ -111,6 +111,26 @@ def test_fairness(call, results, tmp_path):
     picture(out / "fairness.png")
 
 
+def test_crowds_that_were_kept_have_numbers(call, tmp_path):
+    coco = write_coco(tmp_path / "coco", 1)
+    content = json.loads(coco.read_text())
+    crowd = content["annotations"][0] | {"id": 70, "iscrowd": 1}
+    content["annotations"] = [crowd, *content["annotations"]]
+    coco.write_text(json.dumps(content))
+    masks = [{"mask": number, "ious": {"random_1": iou}} for number, iou in ((0, 0.25), (1, 0.75))]
+    records = [{"dataset": "coco", "image": "/moved/0.png", "masks": masks}]
+    sources = [{"kind": "coco", "path": "train.json", "crowd": "keep"}]
+    results = write_results(tmp_path / "r", records, settings={"sources": sources})
+    table = tmp_path / "t.csv"
+    table.write_text("image,annotation_id,g\n0.png,0,x\n")
+    options = ("--attributes", table, "--annotations", coco, "--out", tmp_path / "out")
+    done = call("fairness", results, *options, "--draws", 10)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "out/fairness.json").read_text()
+    assert "0.75" in text
+    assert "0.25" not in text
+
+
 def test_fairness_by_annotation_ids(call, tmp_path):
     coco = write_coco(tmp_path / "coco", 2)
     records = [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,12 @@ import scipy.stats
 from rich.console import Console
 
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.comparison.attributes import join_attributes, path_ends, read_attributes
+from sam_jax.evaluation.comparison.attributes import (
+    join_attributes,
+    keeps_crowds,
+    path_ends,
+    read_attributes,
+)
 from sam_jax.evaluation.comparison.fairness import mean_iou_by_group
 from tests.unit.results_fixtures import record
 
@@ -78,6 +84,35 @@ def test_annotation_ids(write):
     assert report.unmatched.total() == 1
     with pytest.raises(ConfigError, match="do not know annotation ids: name the annotation file"):
         join_attributes(table, RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        (None, False),
+        ([{"kind": "coco", "crowd": None}], False),
+        ([{"kind": "coco", "crowd": "keep", "path": "/there/val.json"}], True),
+        # Others have no crowds.
+        ([{"kind": "coco", "crowd": "keep"}, {"kind": "sa1b", "crowd": None}], True),
+        ([{"kind": "joined", "parts": [{"kind": "coco", "crowd": "keep"}]}], True),
+        # The name of the file tells which source is meant.
+        (
+            [
+                {"kind": "coco", "crowd": "keep", "path": "/there/val.json"},
+                {"kind": "coco", "crowd": None, "path": "/there/other.json"},
+            ],
+            True,
+        ),
+    ],
+)
+def test_whether_crowds_have_numbers_follows_from_the_settings(sources, expected):
+    assert keeps_crowds({"sources": sources} if sources else {}, Path("/d/val.json")) is expected
+
+
+def test_sources_that_differ_in_crowds_are_refused():
+    sources = [{"kind": "coco", "crowd": crowd, "path": "x.json"} for crowd in ("keep", None)]
+    with pytest.raises(ConfigError, match=r"val\.json: .* differ in it: keep and skip"):
+        keeps_crowds({"sources": sources}, Path("/d/val.json"))
 
 
 def test_equal_names_of_images_need_more_to_tell_them_apart(write):

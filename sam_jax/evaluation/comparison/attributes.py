@@ -3,8 +3,8 @@
 import csv
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 from sam_jax.data.tally import Tally
@@ -16,6 +16,8 @@ IMAGE_COLUMNS = ("image", "file_name", "file")
 DATASET_COLUMN, MASK_COLUMN, ID_COLUMN = "dataset", "mask", "annotation_id"
 NO_IMAGE = "rows of an image that is not among the evaluated"
 NO_MASK = "rows of a mask that is not among the evaluated"
+# Kinds of sources whose option crowd decides which annotations of a COCO file are masks.
+_WITH_CROWDS = ("coco", "video_coco")
 
 # Numbers of masks, as records have them, by the end of an image's path and the annotation's id.
 MaskNumbers: TypeAlias = Mapping[str, Mapping[str, int]]
@@ -180,6 +182,37 @@ def join_attributes(
             image = (record["dataset"], record["image"])
             masks.append(AttributedMask(image, mask["ious"], row_of_mask.values))
     return AttributedMasks(tuple(masks), num_without_row, unmatched)
+
+
+def keeps_crowds(settings: Mapping[str, Any], annotations: Path) -> bool:
+    """True if crowds of a COCO file were objects of an evaluation, and so have numbers.
+
+    Sources whose file has the name of this one tell, or all of COCO's form if none has.
+
+    Args:
+      settings: of the evaluation.
+      annotations: the file, which may lie elsewhere by now.
+
+    Raises:
+      ConfigError: sources differ in it.
+    """
+    sources = [s for s in _sources(settings.get("sources")) if s.get("kind") in _WITH_CROWDS]
+    same = [s for s in sources if PurePath(str(s.get("path"))).name == annotations.name]
+    found = sorted({s.get("crowd") or "skip" for s in same or sources})
+    if len(found) > 1:
+        raise ConfigError(
+            f"{annotations}: its annotations with iscrowd have a number or none, by the option "
+            f"crowd of the evaluated sources, and these differ in it: {' and '.join(found)}; "
+            "expected one; evaluate each on its own, or make a column mask"
+        )
+    return found == ["keep"]
+
+
+def _sources(sources: Any) -> Iterator[Mapping[str, Any]]:
+    """Sources of settings, and the parts of which they are joined."""
+    for source in sources or ():
+        yield source
+        yield from _sources(source.get("parts"))
 
 
 class _Examples:
