@@ -20,6 +20,19 @@ from sam_jax.models.sam import Sam
 Record: TypeAlias = dict[str, Any]
 # Measures by name, for records that count as often as the given numbers say.
 Measures: TypeAlias = Callable[[Float[np.ndarray, "n"]], dict[str, float]]
+# What a record has besides answers.
+_ABOUT = frozenset({"dataset", "image", "image_id", "file_name", "remarked"})
+
+
+def is_skipped(record: Record) -> bool:
+    """True if a record is of an example that could not be used, and so has no answers.
+
+    Some kinds say why under ``skipped``, that of edges under ``unusable``; others have a list of
+    annotations there, of an image that was used.
+    """
+    return (
+        "skipped" in record or isinstance(record.get("unusable"), str) or not record.keys() - _ABOUT
+    )
 
 
 @runtime_checkable

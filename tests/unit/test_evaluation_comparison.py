@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.comparison import checkpoints as comparisons
-from sam_jax.evaluation.comparison.bootstrap import Interval
+from sam_jax.evaluation.comparison.bootstrap import Interval, strata_of
 from sam_jax.evaluation.comparison.checkpoints import (
     Comparison,
     Difference,
@@ -106,6 +106,24 @@ def changed(results, change):
 def test_what_differs_is_said(pair, change, message):
     with pytest.raises(ConfigError, match=message):
         compare(pair[0], changed(pair[1], change))
+
+
+@pytest.mark.parametrize(
+    ("used", "skipped"),
+    [
+        ({"annotated": 5, "maps": {}}, {"unusable": "a.mat is damaged"}),
+        ({"loss": 0.5}, {"remarked": {"images": [["damaged", "a.jpg"]]}}),
+        ({"found": {}, "unusable": ["annotations[3]: x"]}, {"skipped": ["missing", "a.jpg"]}),
+    ],
+)
+def test_images_that_one_of_both_skipped_are_said(pair, used, skipped):
+    """In the ways in which kinds of evaluations say so."""
+    about = {"image": "a"}
+    first, second = (dataclasses.replace(pair[0], records=[about | of]) for of in (used, skipped))
+    with pytest.raises(ConfigError, match="example 0, is skipped: False and True"):
+        check_comparable(first, second)
+    check_comparable(first, first)
+    assert [len(s) for s in strata_of(lambda weights: {}, first.records + second.records)] == [1]
 
 
 def test_where_data_lay_does_not_matter(pair):

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from sam_jax.arrays import Float, Int
-from sam_jax.evaluation.evaluation import Measures, Record
+from sam_jax.evaluation.evaluation import Measures, Record, is_skipped
 
 LEVEL = 0.95
 # Draws of measures that take one matrix product, and of those that are worked out anew each time.
@@ -78,15 +78,14 @@ def draw_multiplicities(
 def strata_of(measures: Measures, records: Sequence[Record]) -> list[Int[np.ndarray, "_"]]:
     """Records that may stand for each other: the measures' own, or those of each dataset.
 
-    Datasets are fixed, their images a sample. A record that says that it was skipped stands for
-    nothing.
+    Datasets are fixed, their images a sample. A record of what was skipped stands for nothing.
     """
     drawn = of_many_draws(measures)
     if drawn is not None:
         return drawn.strata
     by_dataset: dict[object, list[int]] = {}
     for number, record in enumerate(records):
-        if "skipped" not in record:
+        if not is_skipped(record):
             by_dataset.setdefault(record.get("dataset"), []).append(number)
     return [np.array(numbers) for numbers in by_dataset.values()]
 

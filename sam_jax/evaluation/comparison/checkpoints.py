@@ -23,7 +23,7 @@ from sam_jax.evaluation.comparison.bootstrap import (
     two_sided_p_value,
 )
 from sam_jax.evaluation.comparison.figures import Bar, draw_differences
-from sam_jax.evaluation.evaluation import Record
+from sam_jax.evaluation.evaluation import Record, is_skipped
 from sam_jax.evaluation.kinds import KINDS
 from sam_jax.evaluation.mean_ious import MEAN
 from sam_jax.evaluation.results import Results
@@ -324,7 +324,7 @@ def _identity(record: Record) -> dict[str, Any]:
     for name in ("image", "file_name"):
         if isinstance(identity.get(name), str):
             identity[name] = identity[name].rpartition("/")[2]
-    identity["is skipped"] = "skipped" in record
+    identity["is skipped"] = is_skipped(record)
     masks = record.get("masks")
     if isinstance(masks, list) and all(isinstance(mask, dict) for mask in masks):
         identity["masks"] = [mask.get("mask") for mask in masks]
