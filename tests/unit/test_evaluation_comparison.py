@@ -142,6 +142,39 @@ def test_where_data_lay_does_not_matter(pair):
         check_comparable(first, second)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"truth": "/{}/val.json", "images": "/{}/images", "truth_digest": "x"},
+        {"truth": "/{}/val.json", "images": None, "boxes": "/{}/boxes.json", "boxes_digest": "y"},
+        {"path": "/{}", "split": "test", "truth_digest": "x"},
+    ],
+)
+def test_kinds_without_sources_may_lie_anywhere(pair, settings):
+    def at(folder, **changes):
+        filled = {
+            name: value and value.format(folder) for name, value in (settings | changes).items()
+        }
+        return dataclasses.replace(pair[0], settings=filled)
+
+    check_comparable(at("here"), at("there"))
+    for name in settings.keys() & {"truth_digest", "boxes_digest", "split"}:
+        with pytest.raises(ConfigError, match=f"{name}: .* and 'other'"):
+            check_comparable(at("here"), at("here", **{name: "other"}))
+
+
+def test_boxes_that_are_made_otherwise_are_other_boxes(pair):
+    found = [
+        dataclasses.replace(pair[0], settings={"boxes": boxes})
+        for boxes in ("truth", "jittered", "/here/boxes.json")
+    ]
+    for one in found:
+        for other in found:
+            if one is not other:
+                with pytest.raises(ConfigError, match="boxes: "):
+                    check_comparable(one, other)
+
+
 def test_kinds_that_cannot_be_compared(pair, monkeypatch):
     other = dataclasses.replace(pair[1], kind="edges")
     with pytest.raises(ConfigError, match=r"of kind 'prompts', .* of kind 'edges'"):

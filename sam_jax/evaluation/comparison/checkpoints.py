@@ -23,6 +23,7 @@ from sam_jax.evaluation.comparison.bootstrap import (
     two_sided_p_value,
 )
 from sam_jax.evaluation.comparison.figures import Bar, draw_differences
+from sam_jax.evaluation.detection.prompt_boxes import JITTERED, OWN
 from sam_jax.evaluation.evaluation import Record, is_skipped
 from sam_jax.evaluation.kinds import KINDS
 from sam_jax.evaluation.mean_ious import MEAN
@@ -30,6 +31,8 @@ from sam_jax.evaluation.results import Results
 
 # Options of sources that say where a data set lies on one machine, and nothing about it.
 _PLACES = ("path", "images", "masks", "cache_dir")
+# Likewise, of kinds that have no sources; ``truth`` has a digest.
+_PLACES_OF_KINDS = ("truth", "images", "path")
 # Digests that results of before do not have.
 _DIGESTS = ("truth_digest", "truth_digests")
 _MAX_SHOWN = 8
@@ -332,7 +335,11 @@ def _identity(record: Record) -> dict[str, Any]:
 
 
 def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {**settings, "sources": _kept(settings.get("sources"))}
+    kept = {name: of for name, of in settings.items() if name not in _PLACES_OF_KINDS}
+    # A file of boxes, which has a digest, or the name of a way to make them.
+    if "boxes" in kept and kept["boxes"] not in (OWN, JITTERED):
+        kept["boxes"] = "a file"
+    return {**kept, "sources": _kept(settings.get("sources"))}
 
 
 def _kept(sources: Any) -> Any:
