@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import functools
 import io
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.draw import draw
 from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.mean_ious import MEAN
+from sam_jax.evaluation.targets import NotFiniteError
 from sam_jax.image_channels import rgb_view
 from sam_jax.inference.predictor import Buckets
 from sam_jax.inference.reconstructor import Reconstructor
@@ -142,6 +144,7 @@ class MaskedReconstruction:
 
         Raises:
           TooManyCorruptSamplesError: more of a dataset is unusable than is tolerated.
+          NotFiniteError: a loss is no number.
         """
         samples: dict[str, EvalSamples] = {s.name: eval_images(s) for s in self._sources}
         together: list[tuple[int, str, ReadSample]] = []
@@ -167,6 +170,7 @@ class MaskedReconstruction:
             images = np.stack([central_crop(image, size) for _, _, image in usable])
             noise = np.stack([self._noise(of, name, num_patches) for of, name, _ in usable])
             answers = reconstructor.reconstruct(images, noise)
+            _check_finite(answers.losses, [name for _, name, _ in usable])
         row = 0
         for number, dataset, read in together:
             record: Record = {"dataset": dataset, "image": read.name}
@@ -293,6 +297,15 @@ def losses(records: Sequence[Record], settings: Mapping[str, Any]) -> Measures:
         return mean | {f"{name}/{_LOSS}": value for name, value in means.items()}
 
     return measures
+
+
+def _check_finite(losses: Float[np.ndarray, " n"], names: Sequence[str]) -> None:
+    for loss, name in zip(losses.tolist(), names, strict=True):
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"{name}: the loss is {loss}, expected a finite number; the training diverged, or "
+                "the file of the weights is damaged: evaluate an earlier checkpoint"
+            )
 
 
 def _sheet(

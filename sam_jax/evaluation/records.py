@@ -117,12 +117,13 @@ def read_records(folder: Path) -> Iterator[tuple[int, Record]]:
       ConfigError: a line is none of ours.
     """
     for path in sorted(folder.glob("host-*.jsonl")):
-        with path.open(encoding="utf-8") as opened:
+        # Bytes, so that what is no text is found in its line.
+        with path.open("rb") as opened:
             for number, line in enumerate(opened, start=1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     break  # another host is writing it
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode())
                     index = record.pop("example")
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise ConfigError(

@@ -59,12 +59,12 @@ def test_examples_that_two_programs_did_count_once(tmp_path):
     assert one.gathered(2) == [{"iou": 0.5}] * 2
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "{}", "7"])
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"{}", b"7", b"\xff\xfe\x80x", b"\0{"])
 def test_damaged_lines_are_named(tmp_path, line):
     records = RecordsInFolder(tmp_path, MADE_WITH)
     records.add(0, {"iou": 0.5})
     (file,) = records.folder.glob("*.jsonl")
-    file.write_text(file.read_text() + line + "\n")
+    file.write_bytes(file.read_bytes() + line + b"\n" + b'{"example": 1}\n')
     with pytest.raises(ConfigError, match=r"host-00000\.jsonl, line 2 is damaged"):
         records.done()
 

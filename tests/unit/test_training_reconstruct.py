@@ -1,7 +1,9 @@
 """Pre-training by the same loop, and promptable training that starts from it."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +15,11 @@ from sam_jax.checkpoint import CheckpointConfig, CheckpointError
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.comparison.checkpoints import compare
+from sam_jax.evaluation.reconstruction import MaskedReconstruction, ReconstructionConfig
 from sam_jax.evaluation.results import read_results
 from sam_jax.evaluation.run import build_evaluators, model_of
+from sam_jax.evaluation.targets import NotFiniteError
+from sam_jax.inference.reconstructor import Reconstructor
 from sam_jax.models.masked_autoencoder import MaskedAutoencoder
 from sam_jax.models.sam import Sam, variable_shapes
 from sam_jax.ops.positional import sincos_positions
@@ -269,6 +274,40 @@ def test_evaluation_on_held_out_images(run: Run, tmp_path: Path) -> None:
     results = [read_results(tmp_path / name) for name in ("one", "two")]
     (difference,) = [d for d in compare(*results, num_draws=20).differences if "mean" in d.measure]
     assert difference.a == pytest.approx(difference.b, rel=1e-5)
+
+
+class Constant(Reconstructor):
+    """A reconstructor that gives every image the same loss."""
+
+    model_hw, num_patches, images_per_call = (32, 32), 4, 2  # type: ignore[assignment]
+
+    def __init__(self, loss: float):
+        self._loss = loss
+
+    def reconstruct(self, images: np.ndarray, noise: np.ndarray) -> Any:
+        losses = np.full(len(images), self._loss, np.float32)
+        return SimpleNamespace(losses=losses, seen=images.__getitem__, whole=images.__getitem__)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_losses_that_are_no_numbers_are_an_error(images: Path, loss: float) -> None:
+    source = {"kind": "images", "path": str(images)}
+    evaluation = MaskedReconstruction(ReconstructionConfig((source,)))
+    with pytest.raises(NotFiniteError, match=r"0\.png: the loss is (nan|inf), expected a finite"):
+        list(evaluation.records(Constant(loss), range(5)))
+
+
+def test_pictures_that_changed_are_reconstructed_anew(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "copy")
+
+    def digests() -> Any:
+        source = {"kind": "images", "path": str(tmp_path / "copy")}
+        return MaskedReconstruction(ReconstructionConfig((source,))).settings["truth_digests"]
+
+    before = digests()
+    assert digests() == before
+    shutil.copy(images / "0.png", tmp_path / "copy/1.png")
+    assert digests() != before
 
 
 def test_kinds_of_evaluations_belong_to_kinds_of_models(run: Run, segment: Any) -> None:
