@@ -8,6 +8,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.arrays import Float
 from sam_jax.data.tally import Tally
@@ -181,7 +182,8 @@ class DatasetReport:
         for store in self.stores:
             stratified = store.stratified_concavity(self.strata)
             table.add_row(
-                store.name,
+                # As it stands: names may hold what rich reads as markup.
+                Text(store.name),
                 f"{store.counts.num_images:,}",
                 f"{store.counts.num_masks:,}",
                 f"{store.masks_per_image:,.1f}",

@@ -19,6 +19,7 @@ from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data.config import SourceConfig, build_source
@@ -263,7 +264,8 @@ class ReconstructionReport:
         table.add_column("images", justify="right")
         table.add_column("loss", justify="right")
         for name, number in self.num_images.items():
-            table.add_row(name, f"{number:,}", f"{self.losses[f'{name}/{_LOSS}']:.4f}")
+            # As it stands: names may hold what rich reads as markup.
+            table.add_row(Text(name), f"{number:,}", f"{self.losses[f'{name}/{_LOSS}']:.4f}")
         if len(self.num_images) > 1:
             table.add_row(MEAN, "", f"{self.losses[f'{MEAN}/{_LOSS}']:.4f}", style="bold")
         console.print(table)

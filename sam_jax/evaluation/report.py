@@ -13,6 +13,7 @@ from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.arrays import UInt8
 from sam_jax.checkpoint import CHECKPOINTS
@@ -116,9 +117,10 @@ class EvalReport:
         for dataset in self.datasets:
             if dataset.skipped:
                 reasons = ", ".join(f"{n:,} {reason}" for reason, n in dataset.skipped.items())
-                console.print(f"skipped or remarked in {dataset.name}: {reasons}")
+                # As it stands: names may hold what rich reads as markup.
+                said = f"skipped or remarked in {dataset.name}: {reasons}"
+                console.print(said, markup=False, highlight=False)
             for reason, example in dataset.examples.items():
-                # As it stands: file names may hold what rich reads as markup.
                 console.print(f"  {reason}: {example}", markup=False, highlight=False)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -179,7 +181,7 @@ class EvalReport:
             for place, (row, found) in enumerate(rows):
                 ious = (miou.get(found.get(column, "")) for column in columns)
                 drawn.add_row(
-                    *((dataset, self._num_masks(dataset)) if place == 0 else ("", "")),
+                    *((Text(dataset), self._num_masks(dataset)) if place == 0 else ("", "")),
                     *([] if table.row_heading is None else [row]),
                     *("" if iou is None else f"{100 * iou:.1f}" for iou in ious),
                     style="bold" if dataset == MEAN else None,

@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from rich.console import Console
 
 from sam_jax.data.mask_stores import ImageMasks
 from sam_jax.data.samples import CorruptSampleError
@@ -221,3 +222,12 @@ def test_figures_of_few_and_many_data_sets(number):
     picture = draw_statistics(DatasetReport(tuple(stores)), dpi=50)
     assert picture.shape[1] == 525
     assert picture.std() > 10
+
+
+def test_names_with_brackets_are_printed_as_they_are():
+    stores = [with_strata(name, {3: (1000, 0.1)}) for name in ("cells [a]", "cells [/old]")]
+    console = Console(width=100, record=True)
+    DatasetReport(tuple(stores)).print_table(console)
+    text = console.export_text()
+    assert "cells [a]" in text
+    assert "cells [/old]" in text

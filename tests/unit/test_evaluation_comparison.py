@@ -262,3 +262,13 @@ def test_the_table_fits_100_columns(pair):
     (of_d0,) = [line for line in lines if line.strip().startswith("d0")]
     assert of_d0.split()[1] == "center_1"
     assert " to " in of_d0
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path):
+    records = [record(name, "0.jpg", 0.5) for name in ("cells [a]", "cells [/old]")]
+    results = results_of(tmp_path / "r", records)
+    console = Console(width=100, record=True)
+    compare(results, results, num_draws=5).print_table(console)
+    text = console.export_text()
+    assert "cells [a]" in text
+    assert "cells [/old]" in text

@@ -19,7 +19,7 @@ from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError, UserError
 from sam_jax.evaluation.edges.evaluation import EdgeEvalConfig, EdgeEvaluation
 from sam_jax.evaluation.edges.ready_made import score_maps
-from sam_jax.evaluation.edges.report import measures
+from sam_jax.evaluation.edges.report import EdgeReport, measures
 from sam_jax.evaluation.evaluation import Evaluation, Report
 from sam_jax.evaluation.kinds import KINDS
 from sam_jax.evaluation.run import Evaluator
@@ -311,3 +311,13 @@ def test_the_benchmarks_reference_images(bench, tmp_path):
         found = [scores[f"ods_{part}"] for part in ("threshold", "recall", "precision")]
         np.testing.assert_allclose([*found, scores["ods"]], expected, atol=1.5e-3)
         assert scores["ods"] == pytest.approx(expected[3], abs=1e-3)
+
+
+def test_names_with_brackets_are_printed_as_they_are():
+    scores = dict.fromkeys(("ods", "ois", "ap", "r50"), 0.5)
+    named = {name: {"none": scores} for name in ("maps [a]", "maps [/old]")}
+    console = Console(width=100, record=True)
+    EdgeReport(named, {}, 1, {}, {}, 0.0).print_table(console)
+    text = console.export_text()
+    assert "maps [a]" in text
+    assert "maps [/old]" in text

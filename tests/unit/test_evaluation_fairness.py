@@ -312,3 +312,13 @@ def test_measures_that_are_compared_by_default(write):
     records, table = grouped(write, rng, measures=("center_9",))
     with pytest.raises(ConfigError, match=r"which measure .* There are center_9"):
         mean_iou_by_group(table, join_attributes(table, records))
+
+
+def test_names_with_brackets_are_printed_as_they_are(write):
+    report, _ = means(write("image,hair [/x]\na.jpg,red [a]\nb.jpg,grey [/b]\n"))
+    console = Console(width=100, record=True)
+    report.print_table(console)
+    text = console.export_text()
+    assert text.splitlines()[0].rstrip() == "hair [/x]"
+    assert "red [a] " in text
+    assert "grey [/b] " in text

@@ -149,3 +149,10 @@ def test_results_go_where_a_folder_can_be(tmp_path, checkpoint, expected):
 
 def test_results_of_a_name_on_the_hub_make_no_folder_of_that_name():
     assert str(results_folder("facebook/sam-vit-base")) == "facebook_sam-vit-base_eval"
+
+
+def test_names_with_brackets_are_printed_as_they_are():
+    text = printed(report(("cells [a]", "cells [/old]"), skipped={"images (bad rle)": 5}))
+    for name in ("cells [a]", "cells [/old]"):
+        assert f" {name} " in text
+        assert f"skipped or remarked in {name}: 5 images" in text

@@ -9,13 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from configs import common
 from sam_jax.checkpoint import CheckpointConfig, CheckpointError
 from sam_jax.data.pipeline import train_iterator
+from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.comparison.checkpoints import compare
-from sam_jax.evaluation.reconstruction import MaskedReconstruction, ReconstructionConfig
+from sam_jax.evaluation.reconstruction import (
+    MaskedReconstruction,
+    ReconstructionConfig,
+    ReconstructionReport,
+)
 from sam_jax.evaluation.results import read_results
 from sam_jax.evaluation.run import build_evaluators, model_of
 from sam_jax.evaluation.targets import NotFiniteError
@@ -431,3 +437,13 @@ def test_pre_training_on_two_channels(run: Run, tmp_path: Path) -> None:
         autoencoder_variables_for(model, tmp_path / "mae.safetensors")["params"],
         variables["params"],
     )
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    losses = {"cells [/old]/loss": 0.5, "cells [a]/loss": 0.25, "mean/loss": 0.375}
+    numbers = {"cells [/old]": 2, "cells [a]": 1}
+    console = Console(width=100, record=True)
+    ReconstructionReport(losses, numbers, Tally(), {}, 0.0).print_table(console)
+    text = console.export_text()
+    assert "cells [a]" in text
+    assert "cells [/old]" in text

@@ -9,6 +9,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.arrays import UInt8
 from sam_jax.errors import ConfigError
@@ -138,8 +139,9 @@ class Comparison:
             for place, d in enumerate(of_dataset):
                 low, high = (factor * end for end in d.interval)
                 table.add_row(
-                    dataset if place == 0 else "",
-                    d.short,
+                    # As they stand: names may hold what rich reads as markup.
+                    Text(dataset if place == 0 else ""),
+                    Text(d.short),
                     f"{factor * d.a:.2f}",
                     f"{factor * d.b:.2f}",
                     f"{factor * d.difference:+.2f}",

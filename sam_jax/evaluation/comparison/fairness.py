@@ -11,6 +11,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data.tally import Tally
@@ -135,9 +136,9 @@ class FairnessReport:
         """Prints mean IoU in percent with its interval, a table for each attribute."""
         for attribute, groups in self.groups.items():
             table = Table(
-                title=attribute,
+                # As it stands, and values likewise: they may hold what rich reads as markup.
+                title=Text(attribute, style="bold"),
                 title_justify="left",
-                title_style="bold",
                 box=box.SIMPLE_HEAD,
                 pad_edge=False,
             )
@@ -146,7 +147,7 @@ class FairnessReport:
                 table.add_column(heading, justify="right", no_wrap=True)
             for group in groups:
                 table.add_row(
-                    group.value,
+                    Text(group.value),
                     f"{group.num_masks:,}",
                     f"{group.num_images:,}",
                     *(_shown(group, measure) for measure in self.measures),

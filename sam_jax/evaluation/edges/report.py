@@ -9,6 +9,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data.corruption import NoObjectsError
@@ -71,9 +72,9 @@ class EdgeReport:
         drawn.add_column("suppression")
         for source in self.scores:
             for place, column in enumerate(_COLUMNS):
-                drawn.add_column(
-                    f"{source}\n{column}" if not place else f"\n{column}", justify="right"
-                )
+                # As it stands: the name of a folder may hold what rich reads as markup.
+                heading = Text(f"{'' if place else source}\n{column}")
+                drawn.add_column(heading, justify="right")
         for suppression in next(iter(self.scores.values())):
             found = [self.scores[source][suppression] for source in self.scores]
             drawn.add_row(
