@@ -86,6 +86,26 @@ def test_annotation_ids(write):
         join_attributes(table, RECORDS)
 
 
+def test_annotation_ids_of_files_whose_names_have_folders(write):
+    """A table names the pictures as it likes; which of them is meant the record tells."""
+    records = [
+        record("d", "/data/images/train/a.jpg", 0.1),
+        record("d", "/data/images/val/b.jpg", 0.2),
+        record("d", "/data/images/c.jpg", 0.3),
+    ]
+    numbers = {
+        "train/a.jpg": {"1": 0},
+        "a.jpg": {"9": 0},
+        "val\\b.jpg": {"2": 0},
+        "images/c.jpg": {"3": 0},
+    }
+    table = write("image,annotation_id,g\na.jpg,1,x\nval/b.jpg,2,y\nc.jpg,3,z\n")
+    report, found = means(table, records, numbers)
+    assert report.unmatched.total() == 0
+    expected = {"x": pytest.approx(0.1), "y": pytest.approx(0.2), "z": pytest.approx(0.3)}
+    assert found == {"g": expected}
+
+
 @pytest.mark.parametrize(
     ("sources", "expected"),
     [

@@ -151,6 +151,8 @@ def join_attributes(
         unknown masks.
     """
     examples = _Examples(records)
+    # Names from other systems have backslashes.
+    by_name = numbers and {name.replace("\\", "/"): of for name, of in numbers.items()}
     unmatched = Tally()
     rows: dict[tuple[int, int], AttributeRow] = {}
     for row in table.rows:
@@ -160,7 +162,9 @@ def join_attributes(
             unmatched.add(NO_IMAGE, f"{where}: {row.image}")
             continue
         there = [mask["mask"] for mask in records[example]["masks"]]
-        mask = row.mask if row.annotation_id is None else _number(row, numbers, where)
+        mask = row.mask
+        if row.annotation_id is not None:
+            mask = _number(row.annotation_id, records[example]["image"], by_name, where)
         is_of_all = row.mask is None and row.annotation_id is None
         meant = there if is_of_all else [number for number in there if number == mask]
         if not meant:
@@ -255,15 +259,16 @@ def path_ends(path: str) -> list[str]:
     return list(dict.fromkeys([path, *("/".join(parts[i:]) for i in range(len(parts)))]))
 
 
-def _number(row: AttributeRow, numbers: MaskNumbers | None, where: str) -> int | None:
+def _number(annotation_id: str, image: str, numbers: MaskNumbers | None, where: str) -> int | None:
+    """The number of a mask of a record's image, whose path ends in the annotation file's name."""
     if numbers is None:
         raise ConfigError(
             f"{where}: records number the masks of an image, and do not know annotation ids: name "
             "the annotation file that was evaluated on, or make a column mask"
         )
-    for end in path_ends(row.image):
+    for end in path_ends(image):
         if end in numbers:
-            return numbers[end].get(row.annotation_id or "")
+            return numbers[end].get(annotation_id)
     return None
 
 
