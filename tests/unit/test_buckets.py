@@ -16,6 +16,7 @@ from sam_jax.data.samples import CorruptSampleError
 from sam_jax.data.sources.coco import CocoSource
 from sam_jax.data.sources.images import ImagesSource
 from sam_jax.data.sources.sa1b import Sa1bSource
+from sam_jax.data.truth_digest import truth_digest
 from sam_jax.errors import ConfigError
 from tests.unit.data_fixtures import sa1b_files, sa1b_pair, write_tar
 
@@ -127,6 +128,22 @@ def test_buckets_give_what_disks_give(connection, files: Path, tmp_path: Path) -
     assert coco[0].image == CocoSource(files / "coco" / "instances.json")[0].image
     with pytest.raises(CorruptSampleError, match=r"s3://data/coco/images/two\.jpg"):
         coco[1]
+
+
+def test_truth_has_the_same_digest_in_buckets_and_on_disks(
+    connection, files: Path, tmp_path: Path
+) -> None:
+    for kind, where in (
+        (Sa1bSource, "tars"),
+        (Sa1bSource, "pairs"),
+        (ImagesSource, "tars"),
+        (ImagesSource, "pairs"),
+        (CocoSource, "coco/instances.json"),
+    ):
+        options = {} if kind is CocoSource else {"cache_dir": tmp_path}
+        sources = [kind(place, **options) for place in (files / where, f"s3://data/{where}")]
+        local, remote = (truth_digest(source, range(len(source))) for source in sources)
+        assert local == remote, where
 
 
 def test_indices_of_buckets_lie_in_the_users_cache(connection, tmp_path, monkeypatch) -> None:
