@@ -229,9 +229,7 @@ def test_another_figure_starts_anew(tmp_path: Path) -> None:
 
 def test_the_best_is_no_run_that_goes_on(tmp_path: Path) -> None:
     train(tmp_path, Scores(0.2, 0.5, 0.1), num_steps=3)
-    with pytest.raises(
-        CheckpointError, match=r"best holds weights without .*init_from=.*best to"
-    ):
+    with pytest.raises(CheckpointError, match=r"best holds weights without .*init_from=.*best to"):
         train(tmp_path / "best", Scores(0.2), num_steps=9)
 
 
