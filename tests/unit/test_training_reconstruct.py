@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from configs import common
-from sam_jax.checkpoint import CheckpointConfig, CheckpointError
+from sam_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from sam_jax.data.pipeline import train_iterator
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
@@ -237,7 +237,7 @@ def test_what_a_run_of_pre_training_is_not(run: Run, segment: Any, tmp_path: Pat
         "it trains a masked autoencoder, expected a promptable model"
     ]
     with pytest.raises(CheckpointError, match=r"trains another model(.|\n)*masked autoencoder"):
-        loop._check_workdir(run.folder, 2, segment)
+        loop._check_workdir(run.folder, Checkpointer(run.folder, CheckpointConfig()), segment)
 
 
 def test_a_run_of_another_shape_is_not_continued(run: Run) -> None:
