@@ -134,6 +134,24 @@ def test_labelme_names_pictures_from_the_folder_of_each_file(tmp_path: Path) -> 
     assert names == ["v1/a.png", "v2/a.png", "v2/b.png"]
 
 
+def test_shapes_of_a_group_are_one_object_of_labelmes(tmp_path: Path) -> None:
+    shapes = [
+        {"label": "car", "points": POINTS, "group_id": 1},
+        {"label": "car", "points": OTHER_POINTS, "group_id": 1},
+        {"label": "tree", "points": POINTS, "group_id": 1},
+        {"label": "car", "points": POINTS, "group_id": None},
+        {"label": "car", "points": POINTS},
+    ]
+    save(tmp_path / "a.json", labelme(*shapes))
+    sample = PolygonSource(tmp_path, "labelme", add_images(tmp_path, "a.png"))[0]
+    both, *others = decode_masks(sample, range(len(sample.masks_rle)))
+    assert len(others) == 3
+    first = others[0]
+    assert (both >= first).all()
+    assert both.sum() > first.sum()
+    assert all(np.array_equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("write", [write_via, write_labelme, write_visor, write_woodscape])
 def test_a_missing_picture_is_told_when_it_is_due(
     write: Callable[[Path], PolygonSource], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -41,9 +41,9 @@ def read_polygons(
     Args:
       path: a JSON, or a folder (tree) of them.
       form: what wrote them. ``via``: a project or the annotations of the VGG Image Annotator.
-        ``labelme``: a JSON for each picture, which it names from its own folder. ``visor``: a JSON
-        for each video of EPIC-KITCHENS VISOR. ``woodscape``: a JSON for each picture, of
-        WoodScape's instance annotations.
+        ``labelme``: a JSON for each picture, which it names from its own folder; shapes of one
+        label and group are one object. ``visor``: a JSON for each video of EPIC-KITCHENS VISOR.
+        ``woodscape``: a JSON for each picture, of WoodScape's instance annotations.
       skip_labels: labels of what is no object.
 
     Raises:
@@ -133,10 +133,17 @@ def _labelme(content: Mapping[str, Any], path: PurePath) -> Iterator[_Entry]:
     name = text(content, "imagePath", "the file", "the name of a file")
     hw = image_size(content, "the file", name, ("imageHeight", "imageWidth"))
     objects: list[_Object] = []
+    # Polygons of the objects that are drawn in several, as what is in front cuts them.
+    groups: dict[tuple[str, str], list[Any]] = {}
     for number, shape in enumerate(records(content, "shapes")):
-        is_polygon = shape.get("shape_type") in _LABELME_POLYGONS
-        polygons = [shape.get("points")] if is_polygon else None
-        objects.append((f"shapes[{number}]", str(shape.get("label")), polygons))
+        where, label, group = f"shapes[{number}]", str(shape.get("label")), shape.get("group_id")
+        if shape.get("shape_type") not in _LABELME_POLYGONS:
+            objects.append((where, label, None))
+            continue
+        polygons = [] if group is None else groups.setdefault((label, str(group)), [])
+        polygons.append(shape.get("points"))
+        if len(polygons) == 1:
+            objects.append((where, label, polygons))
     folder = path.parent.as_posix()
     if folder == ".":
         yield ListedImage(name, hw, []), objects
