@@ -89,7 +89,7 @@ def test_shares_that_are_none_are_refused(share: tuple[float, float]) -> None:
 
 def test_a_share_without_an_image_is_refused() -> None:
     config = {"kind": "synthetic", "num_images": 2, "image_size": (32, 32), "share": (0.0, 0.2)}
-    with pytest.raises(ConfigError, match=r"share \(0.0, 0.2\) of 2 images is none"):
+    with pytest.raises(ConfigError, match=r"\(0.0, 0.2\) of 2 images is none: it takes 3 images"):
         build_source(SourceConfig.from_dict(config))
 
 

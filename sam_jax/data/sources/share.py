@@ -1,5 +1,7 @@
 """A share of a source's samples, for data that come without a split."""
 
+import itertools
+
 import numpy as np
 
 from sam_jax.data.samples import Sample
@@ -26,12 +28,13 @@ class ShareSource:
         self.left_out = source.left_out
         self._source = source
         order = np.random.default_rng(len(source)).permutation(len(source))
-        first, last = (round(end * len(source)) for end in share)
+        first, last = _ends(share, len(source))
         self._indices = np.sort(order[first:last])
         if not len(self._indices):
+            enough = next(n for n in itertools.count(len(source)) if np.ptp(_ends(share, n)))
             raise ConfigError(
-                f"{source.name}: the share {share} of {len(source)} images is none: give a larger "
-                "one, or more images"
+                f"{source.name}: the share {share} of {len(source)} images is none: it takes "
+                f"{enough} images at least, or data that are split already, or a larger share"
             )
 
     def __len__(self) -> int:
@@ -57,3 +60,8 @@ class ShareSource:
     def truth(self, index: int) -> bytes:
         """Content as the source has it; raises what that does."""
         return truth_of(self._source, int(self._indices[index]))
+
+
+def _ends(share: tuple[float, float], number: int) -> tuple[int, int]:
+    first, last = share
+    return round(first * number), round(last * number)
