@@ -193,11 +193,10 @@ def annotate_folder(
         path: (target / ANNOTATIONS_FOLDER / path.relative_to(root)).with_suffix(".json")
         for path in pictures
     }
-    left, skipped = _to_do(files, root)
-    num_before, num_masks, num_annotated = len(pictures) - len(left) - len(skipped), 0, 0
+    before, left, skipped = _sorted_out(files, root)
+    num_before, num_masks, num_annotated = len(before), 0, 0
     extras = Extras(target, overlays, label_maps, link_pictures, predictor.in_channels)
-    done = [path for path in pictures if path not in {*left} and is_there(files[path])]
-    num_completed = _complete(extras, {path: files[path] for path in done}, root, skipped)
+    num_completed = _complete(extras, before, root, skipped)
     opened = deque[tuple[Path, np.ndarray]]()
 
     def report(path: Path, count: int | None) -> None:
@@ -259,17 +258,21 @@ def _complete(extras: Extras, files: Mapping[Path, Path], root: Path, skipped: l
     return num_completed
 
 
-def _to_do(files: Mapping[Path, Path], root: Path) -> tuple[list[Path], list[str]]:
-    """The pictures that are not done, and why others cannot be."""
-    left, skipped = [], []
+def _sorted_out(
+    files: Mapping[Path, Path], root: Path
+) -> tuple[dict[Path, Path], list[Path], list[str]]:
+    """Pictures that are done, with their files; those that are not; why others cannot be."""
+    done, left, skipped = {}, [], []
     for path, file in files.items():
         try:
-            if not _is_done(file, path.relative_to(root)):
+            if _is_done(file, path.relative_to(root)):
+                done[path] = file
+            else:
                 _check_not_of_another(file, path, root)
                 left.append(path)
         except OSError as error:
             skipped.append(f"{path}: its masks cannot be in {file}: {error.strerror}")
-    return left, skipped
+    return done, left, skipped
 
 
 def _is_of_one_picture(error: Exception) -> bool:
