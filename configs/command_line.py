@@ -11,9 +11,9 @@ from ml_collections import config_flags
 from sam_jax.errors import readable_errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-# With its value, or with the value as the next argument.
-_FIELD = re.compile(r"--?config\.([\w.]+)(?:=(.*))?", re.DOTALL)
 _NONE = "None"
+_FIELD = re.compile(r"--?config\.([\w.]+)")
+_FIELD_OF_NONE = re.compile(f"{_FIELD.pattern}={_NONE}")
 _set_to_none: list[str] = []
 
 
@@ -24,17 +24,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     Returns:
       The arguments that are no flags.
     """
-    left, arguments = [], iter(argv)
-    for argument in arguments:
-        if (match := _FIELD.fullmatch(argument)) is None:
-            left.append(argument)
-            continue
-        path, value = match.groups()
-        words = [argument] if value is not None else [argument, *[next(arguments, "")]]
-        if (words[-1] if value is None else value) == _NONE:
-            _set_to_none.append(path)
+    left: list[str] = []
+    for argument in argv:
+        # A value may be the next argument.
+        if argument == _NONE and left and _FIELD.fullmatch(left[-1]):
+            argument = f"{left.pop()}={_NONE}"
+        if match := _FIELD_OF_NONE.fullmatch(argument):
+            _set_to_none.append(match[1])
         else:
-            left += words
+            left.append(argument)
     positional: list[str] = app.parse_flags_with_usage(left)
     return positional
 
