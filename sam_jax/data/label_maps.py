@@ -310,10 +310,10 @@ def _soft_edge(
         num_thin >= (1 if is_cut_out else _MIN_BLENDS)
         and num_thin > len(solid_objects) - is_cut_out
     ):
-        thin = ~is_solid[ranks]
-        between = _between(stored.channels, ~thin, stored.labels == stored.background)
+        thin, ground = ~is_solid[ranks], stored.labels == stored.background
+        between = _between(stored.channels, ~thin, ground)
         is_object = np.isin(values, list(solid_objects))[ranks]
-        is_soft = is_cut_out or not _has_hard_outline(is_object, stored.labels == stored.background)
+        is_soft = is_cut_out or not _has_hard_outline(is_object, ground)
         if is_soft and between[thin].mean() >= _BLEND_RATE:
             if len(solid_objects) == 1 and stored.channels.shape[-1] == 1:
                 return solid_objects.pop()

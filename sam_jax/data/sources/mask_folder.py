@@ -78,6 +78,7 @@ class MaskFolderSource:
             folded[stem.casefold()].append(stem)
         # Per image, its files: whether each is a label map.
         found: dict[str, dict[Path, bool]] = collections.defaultdict(dict)
+        label_maps: dict[str, Path] = {}
         num_masks = 0
         for stem, mask in self._files(masks, _MASK_SUFFIXES):
             num_masks += 1
@@ -93,12 +94,8 @@ class MaskFolderSource:
                 self.left_out.add("mask files without an image", str(mask))
                 continue
             is_label_map = stem.casefold() == owner.casefold()
-            others = [file for file, is_other_map in found[owner].items() if is_other_map]
-            if is_label_map and others:
-                raise ConfigError(
-                    f"{others[0]} and {mask} would both be label maps of {images[owner]}, and its "
-                    "objects would count twice: keep one"
-                )
+            if is_label_map:
+                _check_alone(mask, label_maps.setdefault(owner, mask), images[owner])
             found[owner][mask] = is_label_map
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
@@ -175,6 +172,15 @@ class MaskFolderSource:
     def _read(self, is_label_map: Mapping[Path, bool], file: Path) -> LabelMap:
         found = read_label_map(file, self._background, self._ignore_labels, self._orientation)
         return found if is_label_map[file] else as_one_object(found)
+
+
+def _check_alone(label_map: Path, first: Path, image: Path) -> None:
+    """Refuses a second label map of an image."""
+    if label_map != first:
+        raise ConfigError(
+            f"{first} and {label_map} would both be label maps of {image}, and its objects would "
+            "count twice: keep one"
+        )
 
 
 def _owner(stem: str, images: Container[str]) -> str | None:
