@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sam_jax.checkpoint import CHECKPOINTS, CONFIG, DAMAGED, flat_config
 from sam_jax.errors import UserError
 from sam_jax.training.manifest import DATA, PARAMETERS, STARTS
-from sam_jax.training.sinks import METRICS, PICTURES
+from sam_jax.training.sinks import METRICS, PICTURES, object_of
 from sam_jax.training.skipped_steps import SKIPPED_STEPS
 
 _MOST_ROWS = 12
@@ -166,7 +166,7 @@ def _text_of(path: Path, faults: list[str], *, required: bool = True) -> str:
 
 
 def _json_of(path: Path, faults: list[str]) -> dict[str, Any]:
-    found = _object_of(_text_of(path, faults))
+    found = object_of(_text_of(path, faults))
     if found is None:
         faults.append(f"{path.name} is no JSON object")
     return found or {}
@@ -176,22 +176,13 @@ def _lines_of(path: Path, faults: list[str], *, required: bool = True) -> Iterat
     """The objects of a file of JSON lines; what was cut off, as by a kill, is counted."""
     num_bad = 0
     for line in _text_of(path, faults, required=required).splitlines():
-        found = _object_of(line)
+        found = object_of(line)
         if found is None:
             num_bad += 1
         else:
             yield found
     if num_bad:
         faults.append(f"{path.name}: {num_bad} lines are cut off or garbled, and left out")
-
-
-def _object_of(text: str) -> dict[str, Any] | None:
-    """The JSON object of a text, an empty one of none; None if it is something else."""
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def report_html(run: Run) -> str:

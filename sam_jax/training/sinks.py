@@ -82,14 +82,21 @@ def evaluations_of(workdir: Path, step: int) -> set[str]:
     except FileNotFoundError:
         return names
     for line in lines:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue  # of a process that was killed
-        if isinstance(content, dict) and content.get("step") == step:
+        # What a killed process left cut off says nothing.
+        content = object_of(line) or {}
+        if content.get("step") == step:
             paths = [key.split("/") for key in content]
             names |= {path[1] for path in paths if path[0] == EVALUATION and len(path) > 2}
     return names
+
+
+def object_of(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line, an empty one of none; None if it is something else, or cut off."""
+    try:
+        found = json.loads(line or "{}")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class TensorBoardSink:
