@@ -33,8 +33,9 @@ demo: setup ## Train a tiny model on a CPU for some minutes, then evaluate it
 	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo
 	$(BIN)/python eval.py --config configs/demo.py --checkpoint runs/demo
 
+# The programs that tests start are compiled once, not at each start.
 test: lint setup-torch setup-tpu-compiler ## Check style and types, then run every test
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: setup ## Check style, format and types
 	$(BIN)/ruff check

@@ -67,7 +67,7 @@ def _random(template: Any, seed: int) -> dict[str, Any]:
         fan_in = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) == 4 else leaf.shape[0]
         scale = {"kernel": fan_in**-0.5, "bias": 0.2, "scale": 0.2}.get(name, 0.5)
         draw = (name == "scale") + scale * rng.standard_normal(leaf.shape)
-        return jnp.asarray(draw, jnp.float32)
+        return jnp.asarray(draw.astype(np.float32))
 
     found: dict[str, Any] = jax.tree_util.tree_map_with_path(value, template)
     return found

@@ -1,7 +1,10 @@
 """The published PyTorch model: built at any size, given random weights, run on numpy arrays."""
 
+import contextlib
+import ctypes
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,6 +131,27 @@ def native_variables(model: Any, config: SamConfig) -> dict[str, Any]:
     """The same weights for our model."""
     template = variable_shapes(config)
     return jax.tree.map(jax.numpy.asarray, to_native(numpy_state(model), template))
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Has the C library keep what the published code frees until the block ends.
+
+    Its attention weights are hundreds of megabytes a block, which the system would map anew each
+    time: as much work as computing them.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    # Of mallopt(3), with their values by default.
+    mmap_max, trim_threshold = (-4, 65_536), (-1, 128 << 10)
+    library.mallopt(mmap_max[0], 0)
+    library.mallopt(trim_threshold[0], -1)
+    yield
+    library.mallopt(*mmap_max)
+    library.mallopt(*trim_threshold)
+    library.malloc_trim(0)
 
 
 @torch.no_grad()

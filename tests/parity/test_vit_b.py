@@ -44,9 +44,9 @@ def embedded(segment_anything: ModuleType) -> Embedded:
     official.randomize(theirs, seed=0)
     shape = (1, *CONFIG.image_encoder.image_size, 3)
     image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return Embedded(
-        theirs, official.native_variables(theirs, CONFIG), image, official.encode(theirs, image)
-    )
+    with official.kept_memory():
+        embeddings = official.encode(theirs, image)
+    return Embedded(theirs, official.native_variables(theirs, CONFIG), image, embeddings)
 
 
 def test_image_embeddings(embedded: Embedded) -> None:

@@ -51,14 +51,18 @@ def test_encoder(exported: ExportedSam, variables, batch: int) -> None:
 @pytest.mark.parametrize(("b", "p", "n"), [(1, 1, 1), (2, 5, 3)])
 def test_decoder(exported: ExportedSam, variables, b: int, p: int, n: int) -> None:
     rng = np.random.default_rng(0)
-    embeddings = jnp.asarray(rng.standard_normal((b, *TINY.image_encoder.grid, 32)), jnp.float32)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
+
+    embeddings = normal(b, *TINY.image_encoder.grid, 32)
     prompts = Prompts(
-        point_coords=jnp.asarray(rng.uniform(0, 40, (b, p, n, 2)), jnp.float32),
-        point_labels=jnp.asarray(rng.integers(0, 2, (b, p, n)), jnp.int32),
+        point_coords=jnp.asarray(rng.uniform(0, 40, (b, p, n, 2)).astype(np.float32)),
+        point_labels=jnp.asarray(rng.integers(0, 2, (b, p, n)).astype(np.int32)),
         point_valid=jnp.asarray(rng.random((b, p, n)) < 0.7),
-        boxes_xyxy=jnp.asarray(rng.uniform(0, 40, (b, p, 4)), jnp.float32),
+        boxes_xyxy=jnp.asarray(rng.uniform(0, 40, (b, p, 4)).astype(np.float32)),
         box_valid=jnp.asarray(rng.random((b, p)) < 0.5),
-        mask_logits=jnp.asarray(rng.standard_normal((b, p, *MODEL.low_res_size)), jnp.float32),
+        mask_logits=normal(b, p, *MODEL.low_res_size),
         mask_valid=jnp.asarray(rng.random((b, p)) < 0.5),
     )
     found = exported.decode(embeddings, prompts)

@@ -31,7 +31,7 @@ def losses_of(logits, masks, area, config=LossConfig()):
 def random_case(*batch: int, size: tuple[int, int] = (8, 12), seed: int = 0):
     """Logits and masks of one size, and an area of seven columns."""
     rng = np.random.default_rng(seed)
-    logits = jnp.asarray(rng.normal(0, 4, (*batch, *size)), jnp.float32)
+    logits = jnp.asarray(rng.normal(0, 4, (*batch, *size)).astype(np.float32))
     masks = jnp.asarray(rng.random((*batch, *size)) < 0.4)
     area = jnp.broadcast_to(jnp.arange(size[1]) < 7, (batch[0], *size))
     return logits, masks, area
@@ -94,7 +94,7 @@ def test_padding_does_not_count():
 @pytest.mark.parametrize("prompts_per_chunk", [1, 2, 3])
 def test_chunks_change_neither_values_nor_gradients(prompts_per_chunk):
     rng = np.random.default_rng(1)
-    logits = jnp.asarray(rng.normal(size=(2, 6, 3, 4, 8)), jnp.float32)
+    logits = jnp.asarray(rng.normal(size=(2, 6, 3, 4, 8)).astype(np.float32))
     masks = jnp.asarray(rng.random((2, 6, 16, 32)) < 0.5)
     area = jnp.ones((2, 16, 32), bool)
 

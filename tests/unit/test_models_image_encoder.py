@@ -29,7 +29,7 @@ VARIABLES = {"params": PARAMS["image_encoder"]}
 
 def images(b: int, h: int, w: int) -> jax.Array:
     rng = np.random.default_rng([b, h, w])
-    return jnp.asarray(rng.standard_normal((b, h, w, 3)), jnp.float32)
+    return jnp.asarray(rng.standard_normal((b, h, w, 3)).astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_deep_stream_of_half_precision_tokens() -> None:
     )
     rng = np.random.default_rng(0)
     pixels, weights = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        jnp.asarray(rng.standard_normal(shape).astype(np.float32))
         for shape in ((2, 128, 128, 3), (2, 8, 8, 32))
     )
 

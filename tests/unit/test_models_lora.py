@@ -71,7 +71,7 @@ def params() -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def dense(inputs: int, outputs: int) -> dict[str, Any]:
-        kernel = jnp.asarray(rng.standard_normal((inputs, outputs)), jnp.float32)
+        kernel = jnp.asarray(rng.standard_normal((inputs, outputs)).astype(np.float32))
         return {"kernel": kernel, "bias": jnp.ones(outputs, jnp.float32)}
 
     attention = {"qkv": dense(6, 18), "proj": dense(6, 6)}
@@ -102,7 +102,7 @@ def test_a_merged_layer_is_the_layer_with_its_adapter_beside_it(params: dict[str
     adapters["lora"] = jax.tree.map(lambda leaf: leaf + 0.25, adapters["lora"])
     plain = merged(adapters, LORA)
     assert flatten_dict(plain).keys() == flatten_dict(params).keys()
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 6)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32))
     layer = params["image_encoder"]["block_00"]["attn"]["qkv"]
     beside = adapters["lora"]["image_encoder"]["block_00"]["attn"]["qkv"]
     expected = Dense(18).apply({"params": layer}, x) + 6.0 / 2 * (x @ beside["a"]) @ beside["b"]

@@ -20,7 +20,7 @@ PARAMS = random_variables(dataclasses.replace(TINY, mask_decoder=CONFIG))["param
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape).astype(np.float32))
 
 
 SPARSE = SparseEmbeddings(normal(2, 3, 4, DIM), jnp.ones((2, 3, 4), bool))

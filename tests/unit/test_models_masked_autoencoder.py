@@ -35,7 +35,7 @@ def variables() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def images() -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 16, 3)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 16, 3)).astype(np.float32))
 
 
 def masks(seed: int = 0, num_images: int = 2):

@@ -33,7 +33,7 @@ SHALLOW = SamConfig(
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape).astype(np.float32))
 
 
 def every_prompt() -> Prompts:

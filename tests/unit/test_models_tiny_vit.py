@@ -44,7 +44,7 @@ def params() -> dict:
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         scale = max(math.prod(leaf.shape[:-1]), 4) ** -0.5
-        return jnp.asarray(scale * rng.standard_normal(leaf.shape), jnp.float32)
+        return jnp.asarray((scale * rng.standard_normal(leaf.shape)).astype(np.float32))
 
     return jax.tree.map(draw, template)
 

@@ -18,7 +18,7 @@ NUM_IMAGE_TOKENS = 6 * 4
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape).astype(np.float32))
 
 
 def transformer(dropout_rate: float = 0.0) -> TwoWayTransformer:

@@ -119,7 +119,7 @@ def mask_statistic_examples(dtype: Any) -> Examples:
     del dtype
     rng, layout = np.random.default_rng(0), MaskLayout((24, 16), 2)
     height, width = layout.image_size
-    logits = jnp.asarray(rng.normal(0, 4, (2, 1, 1, 96, 64)), jnp.float32)
+    logits = jnp.asarray(rng.normal(0, 4, (2, 1, 1, 96, 64)).astype(np.float32))
     masks = layout.of_masks(jnp.asarray(rng.random((2, 1, height, width)) < 0.4))
     area = layout.area(jnp.array([[height, width - 5], [height - 9, width]]))
     return [((logits, masks, area), {"mask_layout": layout, "alpha": 0.25, "gamma": 1.5})]

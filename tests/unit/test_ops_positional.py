@@ -62,7 +62,7 @@ def test_fourier_features_are_float32_whatever_comes_in() -> None:
 
 
 def test_features_of_a_grid_are_those_of_its_cells() -> None:
-    frequencies = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16)), jnp.float32)
+    frequencies = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32))
     expected = fourier_features(jnp.asarray(grid_coords((5, 9))), frequencies)
     ours = grid_fourier_features((5, 9), frequencies)
     assert ours.shape == (5, 9, 32)

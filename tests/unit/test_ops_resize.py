@@ -17,7 +17,7 @@ def test_enlarging_by_hand() -> None:
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
 def test_enlarging_by_a_whole_factor_is_resizing(scale: int) -> None:
-    maps = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 7)), jnp.float32)
+    maps = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 7)).astype(np.float32))
     expected = resize_bilinear(maps, (5 * scale, 7 * scale))
     np.testing.assert_allclose(enlarge(maps, scale), expected, atol=5e-6)
     broken = enlarge(maps.at[0, 4, 6].set(jnp.inf), scale)

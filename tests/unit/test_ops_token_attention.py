@@ -49,7 +49,7 @@ def definition(
 
 
 def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
 
 
 def random_weights(rng: np.random.Generator, dim: int, inner: int) -> AttentionWeights:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat, whosmat
 
 from sam_jax.arrays import Bool, Shaped, UInt8
 from sam_jax.errors import ConfigError, UserError
@@ -132,6 +131,9 @@ def read_boundaries(path: Path) -> list[Bool[np.ndarray, "h w"]]:
     Raises:
       AnnotationError: it is no such file, is damaged, or holds something else.
     """
+    # Training knows edge evaluation, too, and starts sooner without SciPy.
+    from scipy.io import loadmat, whosmat
+
     try:
         content = loadmat(path, variable_names=[ANNOTATIONS])
         names = [name for name, *_ in whosmat(path)]

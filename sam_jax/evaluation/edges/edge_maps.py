@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.special import expit
 
 from sam_jax.arrays import Float, UInt8
 from sam_jax.errors import ConfigError
@@ -86,6 +85,9 @@ def mask_edges(logits: Float[np.ndarray, "h w"], options: EdgeMapOptions) -> Mas
 
     Source: Kirillov et al. 2023, section D.2; the authors' answer in issue 226 of segment-anything.
     """
+    # Training knows edge evaluation, too, and starts sooner without SciPy.
+    from scipy.special import expit
+
     mask = (logits > 0).view(np.uint8)
     x, y, width, height = cv2.boundingRect(mask)
     if not width:

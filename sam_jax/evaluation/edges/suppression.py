@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 import cv2
 import numpy as np
-from scipy import ndimage
 
 from sam_jax.arrays import Float
 
@@ -45,6 +44,9 @@ class Suppression:
         Args:
           edges: strengths in [0, 1].
         """
+        # Training knows edge evaluation, too, and starts sooner without SciPy.
+        from scipy import ndimage
+
         edges = edges.astype(np.float32)
         if self.blurs:
             edges = cv2.GaussianBlur(edges, (3, 3), 0)
