@@ -33,7 +33,11 @@ from sam_jax.ops.mask_prediction import PREDICT_MASKS, UpscalingWeights
 from sam_jax.ops.mask_statistics import MASK_STATISTICS
 from sam_jax.ops.norm import NormWeights
 from sam_jax.ops.packed_masks import MaskLayout
-from sam_jax.ops.token_attention import IMAGE_TO_TOKEN, TOKEN_TO_IMAGE, AttentionWeights
+from sam_jax.ops.token_attention import (
+    IMAGE_TO_TOKEN_ATTENTION,
+    TOKEN_TO_IMAGE_ATTENTION,
+    AttentionWeights,
+)
 from sam_jax.ops.tpu import mask_statistics as mask_statistics_kernel
 from sam_jax.ops.windows import NORM_PARTITION, UNPARTITION_ADD_NORM
 
@@ -270,7 +274,7 @@ def _token_to_image() -> Case:
         "image_tokens": _of(1, OBJECTS, IMAGE_TOKENS, TOKEN_DIM),
         "image_pe": _of(IMAGE_TOKENS, TOKEN_DIM),
     }
-    return _of_operation(TOKEN_TO_IMAGE, arguments, num_heads=TOKEN_HEADS)
+    return _of_operation(TOKEN_TO_IMAGE_ATTENTION, arguments, num_heads=TOKEN_HEADS)
 
 
 def _image_to_token() -> Case:
@@ -286,7 +290,11 @@ def _image_to_token() -> Case:
         "seeds": _of(1, OBJECTS, dtype=I32),
     }
     return _of_operation(
-        IMAGE_TO_TOKEN, arguments, num_heads=TOKEN_HEADS, dropout_rate=0.1, norm_epsilon=1e-5
+        IMAGE_TO_TOKEN_ATTENTION,
+        arguments,
+        num_heads=TOKEN_HEADS,
+        dropout_rate=0.1,
+        norm_epsilon=1e-5,
     )
 
 

@@ -10,9 +10,9 @@ from sam_jax.ops.dropout import branch_seeds, dropout
 from sam_jax.ops.full_precision import add_shared
 from sam_jax.ops.token_attention import (
     AttentionWeights,
-    attention,
-    image_to_token,
-    token_to_image,
+    image_to_token_attention,
+    token_attention,
+    token_to_image_attention,
 )
 
 _NORM_EPSILON = 1e-5
@@ -90,18 +90,18 @@ class TwoWayAttentionBlock(nn.Module):
         # Self-attention of the tokens.
         weights = AttentionParams(name="self_attn")(dim)
         if self.index == 0:
-            tokens = attention(weights, tokens, tokens, tokens, tokens_valid, num_heads=heads)
+            tokens = token_attention(weights, tokens, tokens, tokens, tokens_valid, num_heads=heads)
             tokens = drop(tokens, "self-attention")
         else:
             q = tokens + token_pe
-            update = attention(weights, q, q, tokens, tokens_valid, num_heads=heads)
+            update = token_attention(weights, q, q, tokens, tokens_valid, num_heads=heads)
             tokens = add_shared(drop(update, "self-attention"), tokens)
         tokens = norm("norm1", tokens)
 
         # Attention of the tokens to the image, whose tokens come back as they are: going through
         # the operation, their gradients are summed there.
         weights = AttentionParams(2, name="cross_attn_token_to_image")(dim)
-        update, image_tokens = token_to_image(
+        update, image_tokens = token_to_image_attention(
             weights, tokens + token_pe, image_tokens, image_pe, num_heads=heads
         )
         tokens = norm("norm2", add_shared(drop(update, "token to image"), tokens))
@@ -111,7 +111,7 @@ class TwoWayAttentionBlock(nn.Module):
         tokens = norm("norm3", add_shared(drop(mlp(tokens), "mlp"), tokens))
 
         # Attention of the image to the tokens.
-        image_tokens = image_to_token(
+        image_tokens = image_to_token_attention(
             AttentionParams(2, name="cross_attn_image_to_token")(dim),
             NormParams(name="norm4")(dim),
             image_tokens,
@@ -174,7 +174,7 @@ class TwoWayTransformer(nn.Module):
                 name=f"layer_{index}",
             )(tokens, image_tokens, token_pe, image_pe, tokens_valid, dropout_seeds)
         weights = AttentionParams(2, name="final_attn_token_to_image")(tokens.shape[-1])
-        update, image_tokens = token_to_image(
+        update, image_tokens = token_to_image_attention(
             weights, tokens + token_pe, image_tokens, image_pe, num_heads=self.num_heads
         )
         seeds = None

@@ -316,7 +316,7 @@ def _examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 GRID_ATTENTION = dispatch.Operation(
-    "attention",
+    "grid_attention",
     [
         dispatch.Form(
             "window_kernel",

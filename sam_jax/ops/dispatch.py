@@ -16,7 +16,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -173,6 +173,7 @@ class Operation:
                     f"{self.name} {implementation!r} cannot do {self._describe(*args, **kwargs)}; "
                     f"{AUTO!r} takes what can"
                 )
+            self._check_named(form, current_target())
             return form
         target = current_target()
         return next(
@@ -191,6 +192,23 @@ class Operation:
         if target.kernels == "none" or target.partitioned or target.platform != "tpu":
             return False
         return target.described or is_trusted(self, form)
+
+    def _check_named(self, form: Form, target: Target) -> None:
+        """Refuses a kernel on a TPU, where "auto" would not take it either.
+
+        Elsewhere kernels that are named are interpreted.
+        """
+        if not form.is_kernel or target.platform != "tpu" or self._fits(form, target):
+            return
+        if target.kernels == "none":
+            why = "kernels are turned off (model.kernels = 'none')"
+        elif target.partitioned:
+            why = "the compiler divides this program over devices, which it cannot do with a kernel"
+        else:
+            why = f"on this device it {_checks[self.name, form.name].outcome}"
+        raise ValueError(
+            f"{self.name} {form.name!r} is a kernel, and {why}; {AUTO!r} takes another"
+        )
 
 
 def _describe_shapes(*args: Any, **kwargs: Any) -> str:
@@ -215,6 +233,16 @@ class Check:
     form: str
     seconds: float
     fault: str | None
+
+    @property
+    def outcome(self) -> str:
+        """The end of a sentence about the kernel."""
+        if self.fault is None:
+            return "agrees with the reference"
+        return f"is not used, the next form is: {self.fault}"
+
+    def __str__(self) -> str:
+        return f"{self.operation}'s {self.form} {self.outcome}"
 
 
 _checks: dict[tuple[str, str], Check] = {}
@@ -260,11 +288,8 @@ def check_kernels(target: Target) -> list[Check]:
 
 
 def _report(check: Check) -> None:
-    what = f"kernel {check.form} of {check.operation}"
-    if check.fault is None:
-        _log.info("%s agrees with the reference (%.1f s)", what, check.seconds)
-    else:
-        _log.warning("%s is not used: %s; the reference is", what, check.fault)
+    level = logging.INFO if check.fault is None else logging.WARNING
+    _log.log(level, "%s (%.1f s)", check, check.seconds)
 
 
 def check_form(operation: Operation, form: Form, *, interpret: Any) -> Check:
@@ -372,15 +397,3 @@ def _outside_of_any_trace(function: Callable[[], Any]) -> Any:
     thread.start()
     thread.join()
     return results[0]
-
-
-@contextlib.contextmanager
-def forgotten_checks() -> Iterator[None]:
-    """A context that starts without any kernel checked, and leaves none behind; for tests."""
-    before = dict(_checks)
-    _checks.clear()
-    try:
-        yield
-    finally:
-        _checks.clear()
-        _checks.update(before)

@@ -7,13 +7,16 @@ makes: whatever many places share, such as a bias, has the sum over these places
 What is written with the functions below is summed in float32 and rounded once.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, DimSize, Float
-from sam_jax.ops.tpu.kernel import SUBLANES, product
+from sam_jax.ops import dispatch
 
 # Precision of float32 products that need all digits, such as those of coordinates. By default a TPU
 # rounds the operands to bfloat16, an NVIDIA GPU to TensorFloat-32 (10 bits of mantissa).
@@ -33,11 +36,7 @@ def add_shared(x: Float[Array, "*shape"], shared: Float[Array, "..."]) -> Float[
 
 
 def add_bias(x: Float[Array, "*batch c"], bias: Float[Array, " c"]) -> Float[Array, "*batch c"]:
-    """``add_shared`` of the bias of a dense layer, whose gradient a TPU takes as a product.
-
-    Of a sum the TPU's compiler makes a pass of its own over the gradient of ``x``, by whose count
-    it takes as long as the layer's product. A CPU takes ten times longer for the product.
-    """
+    """``add_shared`` of the bias of a dense layer, whose gradient is the operation ``sum_rows``."""
     return _add_bias(x, bias)
 
 
@@ -47,21 +46,65 @@ def _add_bias(x, bias):
 
 
 def _add_bias_backward(bias, d_out):
-    rows = d_out.reshape(-1, d_out.shape[-1])
-    total = jax.lax.platform_dependent(rows, tpu=_product_with_ones, default=_sum_of_rows)
+    total = SUM_ROWS(d_out.reshape(-1, d_out.shape[-1]))
     return d_out, total.astype(bias.dtype)
 
 
-def _product_with_ones(rows):
-    # With a single row of ones XLA would turn the product into a sum again.
-    return product(jnp.ones((SUBLANES, rows.shape[0]), rows.dtype), rows, (1, 0))[0]
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
 
 
-def _sum_of_rows(rows):
+def _sum_rows(rows: Float[Array, "n c"]) -> Float[Array, " c"]:
     return jnp.sum(rows, axis=0, dtype=jnp.float32)
 
 
-_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
+def _product_with_ones(rows: Float[Array, "n c"]) -> Float[Array, " c"]:
+    # With a single row of ones XLA would turn the product into a sum again.
+    return product(jnp.ones((8, rows.shape[0]), rows.dtype), rows, (1, 0))[0]
+
+
+def _row_examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    return [((jnp.asarray(np.random.default_rng(0).standard_normal((64, 8)), dtype),), {})]
+
+
+# Of a sum the TPU's compiler makes a pass of its own over the gradient of a layer's output, by its
+# count as long as the layer's product. A CPU takes ten times longer for the product.
+SUM_ROWS = dispatch.Operation(
+    "sum_rows",
+    [
+        dispatch.Form("product", _product_with_ones, platforms=("tpu",)),
+        dispatch.Form("reference", _sum_rows),
+    ],
+    examples=_row_examples,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """A product in float32; ``contracted`` are the axes that are summed over.
+
+    Its gradients are products of operands of the same type.
+    """
+    precisions = jax.lax.Precision
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contracted[0],), (contracted[1],)), ((), ())),
+        # Always given, as JAX's configured default may be one that TPU kernels do not have.
+        precision=precisions.HIGHEST if a.dtype == jnp.float32 else precisions.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _product_backward(contracted, operands, d_out):
+    a, b = operands
+    of_a, of_b = contracted
+    d_out = d_out.astype(a.dtype)
+    d_a = product(d_out, b, (1, 1 - of_b)) if of_a else product(b, d_out, (1 - of_b, 1))
+    d_b = product(d_out, a, (0, 1 - of_a)) if of_b else product(a, d_out, (1 - of_a, 0))
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+product.defvjp(lambda a, b, contracted: (product(a, b, contracted), (a, b)), _product_backward)
 
 
 def multiply(

@@ -12,7 +12,7 @@ from sam_jax.ops import dispatch
 from sam_jax.ops.full_precision import add_shared, broadcast_to
 from sam_jax.ops.linear import dense, patch_conv
 from sam_jax.ops.norm import NormWeights, layer_norm
-from sam_jax.ops.packed_masks import to_subpixels
+from sam_jax.ops.packed_masks import subpixel_kernels, to_subpixels
 from sam_jax.ops.tpu import mask_embedding as kernel
 
 
@@ -22,7 +22,7 @@ class MaskEmbeddingWeights(NamedTuple):
     kernel1: Float[Array, "4 c1"]
     bias1: Float[Array, " c1"]
     norm1: NormWeights
-    kernel2: Float[Array, "4_c1 c2"]
+    kernel2: Float[Array, "4*c1 c2"]
     bias2: Float[Array, " c2"]
     norm2: NormWeights
     kernel3: Float[Array, "c2 d"]
@@ -103,7 +103,7 @@ def _by_subpixel(weights, image, mask_logits, mask_valid, no_mask, *, norm_epsil
         x = x * jax.lax.rsqrt(variance + norm_epsilon) * scale + shift
         return jax.nn.gelu(x.astype(dtype), approximate=False)
 
-    kernel1, kernel2 = (x.astype(dtype) for x in kernel.subpixel_kernels(weights))
+    kernel1, kernel2 = (x.astype(dtype) for x in subpixel_kernels(weights.kernel1, weights.kernel2))
     x = jnp.einsum("bpsn,sqc->bpqcn", to_subpixels(mask_logits).astype(dtype), kernel1)
     x = normalised(x, weights.bias1, weights.norm1)
     x = jnp.einsum("bpqcn,qce->bpen", x, kernel2)
@@ -154,7 +154,7 @@ def _examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 ADD_MASK_EMBEDDINGS = dispatch.Operation(
-    "mask_embedding",
+    "add_mask_embeddings",
     [
         dispatch.Form("kernel", _on_tpu, supports=_kernel_supports, is_kernel=True),
         dispatch.Form("by_subpixel", _by_subpixel),

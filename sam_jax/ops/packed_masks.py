@@ -1,8 +1,8 @@
 """Masks as bits, an integer for each low-resolution pixel; and the order of pixels that suits it.
 
-An image token has 4 x 4 low-resolution pixels, its sub-pixels. Where masks and logits are worked
-with beside the model, they are kept as ``[16, tokens]``: sub-pixels row by row on the first axis,
-image tokens on the last, which fills the lanes of any processor.
+An image token has 4 x 4 low-resolution pixels, its sub-pixels. Masks are kept as ``[16, tokens]``:
+sub-pixels row by row on the first axis, image tokens on the last, which fills the lanes of any
+processor. Logits have the order of the image; operations that work by sub-pixel reorder them.
 
 A packed mask is an integer for each sub-pixel, with a bit for each image pixel of it, row by row
 from the highest: two bytes stand for what would take 16 as booleans, and sums over all pixels of a
@@ -37,6 +37,19 @@ def to_image(
 ) -> Shaped[Array, "*batch lh lw"]:
     """Maps in the order of the image; the inverse of ``to_subpixels``."""
     return rearrange(maps, "... (r c) (h w) -> ... (h r) (w c)", r=SIDE, h=grid[0])
+
+
+def subpixel_kernels(
+    kernel1: Float[Array, "4 c1"], kernel2: Float[Array, "4*c1 c2"]
+) -> tuple[Float[Array, "16 q c1"], Float[Array, "q c1 c2"]]:
+    """Two convolutions with kernel and stride 2, as products of the sub-pixels of an image token.
+
+    The first makes each quarter ``q`` of its own 2 x 2 sub-pixels, with zeros for the others.
+    """
+    kernel = rearrange(kernel1, "(i j) c -> 1 i 1 j 1 1 c", i=2)
+    kernel = kernel * np.eye(4, dtype=kernel.dtype).reshape(2, 1, 2, 1, 2, 2, 1)
+    first = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c")
+    return first, rearrange(kernel2, "(q c) e -> q c e", q=4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Attention among the few tokens of a prompt and the many tokens of an image, three operations.
 
-``attention`` is the definition: project, softmax over keys per head, project back. The other two
-are those of the two-way transformer, between an object's few tokens and its thousands of image
+``token_attention`` is the definition: project, softmax over keys per head, project back. The other
+two are those of the two-way transformer, between an object's few tokens and its thousands of image
 tokens. Where the image tokens are an object's own, its tokens are brought through the image tokens'
 projections instead: for every head, ``(W_q t) . (W_k x) = (W_k^T W_q t) . x`` and
 ``sum_x p_x (W_v x) = W_v (sum_x p_x x)``. That is exact, takes less than half of the arithmetic,
@@ -46,7 +46,7 @@ class AttentionWeights(NamedTuple):
     out_bias: Float[Array, " d"]
 
 
-def attention(
+def token_attention(
     weights: AttentionWeights,
     queries: Float[Array, "b #p s d"],
     keys: Float[Array, "b #p t d"],
@@ -57,7 +57,7 @@ def attention(
     implementation: str = dispatch.AUTO,
 ) -> Float[Array, "b p s d"]:
     """Multi-head attention; logits are float32, keys that are not valid get no weight."""
-    return ATTENTION(
+    return TOKEN_ATTENTION(
         weights,
         queries,
         keys,
@@ -68,7 +68,7 @@ def attention(
     )
 
 
-def token_to_image(
+def token_to_image_attention(
     weights: AttentionWeights,
     tokens: Float[Array, "b #p t d"],
     image_tokens: Float[Array, "b #p k d"],
@@ -80,10 +80,10 @@ def token_to_image(
     """Attention of tokens to the image tokens of their object; and the image tokens.
 
     Keys are image tokens with their positional encoding, which has no gradient, values image tokens
-    alone. What follows
-    should use the image tokens that are returned: a kernel then adds up the gradients of both uses.
+    alone. What follows should use the image tokens that are returned: a kernel then adds up the
+    gradients of both uses.
     """
-    return TOKEN_TO_IMAGE(
+    return TOKEN_TO_IMAGE_ATTENTION(
         weights,
         tokens,
         image_tokens,
@@ -93,7 +93,7 @@ def token_to_image(
     )
 
 
-def image_to_token(
+def image_to_token_attention(
     weights: AttentionWeights,
     norm: NormWeights,
     image_tokens: Float[Array, "b #p k d"],
@@ -121,7 +121,7 @@ def image_to_token(
       norm_epsilon: added to the variance.
       implementation: which form computes it.
     """
-    return IMAGE_TO_TOKEN(
+    return IMAGE_TO_TOKEN_ATTENTION(
         weights,
         norm,
         image_tokens,
@@ -487,11 +487,11 @@ def _image_to_token_examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str
     ]
 
 
-ATTENTION = dispatch.Operation(
+TOKEN_ATTENTION = dispatch.Operation(
     "token_attention",
     [dispatch.Form("ordered", _ordered), dispatch.Form("reference", _attention)],
 )
-TOKEN_TO_IMAGE = dispatch.Operation(
+TOKEN_TO_IMAGE_ATTENTION = dispatch.Operation(
     "token_to_image_attention",
     [
         dispatch.Form(
@@ -507,7 +507,7 @@ TOKEN_TO_IMAGE = dispatch.Operation(
     ],
     examples=_token_to_image_examples,
 )
-IMAGE_TO_TOKEN = dispatch.Operation(
+IMAGE_TO_TOKEN_ATTENTION = dispatch.Operation(
     "image_to_token_attention",
     [
         dispatch.Form(

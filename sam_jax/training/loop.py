@@ -244,10 +244,7 @@ def _introduce(program: CompiledStep, reporter: Reporter) -> None:
         f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
     for check in program.parallel.check_kernels():
-        agrees = (
-            "agrees with the reference" if check.fault is None else f"is not used: {check.fault}"
-        )
-        reporter.say(f"kernel {check.form} of {check.operation} {agrees}")
+        reporter.say(str(check))
 
 
 def _num_parameters(program: CompiledStep) -> str:

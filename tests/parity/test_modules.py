@@ -18,7 +18,7 @@ from sam_jax.models.two_way_transformer import AttentionParams, TwoWayTransforme
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.mask_embedding import embed_masks
 from sam_jax.ops.mask_prediction import predict_masks
-from sam_jax.ops.token_attention import attention
+from sam_jax.ops.token_attention import token_attention
 from tests.golden.tiny import (
     EVERY_COMBINATION,
     TINY,
@@ -157,7 +157,7 @@ def test_decoder_attention(tiny: Pair, name: str) -> None:
     arrays = [jnp.asarray(x)[None] for x in (queries, keys, values)]
     for implementation in ("reference", "ordered"):
         attend = functools.partial(
-            attention, num_heads=DECODER.num_heads, implementation=implementation
+            token_attention, num_heads=DECODER.num_heads, implementation=implementation
         )
         ours = jax.jit(attend)(weights, *arrays)
         official.assert_equal(ours[0], theirs)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -35,9 +35,10 @@ def examples(dtype: Any) -> list[Any]:
 
 
 @pytest.fixture
-def operation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Operation]]:
+def operation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Operation]:
     """Makes operations that are in the table until the test ends, as are checks of them."""
     monkeypatch.setattr(dispatch, "OPERATIONS", {})
+    monkeypatch.setattr(dispatch, "_checks", {})
 
     def made(function: Callable[..., Any] = kernel, **options: Any) -> Operation:
         return Operation(
@@ -53,8 +54,7 @@ def operation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Operati
             examples=examples,
         )
 
-    with dispatch.forgotten_checks():
-        yield made
+    return made
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,22 @@ def test_a_form_can_be_asked_for_whatever_pays(operation: Callable[..., Operatio
     for name in ("kernel", "on_gpu", "fast", "reference"):
         assert made.choose(X, implementation=name).name == name
     assert made.choose(X).name == "fast"
+
+
+@pytest.mark.parametrize(
+    ("target", "function", "why"),
+    [
+        (Target("tpu", kernels="none"), kernel, "kernels are turned off"),
+        (Target("tpu", partitioned=True), kernel, "the compiler divides this program"),
+        (TPU, lambda x, *, interpret: reference(x + 1), "on this device it is not used"),
+    ],
+)
+def test_a_kernel_that_is_asked_for_keeps_to_the_policy(
+    operation: Callable[..., Operation], target: Target, function: Callable[..., Any], why: str
+) -> None:
+    made = operation(function)
+    with tracing_for(target), pytest.raises(ValueError, match=f"'kernel' is a kernel, and {why}"):
+        made(X, implementation="kernel")
 
 
 def test_a_form_that_there_is_not_is_named(operation: Callable[..., Operation]) -> None:
@@ -293,7 +309,7 @@ def test_a_wrong_kernel_is_found_named_and_replaced(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
-        f"kernel kernel of doubling is not used: {check.fault}; the reference is"
+        f"doubling's kernel is not used, the next form is: {check.fault} ({check.seconds:.1f} s)"
     )
 
 
@@ -314,7 +330,7 @@ def test_a_right_kernel_is_trusted_and_checked_once(
     assert check.fault is None
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert "kernel of doubling agrees with the reference" in record.getMessage()
+    assert "doubling's kernel agrees with the reference" in record.getMessage()
     # Both examples in both types, compiled as on a TPU.
     assert {dtype for dtype, _ in calls} == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
     assert len(calls) == 4
@@ -405,4 +421,6 @@ def test_hosts_use_only_what_passed_on_all(
     assert check == Check("doubling", "kernel", check.seconds, "it failed on another host")
     with tracing_for(TPU):
         assert made.choose(X).name == "fast"
-    assert "kernel of doubling is not used: it failed on another host" in caplog.text
+    assert (
+        "doubling's kernel is not used, the next form is: it failed on another host" in caplog.text
+    )

@@ -11,10 +11,10 @@ import pytest
 from sam_jax.ops.norm import NormWeights
 from sam_jax.ops.token_attention import (
     AttentionWeights,
-    attention,
     folding_pays,
-    image_to_token,
-    token_to_image,
+    image_to_token_attention,
+    token_attention,
+    token_to_image_attention,
 )
 
 DIM, HEADS = 16, 4
@@ -94,7 +94,7 @@ def test_attention_by_hand() -> None:
     values = jnp.array([[[[4.0, 0.0], [0.0, 8.0], [1e9, 1e9]]]])
     valid = jnp.array([[[True, True, False]]])
     weights = AttentionWeights(*[eye, zeros] * 4)
-    ours = attention(weights, queries, keys, values, valid, num_heads=1)
+    ours = token_attention(weights, queries, keys, values, valid, num_heads=1)
     np.testing.assert_allclose(ours, [[[[3.0, 2.0]]]], rtol=1e-6)
 
 
@@ -118,7 +118,9 @@ def test_tokens_and_image_tokens_by_definition(
     keys = np.asarray(image_tokens, np.float64) + image_pe
 
     attended, same = jax.jit(
-        functools.partial(token_to_image, num_heads=num_heads, implementation=implementation)
+        functools.partial(
+            token_to_image_attention, num_heads=num_heads, implementation=implementation
+        )
     )(weights, tokens, image_tokens, image_pe)
     expected = definition(weights, tokens, keys, image_tokens, None, num_heads)
     np.testing.assert_allclose(attended, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -126,7 +128,7 @@ def test_tokens_and_image_tokens_by_definition(
 
     norm = NormWeights(normal(rng, dim), normal(rng, dim))
     run = functools.partial(
-        image_to_token,
+        image_to_token_attention,
         num_heads=num_heads,
         dropout_rate=0.1,
         norm_epsilon=1e-5,
@@ -153,7 +155,7 @@ def test_shared_image_tokens_get_the_gradients_of_all_objects(implementation: st
 
     def gradients(implementation: str) -> Any:
         def total(weights: Any, tokens: Any, image_tokens: Any) -> Any:
-            attended, same = token_to_image(
+            attended, same = token_to_image_attention(
                 weights, tokens, image_tokens, image_pe, num_heads=8, implementation=implementation
             )
             return jnp.sum(jnp.sin(attended)) + jnp.sum(jnp.sin(same).mean(axis=1))

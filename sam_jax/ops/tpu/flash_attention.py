@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops.full_precision import multiply
+from sam_jax.ops.full_precision import multiply, product
 from sam_jax.ops.positional import relative_positions
-from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, product
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
 
 # A block of logits of 512 x 512 takes 1 MB, and a handful of its size are alive at once.
 _TOKENS_PER_BLOCK = 512

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from sam_jax.arrays import Array, Float, Int
 from sam_jax.ops.dropout import dropped_out, keep_mask
+from sam_jax.ops.full_precision import product
 from sam_jax.ops.norm import NormWeights
-from sam_jax.ops.tpu.kernel import product
 from sam_jax.ops.tpu.per_token import TokenFunction, per_token
 
 

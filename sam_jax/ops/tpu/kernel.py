@@ -88,35 +88,6 @@ def fused_call(
     )(*leaves)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """A product in float32; ``contracted`` are the axes that are summed over.
-
-    Its gradients are products of operands of the same type.
-    """
-    precisions = jax.lax.Precision
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        # Always given, as JAX's configured default may be a precision that kernels do not have.
-        precision=precisions.HIGHEST if a.dtype == jnp.float32 else precisions.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _product_backward(contracted, operands, d_out):
-    a, b = operands
-    of_a, of_b = contracted
-    d_out = d_out.astype(a.dtype)
-    d_a = product(d_out, b, (1, 1 - of_b)) if of_a else product(b, d_out, (1 - of_b, 1))
-    d_b = product(d_out, a, (0, 1 - of_a)) if of_b else product(a, d_out, (1 - of_a, 0))
-    return d_a.astype(a.dtype), d_b.astype(b.dtype)
-
-
-product.defvjp(lambda a, b, contracted: (product(a, b, contracted), (a, b)), _product_backward)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def kernel_gelu(x: jax.Array, rounded_to: DTypeLike) -> jax.Array:
     """The exact GELU in float32, to 1e-7 of its input; value and slope share what they can.

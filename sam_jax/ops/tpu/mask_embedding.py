@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.experimental import pallas as pl
 
 from sam_jax.arrays import Array, Bool, Float
-from sam_jax.ops.packed_masks import SUBPIXELS
-from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, kernel_gelu, product, tile_size
+from sam_jax.ops.full_precision import product
+from sam_jax.ops.packed_masks import SUBPIXELS, subpixel_kernels
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, kernel_gelu, tile_size
 
 
 def supports(num_tokens: int, dim: int, channels: int) -> bool:
@@ -57,17 +57,6 @@ def add_mask_embeddings(
     return _add(static, matrices, logits.astype(image.dtype), image, valid)
 
 
-def subpixel_kernels(weights: Any) -> tuple[Float[Array, "16 q c"], Float[Array, "q c e"]]:
-    """Both convolutions of a mask as products of the 16 sub-pixels of an image token.
-
-    The first makes each quarter ``q`` of its own 2 x 2 sub-pixels, with zeros for the others.
-    """
-    kernel = rearrange(weights.kernel1, "(i j) c -> 1 i 1 j 1 1 c", i=2)
-    kernel = kernel * np.eye(4, dtype=kernel.dtype).reshape(2, 1, 2, 1, 2, 2, 1)
-    first = rearrange(kernel, "h i w j H W c -> (h i w j) (H W) c")
-    return first, rearrange(weights.kernel2, "(q c) e -> q c e", q=4)
-
-
 def _matrices(weights, dtype):
     """Weights in the form that ``_embed`` takes: three kernels, six columns, and a row."""
     # The mean over channels is linear in the logits, so centred kernels make centred results.
@@ -75,7 +64,11 @@ def _matrices(weights, dtype):
         x - jnp.mean(x, axis=-1, keepdims=True)
         for x in (
             y.astype(jnp.float32)
-            for y in (*subpixel_kernels(weights), weights.bias1, weights.bias2)
+            for y in (
+                *subpixel_kernels(weights.kernel1, weights.kernel2),
+                weights.bias1,
+                weights.bias2,
+            )
         )
     )
     kernel1 = rearrange(kernel1, "s q c -> s (q c)")

@@ -13,9 +13,10 @@ import numpy as np
 from einops import rearrange
 
 from sam_jax.arrays import Array, Float
+from sam_jax.ops.full_precision import product
 from sam_jax.ops.packed_masks import SUBPIXELS
 from sam_jax.ops.remat import worth_keeping
-from sam_jax.ops.tpu.kernel import kernel_gelu, product
+from sam_jax.ops.tpu.kernel import kernel_gelu
 from sam_jax.ops.tpu.per_token import TokenFunction, per_token, supports
 
 __all__ = ["predict_masks", "supports"]

@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float
+from sam_jax.ops.full_precision import product
 from sam_jax.ops.remat import worth_keeping
-from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, product, tile_size
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, tile_size
 from sam_jax.ops.tpu.per_token import each_block, each_object
 
 # Rows of tokens and heads come in whole tiles of half precision.

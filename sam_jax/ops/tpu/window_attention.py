@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops.tpu.kernel import LANES, fused_call, product
+from sam_jax.ops.full_precision import product
+from sam_jax.ops.tpu.kernel import LANES, fused_call
 
 # Relative terms of a window share one tile of lanes: rows have the first half, columns the second.
 # Each half holds the terms' leading digits, then the rest, so a side has a quarter of the lanes.
