@@ -39,8 +39,8 @@ class LossConfig:
         care for the factor, but ``optimizer.clip_norm`` does.
       prompts_per_chunk: objects of a device whose full-resolution logits exist at once. At
         1024 x 1024 one object's three candidates take 12 MB in float32, and several times that in
-        the backward pass. None takes all at once. Kernels for TPUs have no such logits and do not
-        ask.
+        the backward pass. None takes all at once. ``ops.mask_statistics`` says where there are no
+        such logits.
     """
 
     focal_weight: float = 20.0

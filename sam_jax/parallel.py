@@ -27,7 +27,7 @@ from sam_jax.models.mask_decoder import MaskPrediction
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Check, Kernels, Target, check_kernels, tracing_for
 from sam_jax.ops.full_precision import add_bias
-from sam_jax.sharding import path_name
+from sam_jax.sharding import axis_names, path_name
 
 # How an axis of an array is sharded: images over the batch's mesh axes, objects or heads over the
 # tensor axis; None for not at all.
@@ -37,8 +37,8 @@ Spread: TypeAlias = str | None
 _Tree = TypeVar("_Tree")
 
 
-def replicated(tree: _Tree, everywhere: NamedSharding) -> _Tree:
-    """Arrays whole on each of this host's devices.
+def gather_to_all_devices(tree: _Tree, everywhere: NamedSharding) -> _Tree:
+    """Arrays, whole on each of this host's devices.
 
     Where several hosts share an array it is gathered, so all of them must call this.
 
@@ -171,8 +171,8 @@ class Parallel:
         def of_device(params: Any, *arrays: Any) -> Any:
             if shards is None:
                 return function(params, *arrays)
-            with shards.gathered_in_layers():
-                return function(shards.whole_others(params), *arrays)
+            with shards.gathering_in_layers():
+                return function(shards.gather_non_dense(params), *arrays)
 
         specs = PartitionSpec() if param_specs is None else param_specs
         return self.on_each_device(of_device, [specs, *in_specs], out_specs)
@@ -226,10 +226,10 @@ class WeightShards:
         self._parallel = parallel
         leaves = jax.tree.leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
         self._specs: dict[str, PartitionSpec] = {path_name(path): spec for path, spec in leaves}
-        self._is_in_part = False
+        self._is_tensor_parallel = False
 
-    def whole_others(self, params: Any) -> Any:
-        """Parameters, of which those that no dense layer gathers by itself are whole."""
+    def gather_non_dense(self, params: Any) -> Any:
+        """Gathers all parameters but the kernels of dense layers, which gather their own."""
 
         def whole(path: Any, leaf: Array) -> Array:
             name = path_name(path)
@@ -238,8 +238,8 @@ class WeightShards:
 
         return jax.tree_util.tree_map_with_path(whole, params)
 
-    def gathered_in_layers(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which dense layers gather their weights, and blocks have a part of heads."""
+    def gathering_in_layers(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which dense layers gather their weights, and blocks are tensor parallel."""
         return nn.intercept_methods(self._intercept)
 
     def _intercept(self, next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -247,7 +247,7 @@ class WeightShards:
         if context.method_name == "__call__":
             if isinstance(module, Dense):
                 return self._dense(module, *args)
-            is_whole = self._parallel.num_tensor > 1 and not self._is_in_part
+            is_whole = self._parallel.num_tensor > 1 and not self._is_tensor_parallel
             if isinstance(module, EncoderBlock) and is_whole:
                 return self._block(module, *args)
         return next_method(*args, **kwargs)
@@ -260,11 +260,11 @@ class WeightShards:
             num_heads=block.num_heads // num_parts,
             mlp_dim=block.mlp_dim // num_parts,
         )
-        self._is_in_part = True
+        self._is_tensor_parallel = True
         try:
             return part.apply({"params": block.variables["params"]}, *args)
         finally:
-            self._is_in_part = False
+            self._is_tensor_parallel = False
 
     def _dense(self, layer: Dense, x: Array) -> Array:
         """Output of a dense layer, computed from this device's shards of its weights."""
@@ -272,13 +272,16 @@ class WeightShards:
         spec = self._spec_of("/".join((*layer.path, "kernel")))
         # Cast to the computation's type before it is sent between devices.
         kernel, bias = self._gathered(params["kernel"].astype(layer.dtype), spec), params["bias"]
+        of_inputs = axis_names(next(iter(spec), None))
+        is_stored_in_parts = self._parallel.tensor_axis in of_inputs
+        num_inputs = kernel.shape[0] * (self._parallel.num_tensor if is_stored_in_parts else 1)
         if layer.name == "qkv":
-            kernel, bias = (self._own_heads(w, layer.features // 3) for w in (kernel, bias))
-        kernel, bias = (self._own_part(w, layer.features, -1) for w in (kernel, bias))
-        kernel = self._own_part(kernel, x.shape[-1], 0)
+            kernel, bias = (self._local_heads(w, layer.features // 3) for w in (kernel, bias))
+        kernel, bias = (self._local_shard(w, layer.features, -1) for w in (kernel, bias))
+        kernel = self._local_shard(kernel, x.shape[-1], 0)
         y = jnp.matmul(x.astype(layer.dtype), kernel, precision=layer.precision)
-        if self._is_in_part and layer.name in _SUMMED_OVER_PARTS:
-            # Partial sums over each device's own input channels.
+        if x.shape[-1] < num_inputs:
+            # Each device has the products of its own input channels.
             y = jax.lax.psum(y, self._parallel.tensor_axis)
         return add_bias(y, bias)
 
@@ -289,12 +292,12 @@ class WeightShards:
             raise ConfigError(f"sharding.rules split {name} of the encoder's blocks differently")
         return found.pop()
 
-    def _own_heads(self, weight: Array, width: int) -> Array:
-        """This device's heads of packed queries, keys and values."""
+    def _local_heads(self, weight: Array, width: int) -> Array:
+        """This device's heads of a weight with queries, keys and values side by side."""
         packed = rearrange(weight, "... (three e) -> ... three e", three=3)
-        return rearrange(self._own_part(packed, width, -1), "... three e -> ... (three e)")
+        return rearrange(self._local_shard(packed, width, -1), "... three e -> ... (three e)")
 
-    def _own_part(self, weight: Array, size: int, axis: int) -> Array:
+    def _local_shard(self, weight: Array, size: int, axis: int) -> Array:
         """This device's part of an axis, or all of it if that has the size already."""
         if weight.shape[axis] == size:
             return weight
@@ -305,19 +308,9 @@ class WeightShards:
         """A weight from the shards in which the weights' axis stores it."""
         parallel = self._parallel
         for axis, names in enumerate(spec):
-            if parallel.weights_axis in _axes(names) and parallel.num_shards > 1:
+            if parallel.weights_axis in axis_names(names) and parallel.num_shards > 1:
                 return all_gathered(shard, parallel.weights_axis, axis, parallel.reduce_dtype)
         return shard
-
-
-# Layers of a block whose input channels are spread over the devices that share an image.
-_SUMMED_OVER_PARTS = ("proj", "dense_1")
-
-
-def _axes(names: Any) -> tuple[str, ...]:
-    if names is None:
-        return ()
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def all_gathered(shard: Array, mesh_axis: Any, axis: int, reduce_dtype: str | None) -> Array:

@@ -144,7 +144,7 @@ def _spec(name: str, shape: tuple[int, ...], axes: Sequence[Axes], mesh: Mesh | 
         raise ConfigError(f"the sharding rule for {name} {shape} has {len(axes)} dimensions")
     aligned = (None,) * (len(shape) - len(axes)) + tuple(axes)
     for size, of_dimension in zip(shape, aligned, strict=True):
-        names = _names(of_dimension)
+        names = axis_names(of_dimension)
         if unknown := set(names) - set(mesh.shape):
             raise ConfigError(
                 f"the sharding rule for {name} names the mesh axes {sorted(unknown)}; there are "
@@ -157,11 +157,12 @@ def _spec(name: str, shape: tuple[int, ...], axes: Sequence[Axes], mesh: Mesh | 
                 f"{' x '.join(names)}"
             )
     return PartitionSpec(
-        *(axes if isinstance(axes, str) else _names(axes) or None for axes in aligned)
+        *(axes if isinstance(axes, str) else axis_names(axes) or None for axes in aligned)
     )
 
 
-def _names(axes: Axes) -> tuple[str, ...]:
+def axis_names(axes: Axes) -> tuple[str, ...]:
+    """Mesh axes over which a dimension is split."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
@@ -171,7 +172,9 @@ def describe(tree: Any, shardings: Any) -> list[str]:
     """A line for each leaf: path, shape, axes of its dimensions, elements per device."""
 
     def line(path, leaf, sharding):
-        axes = ", ".join("+".join(_names(axis)) or "-" for axis in sharding.spec) or "replicated"
+        axes = (
+            ", ".join("+".join(axis_names(axis)) or "-" for axis in sharding.spec) or "replicated"
+        )
         per_device = math.prod(sharding.shard_shape(leaf.shape))
         return f"{path_name(path)}  {tuple(leaf.shape)}  [{axes}]  {per_device}"
 

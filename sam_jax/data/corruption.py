@@ -20,7 +20,7 @@ _MOST_WITHOUT_USE = 10_000
 
 
 class TooManyCorruptSamplesError(UserError):
-    """So much of the data is unusable that training on the rest is a mistake."""
+    """Too much of the data is unusable: training on the rest would be a mistake."""
 
 
 class NoObjectsError(UserError):

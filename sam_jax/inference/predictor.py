@@ -28,7 +28,7 @@ from sam_jax.models.prompt_encoder import FOREGROUND, Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import RGB, ImageChannels, normalize_images
-from sam_jax.parallel import BATCH, Parallel, replicated
+from sam_jax.parallel import BATCH, Parallel, gather_to_all_devices
 from sam_jax.weights.load import load
 
 
@@ -187,7 +187,7 @@ class Predictor:
         parallel = Parallel(mesh, ("image",), kernels=kernels)
         self._model = model
         self._encode_images = parallel.encode(model)
-        self._variables = replicated(dict(variables), self._everywhere)
+        self._variables = gather_to_all_devices(dict(variables), self._everywhere)
         self._buckets = buckets or Buckets()
         self._encode = jax.jit(self._encode_on_device)
         everywhere, by_image = PartitionSpec(), parallel.spec(BATCH)
@@ -226,7 +226,7 @@ class Predictor:
           variables: see ``Predictor``.
         """
         other = copy.copy(self)
-        other._variables = replicated(dict(variables), self._everywhere)
+        other._variables = gather_to_all_devices(dict(variables), self._everywhere)
         return other
 
     @property

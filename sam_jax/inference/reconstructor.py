@@ -13,7 +13,7 @@ from sam_jax.inference.predictor import fingerprint_of
 from sam_jax.models.masked_autoencoder import MaskedAutoencoder, blanked
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import ImageChannels, as_pixels, normalize_whole_images
-from sam_jax.parallel import BATCH, Parallel, replicated
+from sam_jax.parallel import BATCH, Parallel, gather_to_all_devices
 
 
 class Reconstructions:
@@ -68,7 +68,7 @@ class Reconstructor:
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._model = model
-        self._variables = replicated(dict(variables), self._everywhere)
+        self._variables = gather_to_all_devices(dict(variables), self._everywhere)
         self._images_per_call = images_per_device * mesh.size
         parallel = Parallel(mesh, ("image",), kernels=kernels)
         by_image = parallel.spec(BATCH)
@@ -81,7 +81,7 @@ class Reconstructor:
     def with_variables(self, variables: Mapping[str, Any]) -> "Reconstructor":
         """The reconstructor with other variables; both share what was compiled."""
         other = copy.copy(self)
-        other._variables = replicated(dict(variables), self._everywhere)
+        other._variables = gather_to_all_devices(dict(variables), self._everywhere)
         return other
 
     @property

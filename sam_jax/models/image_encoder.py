@@ -138,6 +138,14 @@ class RelativePositionAttention(nn.Module):
 class EncoderBlock(nn.Module):
     """One transformer block: attention in windows, then an MLP, each normalised before it.
 
+    ::
+
+        tokens += unpartition(attn(partition(norm1(tokens))))
+        tokens += mlp(norm2(tokens))
+
+    Norms are taken together with what surrounds them, ``norm_partition`` and
+    ``unpartition_add_norm``: all of it reads and writes tokens and computes next to nothing.
+
     Attributes:
       num_heads, head_dim: of the attention.
       mlp_dim: hidden width of the MLP.
@@ -241,7 +249,8 @@ class ImageEncoderViT(nn.Module):
       remat: see ``layers.remat_block``.
       scan: whether consecutive blocks of the same kind run as one loop over their stacked
         parameters. It compiles several times faster; each step copies its weights once more. The
-        parameters' tree is the same.
+        parameters' tree is the same, but linen's ``capture_intermediates`` does not see inside of
+        a loop.
       implementation: see ``ops.attention.grid_attention``.
       dtype: type of the computation; parameters are float32.
 

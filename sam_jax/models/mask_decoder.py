@@ -228,7 +228,7 @@ class ConvTransposeParams(nn.Module):
 
 
 class _KernelParam(nn.Module):
-    """A level of its own in the parameters' tree."""
+    """The kernel of a transposed convolution, at ``conv/kernel`` in the parameters' tree."""
 
     channels: int
 

@@ -150,6 +150,7 @@ class PromptEncoder(nn.Module):
 
         The axis of objects has size 1 where no object has a mask, so that nothing is copied.
         """
+        # Also without a mask: a module's parameters are made where it is first called.
         weights = self.mask_downscaling()
         image_embeddings = image_embeddings.astype(self.dtype)
         if prompts.mask_logits is None:

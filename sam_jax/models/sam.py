@@ -145,7 +145,7 @@ class Sam(nn.Module):
           dropout_seeds: of each object, in training; None for no dropout.
         """
         return self.mask_decoder(
-            *self._embedded(image_embeddings, prompts),
+            **self._decoder_inputs(image_embeddings, prompts),
             multimask_output=multimask_output,
             dropout_seeds=dropout_seeds,
         )
@@ -158,8 +158,9 @@ class Sam(nn.Module):
         multimask_output: bool,
     ) -> TransformerOutput:
         """The first part of ``decode``, which tells how good the masks would be."""
-        embedded = self._embedded(image_embeddings, prompts)
-        return self.mask_decoder.run_transformer(*embedded, multimask_output=multimask_output)
+        return self.mask_decoder.run_transformer(
+            **self._decoder_inputs(image_embeddings, prompts), multimask_output=multimask_output
+        )
 
     def predict_masks(
         self, output: TransformerOutput, *, multimask_output: bool
@@ -167,16 +168,18 @@ class Sam(nn.Module):
         """The second part of ``decode``: low-resolution logits, for those worth the work."""
         return self.mask_decoder.predict_masks(output, multimask_output=multimask_output)
 
-    def _embedded(self, image_embeddings: Array, prompts: Prompts) -> tuple[Array, Array, Any]:
-        """Image embeddings with the dense prompt embeddings, their encoding, sparse embeddings."""
+    def _decoder_inputs(self, image_embeddings: Array, prompts: Prompts) -> dict[str, Any]:
+        """Arguments of the mask decoder, by name, for prompted objects of embedded images."""
         b, gh, gw, _ = image_embeddings.shape
         patch, encoder = self.config.image_encoder.patch_size, self.prompt_encoder
         image_size = gh * patch, gw * patch
-        return (
-            encoder.add_dense_prompt_embeddings(image_embeddings, prompts),
-            encoder.image_pe((gh, gw)),
-            encoder.sparse_prompt_embeddings(prompts, image_size, num_images=b),
-        )
+        return {
+            "image_embeddings": encoder.add_dense_prompt_embeddings(image_embeddings, prompts),
+            "image_pe": encoder.image_pe((gh, gw)),
+            "sparse_prompt_embeddings": encoder.sparse_prompt_embeddings(
+                prompts, image_size, num_images=b
+            ),
+        }
 
     def __call__(
         self, images: Float[Array, "b h w c"], prompts: Prompts, *, multimask_output: bool

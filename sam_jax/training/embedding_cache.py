@@ -29,7 +29,7 @@ from sam_jax.data.windows import LazyImage
 from sam_jax.models.sam import Sam
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.ops.images import RGB, normalize_images
-from sam_jax.parallel import Parallel, replicated
+from sam_jax.parallel import Parallel, gather_to_all_devices
 from sam_jax.weights.files import failing_as_os_error, written_whole
 
 FIELD = "image_embeddings"
@@ -195,7 +195,7 @@ class EmbeddingStage:
           PlaceError, WeightsError: if they cannot be kept.
         """
         params = jax.device_get(
-            replicated({_ENCODER: variables["params"][_ENCODER]}, self._everywhere)
+            gather_to_all_devices({_ENCODER: variables["params"][_ENCODER]}, self._everywhere)
         )
         encoder = self._model.config.image_encoder
         cache = EmbeddingCache(

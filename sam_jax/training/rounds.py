@@ -86,9 +86,8 @@ def run_rounds(
       mask_layout: of the packed masks.
       prompt_config: how the user behaves.
       loss_config: what the losses weigh.
-      remat: whether each round is computed again in the backward pass: without, the memory of
-        all rounds is needed at once, and the step is about a fifth faster on a CPU. It is slower
-        on a TPU by its compiler's count, where keeping takes longer than computing again.
+      remat: whether each round is computed again in the backward pass; without, the memory of
+        all rounds is needed at once. docs/architecture.md says what it gains where.
 
     Source: Kirillov et al. 2023, appendix A, "Training algorithm".
     """

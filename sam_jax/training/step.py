@@ -157,7 +157,7 @@ def _accumulate(part_gradients, batch: Fields, key: Array, num_parts: int):
 
 
 def parts_of(batch: Fields, num_parts: int) -> dict[str, Array]:
-    """The parts in which a batch is computed, on a new first axis: every so-manieth image."""
+    """The parts in which a batch is computed, on a new first axis; each has every n-th image."""
     return jax.tree.map(
         lambda x: rearrange(x, "(n parts) ... -> parts n ...", parts=num_parts), dict(batch)
     )

@@ -316,7 +316,7 @@ def vit_variant(embed_dim: int, depth: int) -> SamConfig | None:
 
 
 def differences(found: SamConfig, expected: SamConfig) -> list[str]:
-    """In what two shapes differ, but for the size of images and what acts in training only."""
+    """Differences of two shapes, but for the size of images and what acts in training only."""
     kinds = [
         "a TinyViT" if isinstance(config.image_encoder, TinyViTConfig) else "a ViT"
         for config in (found, expected)
@@ -346,7 +346,7 @@ def differences(found: SamConfig, expected: SamConfig) -> list[str]:
 
 
 def channel_differences(found: ImageChannels, expected: ImageChannels) -> list[str]:
-    """In what the channels of two models' images differ, a line each."""
+    """Differences of the channels of two models' images, a line each."""
     if found.in_chans != expected.in_chans:
         ours, theirs = (
             "None (8-bit RGB)" if channels.in_chans is None else channels.in_chans

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sam_jax"
-QUESTIONS = {"How", "Of", "What", "When", "Where", "Whether", "Which", "Why"}
+QUESTIONS = {"How", "In", "Of", "So", "What", "When", "Where", "Whether", "Which", "Why"}
 
 
 def questions(source: str) -> Iterator[str]:
