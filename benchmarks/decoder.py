@@ -14,8 +14,9 @@ from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like, random_prompts
 from benchmarks.timing import Timing, compile_for, time_compiled
 from sam_jax import flop_counts
+from sam_jax.model_config import ModelConfig, build_model
 from sam_jax.models.sam import Sam, init_variables
-from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
+from sam_jax.models.variants import VARIANTS
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

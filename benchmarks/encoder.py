@@ -15,9 +15,10 @@ from benchmarks import limits, peer, report
 from benchmarks.random_inputs import random_like
 from benchmarks.timing import Timing, compile_for, time_compiled
 from sam_jax import flop_counts
+from sam_jax.model_config import ModelConfig
 from sam_jax.models.layers import Remat
 from sam_jax.models.sam import Sam, SamConfig
-from sam_jax.models.variants import VARIANTS, ModelConfig
+from sam_jax.models.variants import VARIANTS
 from sam_jax.ops.attention import Implementation
 
 

@@ -30,8 +30,9 @@ from sam_jax.data.sources.synthetic import SyntheticSource
 from sam_jax.inference.automatic import SA1B_OPTIONS, AutomaticOptions, generate_masks
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
+from sam_jax.model_config import ModelConfig, build_model
 from sam_jax.models.sam import init_variables
-from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
+from sam_jax.models.variants import VARIANTS
 from sam_jax.weights.load import load
 
 # Beyond this, two scores or boxes are not the same.

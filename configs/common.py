@@ -11,9 +11,9 @@ from sam_jax.checkpoint import CheckpointConfig
 from sam_jax.data.config import OF_THE_MODEL, DataConfig
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
 from sam_jax.losses import LossConfig
+from sam_jax.model_config import ModelConfig
 from sam_jax.models.lora import LoraConfig
 from sam_jax.models.masked_autoencoder import AutoencoderConfig
-from sam_jax.models.variants import ModelConfig
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.experiment import TrainConfig

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from configs import common, mobile_sam
 from sam_jax.errors import ConfigError
+from sam_jax.model_config import model_config_of
 from sam_jax.models.tiny_vit import TinyViTConfig
-from sam_jax.models.variants import model_config_of
 from sam_jax.weights.load import shape_of
 
 # Of data that come without a split, what is trained on; the rest is evaluated on.

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from sam_jax.inference.automatic import AutomaticOptions, generate_masks
     from sam_jax.inference.predictor import Predictor
     from sam_jax.inference.prompts import Prompt
+    from sam_jax.model_config import ModelConfig, build_model
     from sam_jax.models.prompt_encoder import Prompts
     from sam_jax.models.sam import Sam
-    from sam_jax.models.variants import ModelConfig, build_model
     from sam_jax.ops.images import normalize_images
     from sam_jax.weights.load import load
 
@@ -28,12 +28,12 @@ __all__ = [
 
 _HOMES = {
     "AutomaticOptions": "inference.automatic",
-    "ModelConfig": "models.variants",
+    "ModelConfig": "model_config",
     "Predictor": "inference.predictor",
     "Prompt": "inference.prompts",
     "Prompts": "models.prompt_encoder",
     "Sam": "models.sam",
-    "build_model": "models.variants",
+    "build_model": "model_config",
     "generate_masks": "inference.automatic",
     "load": "weights.load",
     "normalize_images": "ops.images",

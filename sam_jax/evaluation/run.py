@@ -21,9 +21,9 @@ from sam_jax.evaluation.records import Records, RecordsInFolder, RecordsInMemory
 from sam_jax.evaluation.results import REPORT_NAME
 from sam_jax.inference.predictor import Predictor
 from sam_jax.inference.reconstructor import Reconstructor
+from sam_jax.model_config import ModelConfig, build_autoencoder, build_model
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam
-from sam_jax.models.variants import ModelConfig, build_autoencoder, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.weights.files import written_whole
 from sam_jax.weights.load import (

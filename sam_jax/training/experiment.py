@@ -15,10 +15,10 @@ from sam_jax.data.config import DataConfig
 from sam_jax.data.pipeline import TrainIterator, train_iterator
 from sam_jax.errors import ConfigError
 from sam_jax.losses import LossConfig
+from sam_jax.model_config import ModelConfig, build_autoencoder, build_model
 from sam_jax.models.lora import ADAPTERS, LoraConfig
 from sam_jax.models.masked_autoencoder import AutoencoderConfig
 from sam_jax.models.sam import SamConfig
-from sam_jax.models.variants import ModelConfig, build_autoencoder, build_model
 from sam_jax.ops.dispatch import Kernels
 from sam_jax.sharding import ShardingConfig
 from sam_jax.simulated_user import PromptConfig

@@ -21,13 +21,11 @@ from sam_jax.checkpoint import (
     save_config,
     save_variables,
 )
+from sam_jax.model_config import model_config_of
 from sam_jax.models.lora import merged_variables
 from sam_jax.models.masked_autoencoder import MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
-from sam_jax.models.variants import (
-    model_config_of,
-)
 from sam_jax.ops.images import RGB, ImageChannels
 from sam_jax.ops.resize import resize_positions
 from sam_jax.weights.adapters import Adapters, merged_with, read_adapters

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from sam_jax.checkpoint import CONFIG
 from sam_jax.configuration import from_mapping
 from sam_jax.errors import ConfigError
+from sam_jax.model_config import ModelConfig, build_autoencoder, build_model
 from sam_jax.models.lora import ADAPTERS, LoraConfig
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig
-from sam_jax.models.variants import ModelConfig, build_autoencoder, build_model
 from sam_jax.weights.files import WeightsError
 from sam_jax.weights.geometry import channel_differences, differences
 

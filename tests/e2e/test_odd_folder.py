@@ -19,7 +19,7 @@ from sam_jax.data.pipeline import DataConfig, train_iterator
 from sam_jax.evaluation.prompted import EvalConfig, PromptedMasks
 from sam_jax.evaluation.report import DatasetReport
 from sam_jax.evaluation.run import Evaluator
-from sam_jax.models.variants import ModelConfig, build_model
+from sam_jax.model_config import ModelConfig, build_model
 from sam_jax.weights.load import save, variables_for
 from tests.e2e import programs, tiny_run
 from tests.e2e.test_pictures import oddities

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from sam_jax.configuration import from_mapping
 from sam_jax.evaluation.kinds import DEFAULT_KIND, KINDS
+from sam_jax.model_config import ModelConfig
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
-from sam_jax.models.variants import ModelConfig
 from sam_jax.parallel import Parallel
 from sam_jax.sharding import MESH_AXES, ShardingConfig, tree_shardings
 from sam_jax.simulated_user import PromptConfig

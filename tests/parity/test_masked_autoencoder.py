@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam_jax.model_config import ModelConfig, build_autoencoder
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.masked_autoencoder import (
     AutoencoderConfig,
     MaskedAutoencoder,
     init_variables,
 )
-from sam_jax.models.variants import ModelConfig, build_autoencoder
 from sam_jax.ops.positional import sincos_positions
 from sam_jax.weights.mae import mae_tensors
 from tests.golden.tiny import random_autoencoder

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks import published
 from sam_jax.export.onnx import export_onnx
+from sam_jax.model_config import ModelConfig
 from sam_jax.models.sam import Sam, SamConfig, init_variables
-from sam_jax.models.variants import VARIANTS, ModelConfig
+from sam_jax.models.variants import VARIANTS
 from sam_jax.weights.load import describe, load, save
 from sam_jax.weights.mobile_sam import is_left_out
 from sam_jax.weights.names import from_native, to_native

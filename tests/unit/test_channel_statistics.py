@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sam_jax.channel_statistics import ChannelTotals, image_files
 from sam_jax.cli import app
 from sam_jax.errors import ConfigError
-from sam_jax.models.variants import ModelConfig
+from sam_jax.model_config import ModelConfig
 from sam_jax.training.experiment import read_config
 from tests.unit.data_fixtures import encode_image
 

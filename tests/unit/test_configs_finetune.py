@@ -14,7 +14,7 @@ from configs.finetune_recipe import split_of
 from sam_jax.checkpoint import CHECKPOINTS, save_config
 from sam_jax.data.config import SourceConfig, build_source
 from sam_jax.errors import ConfigError
-from sam_jax.models.variants import model_config_of
+from sam_jax.model_config import model_config_of
 from sam_jax.training.experiment import Experiment, read_config
 from tests.golden.tiny import TINY
 

@@ -8,6 +8,7 @@ import pytest
 
 from sam_jax.errors import ConfigError
 from sam_jax.flop_counts import autoencoder_flops
+from sam_jax.model_config import ModelConfig, build_autoencoder
 from sam_jax.models.image_encoder import ImageEncoderConfig
 from sam_jax.models.masked_autoencoder import (
     AutoencoderConfig,
@@ -18,7 +19,6 @@ from sam_jax.models.masked_autoencoder import (
     random_masking,
     unpatchify,
 )
-from sam_jax.models.variants import ModelConfig, build_autoencoder
 from tests.golden.tiny import random_autoencoder
 
 # Not square: 3 x 4 patches, of which 3 are seen.

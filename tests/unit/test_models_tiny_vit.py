@@ -13,9 +13,10 @@ from jax.extend.core import JaxprEqn
 
 from sam_jax.errors import ConfigError
 from sam_jax.flop_counts import encoder_flops
+from sam_jax.model_config import ModelConfig, build_model, model_config_of
 from sam_jax.models.sam import Sam, init_variables
 from sam_jax.models.tiny_vit import TinyViT, TinyViTConfig
-from sam_jax.models.variants import VARIANTS, ModelConfig, build_model, model_config_of
+from sam_jax.models.variants import VARIANTS
 from sam_jax.ops.bias_attention import bias_attention, biases_of_pairs
 from sam_jax.ops.convolution import conv, depthwise_conv
 from sam_jax.ops.dispatch import Target, tracing_for

@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 
 from sam_jax import flop_counts
 from sam_jax.configuration import from_mapping
+from sam_jax.model_config import ModelConfig, build_model, model_config_of
 from sam_jax.models.masked_autoencoder import AutoencoderConfig, MaskedAutoencoder
 from sam_jax.models.sam import Sam, SamConfig
-from sam_jax.models.variants import ModelConfig, build_model, model_config_of
 from sam_jax.ops.images import RGB, ImageChannels, as_pixels, normalize_images
 from sam_jax.weights.files import WeightsError, read_tensors, write_safetensors
 from sam_jax.weights.geometry import variant_name

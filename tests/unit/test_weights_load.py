@@ -12,9 +12,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sam_jax.checkpoint import CheckpointError
+from sam_jax.model_config import build_model, model_config_of
 from sam_jax.models.sam import Sam, SamConfig, init_variables, variable_shapes
 from sam_jax.models.tiny_vit import TinyViTConfig
-from sam_jax.models.variants import VARIANTS, build_model, model_config_of
+from sam_jax.models.variants import VARIANTS
 from sam_jax.weights import files, geometry
 from sam_jax.weights import load as checkpoints
 from sam_jax.weights.files import WeightsError, write_safetensors
@@ -85,7 +86,7 @@ def test_variants_are_recognised_at_any_size(name: str) -> None:
 def test_a_config_of_a_shape_builds_that_shape(config: SamConfig) -> None:
     through_json = json.loads(json.dumps(dataclasses.asdict(model_config_of(config))))
     from sam_jax.configuration import from_mapping
-    from sam_jax.models.variants import ModelConfig
+    from sam_jax.model_config import ModelConfig
 
     again = build_model(from_mapping(ModelConfig, through_json, "model")).config
     assert dataclasses.asdict(again) == dataclasses.asdict(config)

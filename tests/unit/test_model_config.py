@@ -1,4 +1,4 @@
-"""The variants: published shapes, and configs that change them."""
+"""The model section: published shapes, and configs that change them."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from sam_jax.errors import ConfigError
-from sam_jax.models.variants import VARIANTS, ModelConfig, build_model
+from sam_jax.model_config import ModelConfig, build_model
+from sam_jax.models.variants import VARIANTS
 
 # (width, depth, heads, global blocks), as the published code builds them
 PUBLISHED = {
