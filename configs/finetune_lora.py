@@ -24,5 +24,7 @@ def get_config(argument: str = "") -> ConfigDict:
         peak_learning_rate=2e-4,
     )
     config.lora.rank = 8
+    # Adapters of all blocks start from no change: the first has no more to lose than the last.
+    config.optimizer.layer_decay = 1.0
     config.data.scale_jitter = (0.75, 1.5)
     return config
