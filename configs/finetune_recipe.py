@@ -1,12 +1,12 @@
 """Fine-tuning trained weights on a data set of one's own, whatever is trained of them."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common, mobile_sam
+from sam_jax.buckets import DataPath, data_path
 from sam_jax.errors import ConfigError
 from sam_jax.models.tiny_vit import TinyViTConfig
 from sam_jax.models.variants import model_config_of
@@ -31,7 +31,7 @@ def finetune_config(
       trainable: see ``train.trainable``.
       peak_learning_rate: after warm-up.
     """
-    data, _, weights = argument.partition(":")
+    data, weights = common.split_argument(argument)
     if not data or not weights:
         raise ConfigError(
             f"{config_file} takes data and weights: --config {config_file}:DATA:WEIGHTS. DATA is "
@@ -104,7 +104,7 @@ def split_of(data: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ConfigError: if there is nothing of these forms.
     """
-    path = Path(data)
+    path = data_path(data)
     if (path / "train.json").is_file():
         path = path / "train.json"
     if path.is_file() and path.suffix == ".json":
@@ -119,7 +119,7 @@ def split_of(data: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise ConfigError(f"{data} is no data to train on: expected {_FORMS}")
 
 
-def _coco(path: Path) -> dict[str, Any]:
+def _coco(path: DataPath) -> dict[str, Any]:
     images = path.parent / "images"
     return {
         "kind": "coco",
@@ -128,7 +128,7 @@ def _coco(path: Path) -> dict[str, Any]:
     }
 
 
-def _masks(folder: Path) -> dict[str, Any]:
+def _masks(folder: DataPath) -> dict[str, Any]:
     return {
         "kind": "mask_folder",
         "path": str(folder / "images"),

@@ -2,8 +2,8 @@
 
 python train.py --config configs/sam_vit_b.py:'TARS' --workdir DIR --distributed
 
-TARS is a glob of SA-1B's tars, as in 'gs://bucket/sa_*.tar' mounted as files. Not run here at full
-size: this file states the recipe, tests check that it builds.
+TARS is a glob of SA-1B's tars, on a disk or in a bucket: 'gs://bucket/sa_*.tar'. Not run here at
+full size: this file states the recipe, tests check that it builds.
 """
 
 from ml_collections import ConfigDict

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam_jax import places
 from sam_jax.arrays import Array
+from sam_jax.buckets import is_url
 from sam_jax.checkpoint import (
     CHECKPOINTS,
     checkpoint_path,
@@ -401,6 +402,8 @@ def _open(
 
     See ``open_weights``.
     """
+    if is_url(path_or_name):
+        raise WeightsError(f"{path_or_name}: weights are read from disks only; copy them to one")
     path = Path(path_or_name)
     if not path.exists():
         path = _download(str(path_or_name))

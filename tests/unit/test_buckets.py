@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import object_store, storage
+from configs import eval_clicks, finetune_recipe, small_coco
 from sam_jax import buckets
 from sam_jax.buckets import BucketError, BucketPath, UnreachableBucketError, data_path
 from sam_jax.data import DataConfig, SourceConfig, build_source, train_iterator
@@ -128,6 +129,28 @@ def test_buckets_give_what_disks_give(connection, files: Path, tmp_path: Path) -
     assert coco[0].image == CocoSource(files / "coco" / "instances.json")[0].image
     with pytest.raises(CorruptSampleError, match=r"s3://data/coco/images/two\.jpg"):
         coco[1]
+
+
+def test_configs_take_data_in_buckets(connection, files: Path) -> None:
+    local = files / "coco" / "instances.json"
+    object_store.fill(
+        "mine",
+        {
+            "birds/train.json": local,
+            "birds/val.json": local,
+            "birds/images/One.jpg": files / "coco" / "images" / "One.jpg",
+        },
+    )
+    splits = finetune_recipe.split_of("s3://mine/birds")
+    for split, source in zip(("train", "val"), splits, strict=True):
+        assert source["path"] == f"s3://mine/birds/{split}.json"
+        assert source["images"] == "s3://mine/birds/images"
+        (other,) = small_coco.sources("s3://mine", split, "configs/small_coco.py")
+        assert other == source | {"name": "birds"}
+    opened = build_source(SourceConfig.from_dict(splits[0]))
+    assert opened[0].image == CocoSource(local)[0].image
+    clicks = eval_clicks.get_config("s3://mine:birds").evals.clicks.sources
+    assert [source["path"] for source in clicks] == ["s3://mine/birds/val.json"]
 
 
 def test_truth_has_the_same_digest_in_buckets_and_on_disks(
