@@ -1,4 +1,7 @@
-"""Fine-tuning trained weights on a data set of one's own, whatever is trained of them."""
+"""Fine-tuning trained weights on a data set of one's own, whatever is trained of them.
+
+No publication has figures for that: each is decided here, and tried as docs/finetuning.md says.
+"""
 
 import dataclasses
 from typing import Any
@@ -41,15 +44,19 @@ def finetune_config(
     shape = shape_of(weights)
     config = common.base_config()
     config.model = dataclasses.asdict(model_config_of(shape))
+    # Dropped units and paths cost more steps than a run of some hundred has.
     config.model.decoder.dropout_rate = 0.0
     config.model.drop_path_rate = 0.0
     if not isinstance(shape.image_encoder, TinyViTConfig):
         config.model.encoder.drop_path_rate = 0.0
     config.data = {
         "sources": (train,),
+        # What 16 GB take of most models at 1024 x 1024; a CPU as well.
         "batch_size": 4,
         "max_masks": 8,
+        # Two views of each image, which kept embeddings can have.
         "hflip_rate": 0.5,
+        # One logit's 4 x 4 pixels; smaller masks have nothing to be learned from.
         "min_mask_area_px": 16,
     }
     # Few rounds: the weights know what a correction is, and each round costs as much as the first.
@@ -63,15 +70,19 @@ def finetune_config(
     config.optimizer = {
         "peak_learning_rate": peak_learning_rate,
         "warmup_steps": 20,
+        # Ends at nothing, however many steps are asked for.
         "schedule": "cosine",
+        # The paper's of ViT-H and ViT-L, wherever the encoder is trained.
         "layer_decay": 0.8,
         "weight_decay": 0.05,
+        # Gradients of four images differ more than those of 256.
         "clip_norm": 1.0,
     }
     is_tiny = isinstance(shape.image_encoder, TinyViTConfig)
     config.sharding.rules = mobile_sam.SHARDING_RULES if is_tiny else common.SHARDING_RULES
     config.sharding.cpu_devices = 2
     config.train = {
+        # 40 epochs of 50 images; `patience` ends a run that gains nothing sooner.
         "num_steps": 500,
         "init_from": weights,
         "trainable": trainable,

@@ -402,8 +402,6 @@ def _open(
 
     See ``open_weights``.
     """
-    if is_url(path_or_name):
-        raise WeightsError(f"{path_or_name}: weights are read from disks only; copy them to one")
     path = Path(path_or_name)
     if not path.exists():
         path = _download(str(path_or_name))
@@ -663,6 +661,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _download(name: str) -> Path:
     """A folder with the files of a model on the Hugging Face Hub."""
+    if is_url(name):
+        raise WeightsError(f"{name}: weights are read from disks only; copy them to one")
     is_path = name.startswith(".") or Path(name).suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
     if is_path or not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         raise WeightsError(f"{name} does not exist")

@@ -127,5 +127,5 @@ def test_what_is_missing_is_named(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no data to train on: expected a COCO JSON"):
         experiment_of("lora", f"{tmp_path}:{weights}")
     write_masks(tmp_path / "mine", 1)
-    with pytest.raises(UserError, match="s3://bucket/x.pth: weights are read from disks only"):
+    with pytest.raises(UserError, match=r"s3://bucket/x\.pth: weights are read from disks only"):
         experiment_of("lora", f"{tmp_path / 'mine'}:s3://bucket/x.pth")
