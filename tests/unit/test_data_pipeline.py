@@ -186,7 +186,7 @@ def test_sources_are_drawn_by_weight_not_by_size(opened: Any, config: DataConfig
 
 
 def test_images_come_as_often_as_their_source_is_oversampled(opened: Any, tmp_path: Path) -> None:
-    """Weights of k times the number of images: those of 2 come five times as often as those of 6."""
+    """By weights of k times the number of images: those of 2 come five times as often as of 6."""
     few, many = (write_coco(tmp_path / str(count), count) for count in (2, 6))
     iterator = opened(make_config(coco(few, weight=5 * 2.0), coco(many, weight=6.0)))
     # Two epochs of the larger one.
