@@ -51,7 +51,7 @@ def finetune_config(
         config.model.encoder.drop_path_rate = 0.0
     config.data = {
         "sources": (train,),
-        # What 16 GB take of most models at 1024 x 1024; a CPU as well.
+        # Small enough for one GPU, or a CPU.
         "batch_size": 4,
         "max_masks": 8,
         # Two views of each image, which kept embeddings can have.
@@ -69,12 +69,12 @@ def finetune_config(
     }
     config.optimizer = {
         "peak_learning_rate": peak_learning_rate,
-        "warmup_steps": 20,
+        "warmup_steps": 20,  # a twenty-fifth of the run
         # Ends at nothing, however many steps are asked for.
         "schedule": "cosine",
         # The paper's of ViT-H and ViT-L, wherever the encoder is trained.
         "layer_decay": 0.8,
-        "weight_decay": 0.05,
+        "weight_decay": 0.05,  # He et al. 2022 fine-tune with it (table 9)
         # Gradients of four images differ more than those of 256.
         "clip_norm": 1.0,
     }
@@ -91,6 +91,7 @@ def finetune_config(
         "eval_every": 50,
         # Weights that are better before than after are worth knowing about, and kept.
         "eval_before": True,
+        # One click is what fine-tuning changes the most; see docs/finetuning.md for other prompts.
         "watch": "val/mean/center_1",
         "patience": 4,
     }
@@ -100,6 +101,7 @@ def finetune_config(
             "sources": (val,),
             "protocols": ("center", "box"),
             "num_clicks": (1, 3),
+            # Some are drawn: an evaluation is to be short beside the steps before it.
             "max_images": 40,
             "max_masks_per_image": 16,
         }
