@@ -34,7 +34,7 @@ from sam_jax.data.corruption import (
     sum_of_states,
 )
 from sam_jax.data.crops import CropExample, CropTransform
-from sam_jax.data.files_digest import files_digest
+from sam_jax.data.listing_digest import listing_digest
 from sam_jax.data.samples import (
     CorruptSampleError,
     NoObjectError,
@@ -312,7 +312,7 @@ class TrainIterator(grain.DatasetIterator):
     @functools.cached_property
     def _source_files(self) -> list[dict[str, Any]]:
         """The ``files`` of each source's description, looked for once; nothing without any."""
-        digests = map(files_digest, self._sources)
+        digests = map(listing_digest, self._sources)
         return [{"files": found._asdict()} if found else {} for found in digests]
 
     def skipped_samples(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from configs import eval_clicks, finetune_recipe, small_coco
 from sam_jax import buckets
 from sam_jax.buckets import BucketError, BucketPath, UnreachableBucketError, data_path
 from sam_jax.data import DataConfig, SourceConfig, build_source, train_iterator
-from sam_jax.data.files_digest import files_digest
+from sam_jax.data.listing_digest import listing_digest
 from sam_jax.data.samples import CorruptSampleError
 from sam_jax.data.sources.coco import CocoSource
 from sam_jax.data.sources.images import ImagesSource
@@ -173,12 +173,12 @@ def test_truth_has_the_same_digest_in_buckets_and_on_disks(
 def test_files_in_buckets_have_the_digest_of_those_on_disks(connection, files: Path) -> None:
     for kind, where in (("sa1b", "tars/*.tar"), ("sa1b", "tars"), ("coco", "coco/instances.json")):
         local, remote = (
-            files_digest(SourceConfig(kind, f"{root}/{where}")) for root in (files, "s3://data")
+            listing_digest(SourceConfig(kind, f"{root}/{where}")) for root in (files, "s3://data")
         )
         assert local is not None
         assert remote == local, where
     # Which could only be listed as a whole.
-    assert files_digest(SourceConfig("sa1b", "s3://data/pairs")) is None
+    assert listing_digest(SourceConfig("sa1b", "s3://data/pairs")) is None
 
 
 def test_indices_of_buckets_lie_in_the_users_cache(connection, tmp_path, monkeypatch) -> None:

@@ -23,7 +23,7 @@ _DIGEST_BYTES = 8
 _OF_TARS = ("sa1b", "images")
 
 
-class FilesDigest(NamedTuple):
+class ListingDigest(NamedTuple):
     """The files of a source.
 
     Attributes:
@@ -37,7 +37,7 @@ class FilesDigest(NamedTuple):
     digest: str
 
 
-def files_digest(config: SourceConfig) -> FilesDigest | None:
+def listing_digest(config: SourceConfig) -> ListingDigest | None:
     """The digest of the files that a source is read from; None if it is read from none.
 
     Contents are not read, so that files of the same name and size are the same. Files are taken in
@@ -52,7 +52,7 @@ def files_digest(config: SourceConfig) -> FilesDigest | None:
     lines = "".join(f"{name}\t{size}\n" for (name, _), size in zip(files, sizes, strict=True))
     content = lines.encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
-    return FilesDigest(len(files), sum(max(size, 0) for size in sizes), digest)
+    return ListingDigest(len(files), sum(max(size, 0) for size in sizes), digest)
 
 
 def _files(config: SourceConfig) -> Iterator[tuple[str, DataPath]]:

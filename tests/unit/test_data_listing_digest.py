@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sam_jax.data import files_digest as module
+from sam_jax.data import listing_digest as module
 from sam_jax.data.config import SourceConfig
-from sam_jax.data.files_digest import files_digest
+from sam_jax.data.listing_digest import listing_digest
 from tests.unit.data_fixtures import sa1b_files, write_tar
 
 
@@ -23,30 +23,30 @@ def masks(tmp_path: Path) -> SourceConfig:
 
 
 def test_names_and_sizes_tell_data_apart(masks: SourceConfig, tmp_path: Path) -> None:
-    before = files_digest(masks)
+    before = listing_digest(masks)
     assert before is not None
     assert (before.num_files, before.num_bytes) == (6, 6)
-    assert files_digest(masks) == before
+    assert listing_digest(masks) == before
     folder = tmp_path / "data" / "masks"
     # Not what systems put there, nor other contents of the same size.
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "a" / "2.png").write_bytes(b"yy")
-    assert files_digest(masks) == before
+    assert listing_digest(masks) == before
     # Nor where it lies.
     (tmp_path / "data").rename(tmp_path / "moved")
     moved = dataclasses.replace(
         masks, path=str(tmp_path / "moved" / "images"), masks=str(tmp_path / "moved" / "masks")
     )
-    assert files_digest(moved) == before
+    assert listing_digest(moved) == before
 
     folder = tmp_path / "moved" / "masks"
     found = {before}
     (folder / "a" / "2.png").write_bytes(b"y")
-    found.add(files_digest(moved))
+    found.add(listing_digest(moved))
     (folder / "a" / "2.png").rename(folder / "a" / "3.png")
-    found.add(files_digest(moved))
+    found.add(listing_digest(moved))
     (folder / "a" / "3.png").unlink()
-    found.add(files_digest(moved))
+    found.add(listing_digest(moved))
     assert len(found) == 4
 
 
@@ -54,21 +54,21 @@ def test_of_tars_the_tars_count_and_not_their_indices(tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / f"sa_{number}.tar", sa1b_files([number]))
     config = SourceConfig("sa1b", str(tmp_path / "sa_*.tar"))
-    before = files_digest(config)
+    before = listing_digest(config)
     assert before is not None
     assert before.num_files == 2
     (tmp_path / "sa_0.tar.0.npy").write_bytes(b"x")
-    assert files_digest(config) == files_digest(SourceConfig("sa1b", str(tmp_path))) == before
+    assert listing_digest(config) == listing_digest(SourceConfig("sa1b", str(tmp_path))) == before
     parts = SourceConfig("joined", parts=(dataclasses.asdict(config), dataclasses.asdict(config)))
-    joined = files_digest(parts)
+    joined = listing_digest(parts)
     assert joined is not None
     assert joined.num_files == 4
 
 
 def test_sources_without_files_have_none(tmp_path: Path) -> None:
-    assert files_digest(SourceConfig("synthetic", num_images=3)) is None
-    assert files_digest(SourceConfig("sa1b", str(tmp_path / "gone*.tar"))) is None
-    gone = files_digest(SourceConfig("coco", str(tmp_path / "gone.json")))
+    assert listing_digest(SourceConfig("synthetic", num_images=3)) is None
+    assert listing_digest(SourceConfig("sa1b", str(tmp_path / "gone*.tar"))) is None
+    gone = listing_digest(SourceConfig("coco", str(tmp_path / "gone.json")))
     assert gone is not None
     assert (gone.num_files, gone.num_bytes) == (1, 0)
 
@@ -77,6 +77,6 @@ def test_a_start_does_not_wait_for_millions_of_files(
     masks: SourceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_FILES", 4)
-    found = files_digest(masks)
+    found = listing_digest(masks)
     assert found is not None
     assert found.num_files == 4
