@@ -1,6 +1,7 @@
 """Fragments that several recipes share."""
 
 import dataclasses
+import re
 import typing
 from typing import Any
 
@@ -56,6 +57,15 @@ AUTOENCODER_SHARDING_RULES = (
     (r"pixel_decoder/(embed|prediction)/kernel$", ()),
 )
 _RULES_OF_TASKS = {"segment": SHARDING_RULES, "reconstruct": AUTOENCODER_SHARDING_RULES}
+
+
+def split_argument(argument: str) -> tuple[str, str]:
+    """The two parts of a config's argument A:B, each of which may be a bucket's URL; "" for none.
+
+    A colon before two slashes is a URL's, as in ``s3://bucket/data:weights``.
+    """
+    first, *rest = re.split(r":(?!//)", argument, maxsplit=1)
+    return first, rest[0] if rest else ""
 
 
 def base_config(task: str = "segment") -> ConfigDict:

@@ -18,6 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import common, small_coco
+from sam_jax.buckets import data_path
 from sam_jax.errors import ConfigError
 from sam_jax.evaluation.zero_shot_sets import NAMES, sets_in
 
@@ -26,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 def get_config(argument: str = "") -> ConfigDict:
     """The paper's experiment on the sets of a folder, given as FOLDER or FOLDER:NAME,NAME."""
-    folder, _, names = argument.partition(":")
-    if not (folder and Path(folder).is_dir()):
+    folder, names = common.split_argument(argument)
+    if not (folder and data_path(folder).is_dir()):
         raise FileNotFoundError(
             "configs/eval_clicks.py takes the folder of the data sets: --config "
             f"configs/eval_clicks.py:FOLDER; found {folder!r}, which is no folder"

@@ -22,6 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
         argument,
         "configs/finetune_decoder.py",
         trainable=("decoder",),
+        # An eighth of the paper's rate: the weights are to be kept.
         peak_learning_rate=1e-4,
     )
     config.train.embedding_cache = "runs/embeddings"

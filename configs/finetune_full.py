@@ -19,7 +19,9 @@ def get_config(argument: str = "") -> ConfigDict:
         argument,
         "configs/finetune_full.py",
         trainable=("all",),
+        # An eighth of the paper's rate: the weights are to be kept.
         peak_learning_rate=1e-4,
     )
+    # Sizes about those that the weights know; kept embeddings could not have it.
     config.data.scale_jitter = (0.75, 1.5)
     return config

@@ -21,8 +21,13 @@ def get_config(argument: str = "") -> ConfigDict:
         argument,
         "configs/finetune_lora.py",
         trainable=("lora", "decoder"),
+        # Twice that of the others, as adapters start from nothing.
         peak_learning_rate=2e-4,
     )
+    # Small ranks do for attention: Hu et al. 2021, section 7.2.
     config.lora.rank = 8
+    # Adapters of all blocks start from no change: the first has no more to lose than the last.
+    config.optimizer.layer_decay = 1.0
+    # Sizes about those that the weights know; kept embeddings could not have it.
     config.data.scale_jitter = (0.75, 1.5)
     return config

@@ -1,12 +1,15 @@
-"""Fine-tuning trained weights on a data set of one's own, whatever is trained of them."""
+"""Fine-tuning trained weights on a data set of one's own, whatever is trained of them.
+
+No publication has figures for that: each is decided here, and tried as docs/finetuning.md says.
+"""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common, mobile_sam
+from sam_jax.buckets import DataPath, data_path
 from sam_jax.errors import ConfigError
 from sam_jax.model_config import model_config_of
 from sam_jax.models.tiny_vit import TinyViTConfig
@@ -31,7 +34,7 @@ def finetune_config(
       trainable: see ``train.trainable``.
       peak_learning_rate: after warm-up.
     """
-    data, _, weights = argument.partition(":")
+    data, weights = common.split_argument(argument)
     if not data or not weights:
         raise ConfigError(
             f"{config_file} takes data and weights: --config {config_file}:DATA:WEIGHTS. DATA is "
@@ -41,15 +44,19 @@ def finetune_config(
     shape = shape_of(weights)
     config = common.base_config()
     config.model = dataclasses.asdict(model_config_of(shape))
+    # Dropped units and paths cost more steps than a run of some hundred has.
     config.model.decoder.dropout_rate = 0.0
     config.model.drop_path_rate = 0.0
     if not isinstance(shape.image_encoder, TinyViTConfig):
         config.model.encoder.drop_path_rate = 0.0
     config.data = {
         "sources": (train,),
+        # Small enough for one GPU, or a CPU.
         "batch_size": 4,
         "max_masks": 8,
+        # Two views of each image, which kept embeddings can have.
         "hflip_rate": 0.5,
+        # One logit's 4 x 4 pixels; smaller masks have nothing to be learned from.
         "min_mask_area_px": 16,
     }
     # Few rounds: the weights know what a correction is, and each round costs as much as the first.
@@ -62,16 +69,20 @@ def finetune_config(
     }
     config.optimizer = {
         "peak_learning_rate": peak_learning_rate,
-        "warmup_steps": 20,
+        "warmup_steps": 20,  # a twenty-fifth of the run
+        # Ends at nothing, however many steps are asked for.
         "schedule": "cosine",
+        # The paper's of ViT-H and ViT-L, wherever the encoder is trained.
         "layer_decay": 0.8,
-        "weight_decay": 0.05,
+        "weight_decay": 0.05,  # He et al. 2022 fine-tune with it (table 9)
+        # Gradients of four images differ more than those of 256.
         "clip_norm": 1.0,
     }
     is_tiny = isinstance(shape.image_encoder, TinyViTConfig)
     config.sharding.rules = mobile_sam.SHARDING_RULES if is_tiny else common.SHARDING_RULES
     config.sharding.cpu_devices = 2
     config.train = {
+        # 40 epochs of 50 images; `patience` ends a run that gains nothing sooner.
         "num_steps": 500,
         "init_from": weights,
         "trainable": trainable,
@@ -80,6 +91,7 @@ def finetune_config(
         "eval_every": 50,
         # Weights that are better before than after are worth knowing about, and kept.
         "eval_before": True,
+        # One click is what fine-tuning changes the most; see docs/finetuning.md for other prompts.
         "watch": "val/mean/center_1",
         "patience": 4,
     }
@@ -89,6 +101,7 @@ def finetune_config(
             "sources": (val,),
             "protocols": ("center", "box"),
             "num_clicks": (1, 3),
+            # Some are drawn: an evaluation is to be short beside the steps before it.
             "max_images": 40,
             "max_masks_per_image": 16,
         }
@@ -104,7 +117,7 @@ def split_of(data: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ConfigError: if there is nothing of these forms.
     """
-    path = Path(data)
+    path = data_path(data)
     if (path / "train.json").is_file():
         path = path / "train.json"
     if path.is_file() and path.suffix == ".json":
@@ -119,7 +132,7 @@ def split_of(data: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise ConfigError(f"{data} is no data to train on: expected {_FORMS}")
 
 
-def _coco(path: Path) -> dict[str, Any]:
+def _coco(path: DataPath) -> dict[str, Any]:
     images = path.parent / "images"
     return {
         "kind": "coco",
@@ -128,7 +141,7 @@ def _coco(path: Path) -> dict[str, Any]:
     }
 
 
-def _masks(folder: Path) -> dict[str, Any]:
+def _masks(folder: DataPath) -> dict[str, Any]:
     return {
         "kind": "mask_folder",
         "path": str(folder / "images"),

@@ -1,6 +1,5 @@
 """Masked autoencoding as He et al. 2022 pre-train, which its three sizes share."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +88,7 @@ def image_sources(argument: str, config: str) -> tuple[dict[str, Any], dict[str,
             f"{config} takes pictures: --config {config}:TRAIN, or {config}:TRAIN:VAL to evaluate "
             "on others; each a folder of pictures, a tar, or a glob of tars"
         )
-    # But for the colon of a bucket's URL, as in s3://bucket/tars.
-    train, *rest = re.split(r":(?!//)", argument, maxsplit=1)
-    val = rest[0] if rest else ""
+    train, val = common.split_argument(argument)
     return _source(train, "train"), _source(val, "val") if val else None
 
 

@@ -5,11 +5,10 @@ python train.py --config configs/small_coco.py:FOLDER --workdir runs/small_coco
 FOLDER holds one folder per data set, each with `train.json`, `val.json` and `images/`.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from configs.small_recipe import small_config
+from sam_jax.buckets import data_path
 
 
 def get_config(folder: str = "") -> ConfigDict:
@@ -20,12 +19,13 @@ def get_config(folder: str = "") -> ConfigDict:
 
 def sources(folder: str, split: str, config: str) -> tuple[dict, ...]:
     """Sources of a split of all data sets in a folder, for a config of this name."""
-    if not (folder and Path(folder).is_dir()):
+    root = data_path(folder)
+    if not (folder and root.is_dir()):
         raise FileNotFoundError(
             f"{config} takes the folder of the data sets: --config {config}:FOLDER; found "
             f"{folder!r}, which is no folder"
         )
-    found = sorted(path.parent for path in Path(folder).glob(f"*/{split}.json"))
+    found = sorted(path.parent for path in root.glob(f"*/{split}.json"))
     if not found:
         raise FileNotFoundError(f"no */{split}.json in {folder}")
     return tuple(

@@ -1,8 +1,10 @@
 """The processes of a run: one for each host, or several on one."""
 
 import dataclasses
+import functools
 import json
 import os
+import platform
 import re
 import sys
 from typing import Any, NoReturn
@@ -104,6 +106,12 @@ def gathered(value: Any) -> list[Any]:
     padded = np.pad(mine, (0, int(lengths.max()) - mine.size))
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
+@functools.cache
+def host_names() -> tuple[str, ...]:
+    """Names of all processes' hosts, in their order; the first call is by all together."""
+    return tuple(gathered(platform.node()))
 
 
 def end_now(message: str, exit_code: int = 1) -> NoReturn:

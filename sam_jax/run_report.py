@@ -428,14 +428,21 @@ def _starts(run: Run) -> str:
             str(start.get("time", "")),
             f"{start.get('after_step', '')}",
             f"{len(start.get('devices') or [])} on {start.get('processes', '')} processes",
-            str(start.get("host", "")),
+            _hosts(start),
             str((start.get("commit") or {}).get("hash", ""))[:12],
             str(start.get("command", "")),
         ]
         for start in run.starts
     ]
-    header = ["time", "after step", "devices", "first host", "commit", "command"]
+    header = ["time", "after step", "devices", "hosts", "commit", "command"]
     return _table(header, rows, numbers_from=None) if rows else ""
+
+
+def _hosts(start: Mapping[str, Any]) -> str:
+    """Hosts of a start, several processes on one once; runs of earlier versions name the first."""
+    named = start.get("hosts")
+    hosts = list(dict.fromkeys(map(str, named))) if isinstance(named, list) else []
+    return ", ".join(hosts) or str(start.get("host", ""))
 
 
 def _config(run: Run) -> str:

@@ -15,6 +15,8 @@ _log = logging.getLogger(__name__)
 # Every occurrence is logged up to here, then only the 32nd, 64th, 128th, ...
 _LOG_EVERY_UP_TO = 16
 _NUM_EXAMPLES = 5
+# Names of skipped samples that are kept for each reason.
+_MOST_NAMES = 100
 # A source without a usable sample among so many stops the run, however large it is.
 _MOST_WITHOUT_USE = 10_000
 
@@ -25,6 +27,22 @@ class TooManyCorruptSamplesError(UserError):
 
 class NoObjectsError(UserError):
     """A data set has no mask that can be used."""
+
+
+class SkippedNames(dict[str, dict[str, int]]):
+    """Names of skipped samples by reason, and how often each was skipped; the first so many."""
+
+    def add(self, reason: str, name: str, times: int = 1) -> None:
+        """Counts a sample, if it is known or there is room."""
+        names = self.setdefault(reason, {})
+        if name in names or len(names) < _MOST_NAMES:
+            names[name] = names.get(name, 0) + times
+
+    def update_from(self, other: Mapping[str, Mapping[str, int]]) -> None:
+        """Adds all that another one holds, as far as there is room."""
+        for reason, names in other.items():
+            for name, times in names.items():
+                self.add(reason, name, times)
 
 
 @dataclass
@@ -44,6 +62,7 @@ class CorruptionLog:
       without_object: skipped samples that are in order but have no mask to use, by reason.
       dropped_masks: masks left out of good samples, by reason.
       remarks: what else was decided or changed about good samples, by reason.
+      names: of skipped samples, in order or not, by reason.
     """
 
     max_corrupt_rate: float
@@ -54,6 +73,7 @@ class CorruptionLog:
     without_object: Tally = field(default_factory=Tally)
     dropped_masks: Tally = field(default_factory=Tally)
     remarks: Tally = field(default_factory=Tally)
+    names: SkippedNames = field(default_factory=SkippedNames)
     _num_in_a_row: int = 0
     # Samples of a source since its last good one. A run that is continued starts anew.
     _num_without_use: collections.Counter[int] = field(default_factory=collections.Counter)
@@ -104,6 +124,7 @@ class CorruptionLog:
         """
         self.num_seen += 1
         self._num_without_use[source] += 1
+        self.names.add(error.reason, error.name)
         if isinstance(error, NoObjectError):
             self._num_in_a_row = 0
             _count(self.without_object, "sample skipped", error.reason, str(error))
@@ -162,6 +183,7 @@ class CorruptionLog:
                 dict(tally.examples)
                 for tally in (self.corrupt, self.without_object, self.dropped_masks, self.remarks)
             ],
+            "skipped_names": {reason: dict(names) for reason, names in self.names.items()},
             "num_in_a_row": self._num_in_a_row,
             "examples": list(self._examples),
         }
@@ -178,6 +200,8 @@ class CorruptionLog:
             Tally(collections.Counter(count), dict(example))
             for count, example in zip(counts, examples, strict=True)
         )
+        self.names = SkippedNames()
+        self.names.update_from(state.get("skipped_names", {}))
         self._num_in_a_row = state["num_in_a_row"]
         self._examples = collections.deque(state["examples"], maxlen=_NUM_EXAMPLES)
 
@@ -193,6 +217,7 @@ def sum_of_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         total.without_object.update(part.without_object)
         total.dropped_masks.update(part.dropped_masks)
         total.remarks.update(part.remarks)
+        total.names.update_from(part.names)
     return total.get_state()
 
 

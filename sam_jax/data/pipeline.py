@@ -7,7 +7,9 @@ comes. So the state of the iterator is a position, plus what was counted, and
 a run may be resumed with other numbers of threads and workers.
 """
 
+import collections
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -32,6 +34,7 @@ from sam_jax.data.corruption import (
     sum_of_states,
 )
 from sam_jax.data.crops import CropExample, CropTransform
+from sam_jax.data.listing_digest import listing_digest
 from sam_jax.data.samples import (
     CorruptSampleError,
     NoObjectError,
@@ -178,11 +181,12 @@ def train_iterator(
     local_batch_size = config.batch_size // process_count
     if process_count > 1:
         examples = _Share(examples, local_batch_size, process_index, process_count)
-    batches = _Batches(examples, config, transform, local_batch_size, tuple(sizes))
+    dataset = _Batches(examples, config, transform, local_batch_size, tuple(sizes))
     prefetched = grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=config.prefetch_batches
+        dataset, prefetch_buffer_size=config.prefetch_batches
     )
-    return TrainIterator(iter(prefetched), process_index, process_count, described)
+    batches = iter(prefetched)
+    return TrainIterator(batches, process_index, process_count, config.sources, described)
 
 
 def _description(config: SourceConfig, source: Source) -> dict[str, Any]:
@@ -222,11 +226,12 @@ class TrainIterator(grain.DatasetIterator):
         batches: grain.DatasetIterator,
         process_index: int = 0,
         process_count: int = 1,
-        sources: Sequence[Mapping[str, Any]] = (),
+        sources: Sequence[SourceConfig] = (),
+        described: Sequence[Mapping[str, Any]] = (),
     ):
         super().__init__(batches)
         self._process_index, self._process_count = process_index, process_count
-        self._sources = sources
+        self._sources, self._described = sources, described
         self._is_closed = False
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -272,7 +277,7 @@ class TrainIterator(grain.DatasetIterator):
         self.set_state({"position": position, "skipped": sum_of_states(counted)})
 
     def manifest(self, states: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Sources and their sizes, and what was skipped or decided so far, as values of JSON.
+        """Sources, their files and sizes, what was skipped or decided so far, as values of JSON.
 
         Args:
           states: of the processes that are counted, as `get_state` gives them; by default of this
@@ -295,10 +300,42 @@ class TrainIterator(grain.DatasetIterator):
             )
         }
         return {
-            "sources": list(self._sources),
+            "sources": [
+                {**described, **files}
+                for described, files in zip(self._described, self._source_files, strict=True)
+            ],
             "processes": self._process_count,
             "samples_read": state["num_seen"],
             **counted,
+        }
+
+    @functools.cached_property
+    def _source_files(self) -> list[dict[str, Any]]:
+        """The ``files`` of each source's description, looked for once; nothing without any."""
+        digests = map(listing_digest, self._sources)
+        return [{"files": found._asdict()} if found else {} for found in digests]
+
+    def skipped_samples(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Names of the samples skipped so far, by reason, as values of JSON.
+
+        Args:
+          states: see `manifest`.
+
+        Returns:
+          Of each reason the count of all, the first names and how often each was skipped, and how
+          often others were.
+        """
+        state = sum_of_states(each["skipped"] for each in states)
+        counts = collections.Counter(state["corrupt_counts"])
+        counts.update(state["without_object_counts"])
+        names = state["skipped_names"]
+        return {
+            reason: {
+                "count": count,
+                "samples": names.get(reason, {}),
+                "count_of_others": count - sum(names.get(reason, {}).values()),
+            }
+            for reason, count in counts.most_common()
         }
 
     @property

@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import json
+import logging
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,15 +17,27 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from sam_jax import places
-from sam_jax.hosts import gathered, is_first
+from sam_jax.hosts import gathered, host_names, is_first
 from sam_jax.sharding import describe
 from sam_jax.training.compiled_step import CompiledStep
+
+_log = logging.getLogger(__name__)
 
 STARTS = "starts.jsonl"
 PARAMETERS = "parameters.txt"
 DATA = "data.json"
+SKIPPED_SAMPLES = "skipped_samples.json"
 
 _PACKAGES = ("sam-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# What compiles and computes on accelerators: JAX's plugins, CUDA, cuDNN, NCCL, the TPU's library.
+_PLUGINS = re.compile(r"(nvidia-|jax-cuda|jax-rocm|libtpu)")
+_DRIVER = Path("/proc/driver/nvidia/version")
+# Variables on which depends what is compiled, and whether it computes the same again.
+_VARIABLES = re.compile(
+    r"(XLA|JAX|LIBTPU|TPU|NCCL|CUDNN|CUBLAS|TF_CUDNN|TF_DETERMINISTIC)_|NVIDIA_TF32_OVERRIDE$"
+)
+# Of a source in ``data.json``: what is found there, and no option of the config.
+_FOUND = ("num_samples", "files")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,17 +53,25 @@ class DescribedData(Protocol):
         """Sources, counts, and what was skipped by reason, of processes in such states."""
         ...
 
+    def skipped_samples(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Names of skipped samples by reason, of processes in such states."""
+        ...
+
 
 def write_start(workdir: Path, program: CompiledStep, first_step: int) -> None:
-    """Appends a line of JSON to ``starts.jsonl`` for this start of the run."""
+    """Appends a line of JSON to ``starts.jsonl`` for this start of the run.
+
+    The first process calls it, after all have called ``write_data``, which asks for their hosts.
+    """
     devices = program.mesh.devices.flat
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "after_step": first_step,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": commit_of(_ROOT),
-        "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
-        "host": platform.node(),
+        "versions": versions(),
+        "environment": environment(),
+        "hosts": list(host_names()),
         "processes": jax.process_count(),
         "devices": [f"{device.platform} {device.device_kind} {device.id}" for device in devices],
         "mesh": dict(program.mesh.shape),
@@ -63,12 +86,81 @@ def write_parameters(workdir: Path, program: CompiledStep) -> None:
 
 
 def write_data(workdir: Path, data: Any) -> None:
-    """Writes ``data.json``, of data that can describe themselves; all processes call together."""
+    """Writes ``data.json`` and ``skipped_samples.json``; all processes call together.
+
+    Nothing is written of data that cannot describe themselves. Says in the log which sources have
+    other files than when the first of the two was written before.
+    """
+    host_names()
     if not isinstance(data, DescribedData):
         return
     states = gathered(data.get_state())
-    if is_first():
-        places.write_text(workdir / DATA, json.dumps(data.manifest(states), indent=2) + "\n")
+    if not is_first():
+        return
+    described = json.loads(json.dumps(data.manifest(states)))
+    for line in data_changes(_read(workdir / DATA), described):
+        _log.warning("%s", line)
+    places.write_text(workdir / DATA, json.dumps(described, indent=2) + "\n")
+    skipped = data.skipped_samples(states)
+    if skipped or (workdir / SKIPPED_SAMPLES).exists():
+        places.write_text(workdir / SKIPPED_SAMPLES, json.dumps(skipped, indent=2) + "\n")
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Sources that the same options find other files or samples for, a line each.
+
+    Args:
+      before, now: contents of ``data.json``. Where only one says something, nothing has changed.
+    """
+    lines = []
+    known = [source for source in before.get("sources", []) if isinstance(source, dict)]
+    for source in now["sources"]:
+        earlier = next((other for other in known if _options(other) == _options(source)), {})
+        if any(earlier.get(key, source.get(key)) != source.get(key) for key in _FOUND):
+            lines.append(
+                f"the data of source {source.get('name')} ({source.get('path')}) are others than "
+                f"before: {_extent(earlier)} there, {_extent(source)} now. The run goes on, but is "
+                "not what it would have been"
+            )
+    return lines
+
+
+def _options(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key not in _FOUND}
+
+
+def _extent(source: Mapping[str, Any]) -> str:
+    files = source.get("files") or {}
+    size = f" in files of {files['num_bytes']:,} bytes ({files['digest']})" if files else ""
+    return f"{source.get('num_samples', 0):,} samples{size}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of JSON, nothing if it is damaged or not there."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, packages, plugins of accelerators, their runtime and driver."""
+    found = {"python": platform.python_version(), **_versions(_PACKAGES)}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        if _PLUGINS.match(name):
+            found[name] = distribution.version
+    # Of CUDA, or of the TPU's library, as it was loaded, which need not be a package's.
+    found["platform"] = jax.local_devices()[0].client.platform_version
+    if _DRIVER.exists():
+        found["driver"] = _DRIVER.read_text(errors="replace").partition("\n")[0]
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Environment variables on which the compiled program and its numbers depend."""
+    return {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.match(name)}
 
 
 def commit_of(folder: Path) -> dict[str, Any] | None:

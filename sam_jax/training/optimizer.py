@@ -10,6 +10,7 @@ import jax
 import optax
 
 from sam_jax.errors import ConfigError
+from sam_jax.models.lora import ADAPTERS
 from sam_jax.trained_parameters import part_at
 
 
@@ -95,7 +96,8 @@ def layer_of(path: str, blocks: Sequence[tuple[int, int]]) -> int:
     """The layer that a parameter counts as: 0 for patches and positions, i + 1 for block i.
 
     The step to the next stage belongs to the block before it. Everything outside the encoder's
-    blocks is the layer after the last, which runs at the full rate.
+    blocks is the layer after the last, which runs at the full rate. An adapter counts as what it
+    adapts.
 
     Args:
       path: of the parameter.
@@ -103,6 +105,7 @@ def layer_of(path: str, blocks: Sequence[tuple[int, int]]) -> int:
 
     Source: ViTDet's published code; TinyViT's for stages.
     """
+    path = path.removeprefix(f"{ADAPTERS}/")
     if block := block_of(path):
         return blocks.index(block) + 1
     if merge := _MERGE.match(path):

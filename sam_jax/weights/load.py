@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam_jax import places
 from sam_jax.arrays import Array
+from sam_jax.buckets import is_url
 from sam_jax.checkpoint import (
     CHECKPOINTS,
     checkpoint_path,
@@ -658,6 +659,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _download(name: str) -> Path:
     """A folder with the files of a model on the Hugging Face Hub."""
+    if is_url(name):
+        raise WeightsError(f"{name}: weights are read from disks only; copy them to one")
     is_path = name.startswith(".") or Path(name).suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
     if is_path or not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         raise WeightsError(f"{name} does not exist")

@@ -177,7 +177,8 @@ def test_the_model_of_automatic_masks_is_the_paper_s(config: ConfigDict) -> None
     ],
     indirect=["config"],
 )
-def test_the_recipes_say_what_the_paper_says(config: ConfigDict, facts: tuple) -> None:
+def test_the_recipes_of_the_three_sizes(config: ConfigDict, facts: tuple) -> None:
+    """The paper's figures, but for where the rates of ViT-B and ViT-L fall: scaled from ViT-H's."""
     batch_size, num_steps, rate, layer_decay, drop_path, boundaries = facts
     assert config.data.batch_size == batch_size
     assert config.train.num_steps == num_steps

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks import object_store, storage
+from configs import eval_clicks, finetune_recipe, small_coco
 from sam_jax import buckets
 from sam_jax.buckets import BucketError, BucketPath, UnreachableBucketError, data_path
 from sam_jax.data import DataConfig, SourceConfig, build_source, train_iterator
+from sam_jax.data.listing_digest import listing_digest
 from sam_jax.data.samples import CorruptSampleError
 from sam_jax.data.sources.coco import CocoSource
 from sam_jax.data.sources.images import ImagesSource
@@ -130,6 +132,28 @@ def test_buckets_give_what_disks_give(connection, files: Path, tmp_path: Path) -
         coco[1]
 
 
+def test_configs_take_data_in_buckets(connection, files: Path) -> None:
+    local = files / "coco" / "instances.json"
+    object_store.fill(
+        "mine",
+        {
+            "birds/train.json": local,
+            "birds/val.json": local,
+            "birds/images/One.jpg": files / "coco" / "images" / "One.jpg",
+        },
+    )
+    splits = finetune_recipe.split_of("s3://mine/birds")
+    for split, source in zip(("train", "val"), splits, strict=True):
+        assert source["path"] == f"s3://mine/birds/{split}.json"
+        assert source["images"] == "s3://mine/birds/images"
+        (other,) = small_coco.sources("s3://mine", split, "configs/small_coco.py")
+        assert other == source | {"name": "birds"}
+    opened = build_source(SourceConfig.from_dict(splits[0]))
+    assert opened[0].image == CocoSource(local)[0].image
+    clicks = eval_clicks.get_config("s3://mine:birds").evals.clicks.sources
+    assert [source["path"] for source in clicks] == ["s3://mine/birds/val.json"]
+
+
 def test_truth_has_the_same_digest_in_buckets_and_on_disks(
     connection, files: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +168,17 @@ def test_truth_has_the_same_digest_in_buckets_and_on_disks(
         sources = [kind(place, **options) for place in (files / where, f"s3://data/{where}")]
         local, remote = (truth_digest(source, range(len(source))) for source in sources)
         assert local == remote, where
+
+
+def test_files_in_buckets_have_the_digest_of_those_on_disks(connection, files: Path) -> None:
+    for kind, where in (("sa1b", "tars/*.tar"), ("sa1b", "tars"), ("coco", "coco/instances.json")):
+        local, remote = (
+            listing_digest(SourceConfig(kind, f"{root}/{where}")) for root in (files, "s3://data")
+        )
+        assert local is not None
+        assert remote == local, where
+    # Which could only be listed as a whole.
+    assert listing_digest(SourceConfig("sa1b", "s3://data/pairs")) is None
 
 
 def test_indices_of_buckets_lie_in_the_users_cache(connection, tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from configs.finetune_recipe import split_of
 from sam_jax.checkpoint import CHECKPOINTS, save_config
 from sam_jax.data.config import SourceConfig, build_source
-from sam_jax.errors import ConfigError
+from sam_jax.errors import ConfigError, UserError
 from sam_jax.model_config import model_config_of
 from sam_jax.training.experiment import Experiment, read_config
 from tests.golden.tiny import TINY
@@ -126,3 +126,6 @@ def test_what_is_missing_is_named(weights: Path, tmp_path: Path) -> None:
         experiment_of("lora", str(tmp_path))
     with pytest.raises(ConfigError, match="is no data to train on: expected a COCO JSON"):
         experiment_of("lora", f"{tmp_path}:{weights}")
+    write_masks(tmp_path / "mine", 1)
+    with pytest.raises(UserError, match=r"s3://bucket/x\.pth: weights are read from disks only"):
+        experiment_of("lora", f"{tmp_path / 'mine'}:s3://bucket/x.pth")

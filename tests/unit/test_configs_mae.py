@@ -1,7 +1,8 @@
-"""Arguments of configs/mae_*.py."""
+"""Arguments of configs/mae_*.py, and how all configs take theirs apart."""
 
 import pytest
 
+from configs.common import split_argument
 from configs.mae_recipe import image_sources
 
 
@@ -19,3 +20,18 @@ def test_places_of_pictures_may_be_buckets(argument: str, train: str, val: str |
     found_train, found_val = image_sources(argument, "configs/mae_tiny.py")
     assert found_train == {"kind": "images", "path": train, "name": "train"}
     assert (found_val and found_val["path"]) == val
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("", ("", "")),
+        ("data", ("data", "")),
+        ("data:weights.pth", ("data", "weights.pth")),
+        ("s3://bucket/x:weights.pth", ("s3://bucket/x", "weights.pth")),
+        ("s3://bucket/x:gs://other/y", ("s3://bucket/x", "gs://other/y")),
+        ("data:gs://other/y:z", ("data", "gs://other/y:z")),
+    ],
+)
+def test_an_argument_has_two_parts(argument: str, parts: tuple[str, str]) -> None:
+    assert split_argument(argument) == parts

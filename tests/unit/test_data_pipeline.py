@@ -185,6 +185,17 @@ def test_sources_are_drawn_by_weight_not_by_size(opened: Any, config: DataConfig
         assert collections.Counter(widths) == {32: 16 // count, 30: 32 // count}
 
 
+def test_images_come_as_often_as_their_source_is_oversampled(opened: Any, tmp_path: Path) -> None:
+    """By weights of k times the number of images: those of 2 come five times as often as of 6."""
+    few, many = (write_coco(tmp_path / str(count), count) for count in (2, 6))
+    iterator = opened(make_config(coco(few, weight=5 * 2.0), coco(many, weight=6.0)))
+    # Two epochs of the larger one.
+    names = [name for batch in take(iterator, 2 * 16 // 4) for name in batch["sample_names"]]
+    counts = collections.Counter(names)
+    assert len(names) == 2 * (5 * 2 + 6)
+    assert sorted(counts.values()) == [2] * 6 + [10] * 2
+
+
 def test_a_shorter_source_than_processes_is_no_obstacle(opened: Any, tmp_path: Path) -> None:
     config = make_config(coco(write_coco(tmp_path / "two", 2)), batch_size=4)
     shares = [opened(config, process_index=i, process_count=4) for i in range(4)]

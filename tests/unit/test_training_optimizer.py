@@ -61,6 +61,9 @@ def test_an_unknown_schedule_is_refused():
         ("image_encoder/neck_conv1/kernel", 13),
         ("prompt_encoder/no_mask", 13),
         ("mask_decoder/transformer/layer_0/self_attn/q_proj/kernel", 13),
+        # Adapters are of the layer that they adapt.
+        ("lora/image_encoder/block_00/attn/qkv/a", 1),
+        ("lora/image_encoder/block_11/attn/proj/b", 12),
     ],
 )
 def test_layers_are_those_of_vitdet(path, layer):
@@ -98,6 +101,14 @@ def test_groups_of_a_tree(params):
     assert groups["image_encoder/block_00/norm1/scale"].rate_scale == 0.5
     assert not groups["image_encoder/block_00/norm1/scale"].decayed
     assert groups["mask_decoder/output_tokens"].rate_scale == 1.0
+
+
+def test_adapters_learn_as_slowly_as_what_they_adapt(params):
+    adapters = {"image_encoder": {"block_00": {"attn": {"qkv": {"a": jnp.ones((3, 2))}}}}}
+    groups = parameter_groups({**params, "lora": adapters}, OptimizerConfig(layer_decay=0.5))
+    # They are no blocks themselves, and move no other layer.
+    assert groups["image_encoder/patch_embed/proj/kernel"].rate_scale == 0.25
+    assert groups["lora/image_encoder/block_00/attn/qkv/a"].rate_scale == 0.5
 
 
 def test_the_first_step_by_hand(params):

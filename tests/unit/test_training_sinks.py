@@ -125,6 +125,26 @@ def test_wandb_has_one_run_however_often_it_is_started(runs: list[StubRun], tmp_
     assert second.is_finished
 
 
+def test_wandb_itself_keeps_a_run_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package's own calls, which the stand-in for it cannot know."""
+    pytest.importorskip("wandb", reason="W&B needs the extra wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        sink = WandbSink(tmp_path, "sam", {"train": {"num_steps": 3}})
+        sink.write_numbers(7, {"train/loss": 1.0})
+        sink.write_picture(7, "eval/x", PICTURE)
+        sink.close()
+    run_id = (tmp_path / "wandb_run.txt").read_text().strip()
+    kept = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert kept
+    assert {path.name for path in kept} == {f"run-{run_id}.wandb"}
+    (picture,) = {path.name for path in tmp_path.rglob("*.png")}
+    assert picture.startswith("x_")
+
+
 def test_without_its_package_wandb_is_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from typer.testing import CliRunner
 
 from sam_jax.checkpoint import save_config, save_variables
 from sam_jax.cli import app
 from sam_jax.errors import ConfigError
+from sam_jax.evaluation.run import model_of
+from sam_jax.export.onnx import ENCODER
+from sam_jax.export.stablehlo import load_stablehlo
+from sam_jax.inference.predictor import Predictor, fingerprint_of
 from sam_jax.models.lora import merged_variables
-from sam_jax.ops.images import ImageChannels
+from sam_jax.models.sam import Sam
+from sam_jax.ops.images import RGB, ImageChannels
 from sam_jax.training.experiment import Experiment, read_config
 from sam_jax.weights.adapters import read_adapters, write_adapters
 from sam_jax.weights.files import WeightsError
@@ -29,6 +35,7 @@ SETTINGS = (
     "lora.rank=2",
     "lora.alpha=4.0",
     "train.trainable=('lora', 'decoder')",
+    "model.image_size=(32, 32)",
     "model.encoder.depth=1",
     "model.encoder.global_attention_blocks=()",
 )
@@ -93,6 +100,84 @@ def test_a_run_is_read_with_its_adapters_merged(run: tuple[Path, dict], base: Pa
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     kernels = {f"image_encoder/block_00/attn/{layer}/kernel" for layer in ("qkv", "proj")}
     assert changed == kernels | {path for path in before if path.startswith("mask_decoder/")}
+
+
+@pytest.mark.parametrize(
+    ("target", "to"),
+    [
+        ("x.safetensors", "official"),
+        ("x.pth", "official"),
+        ("hugging", "hugging-face"),
+        ("orbax", "orbax"),
+    ],
+)
+def test_converted_runs_are_merged(
+    target: str, to: Any, run: tuple[Path, dict], tmp_path: Path
+) -> None:
+    if target.endswith(".pth"):
+        pytest.importorskip("torch", reason="needs requirements-torch.lock")
+    convert(run[0], tmp_path / target, to)
+    # Only files do not say how many heads the decoder has.
+    heads = 2 if to == "official" else None
+    assert_same(load(tmp_path / target, decoder_heads=heads).variables, merged_of(run))
+
+
+def merged_of(run: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    return merged_variables(run[1], experiment_of().task.lora)
+
+
+def test_predictions_and_evaluations_are_of_the_merged_model(
+    run: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, variables = run
+    expected = fingerprint_of(merged_of(run), RGB)
+    base = {name: part for name, part in variables["params"].items() if name != "lora"}
+    assert fingerprint_of({**variables, "params": base}, RGB) != expected
+    assert Predictor.load(folder).fingerprint() == expected
+    for sections in (sections_of(), {"evals": {}}):
+        model, found, _ = model_of(sections, str(folder), step=None, ema=True)
+        assert "lora" not in found["params"]
+        assert fingerprint_of(found, model.config.channels) == expected
+
+    def embed(predictor: Predictor, images: Any) -> None:
+        raise ConfigError(f"asked of {predictor.fingerprint()}")
+
+    monkeypatch.setattr(Predictor, "embed", embed)
+    Image.new("RGB", (48, 32)).save(tmp_path / "picture.png")
+    picture, out = str(tmp_path / "picture.png"), str(tmp_path / "out.png")
+    for command, options in (("predict", ["--points", "9,9"]), ("masks", [])):
+        arguments = [command, picture, "--checkpoint", str(folder), "--out", out, *options]
+        result = CliRunner().invoke(app, arguments)
+        assert f"asked of {expected}" in str(result.exception), (command, result.output)
+
+
+@pytest.mark.parametrize("to", ["onnx", "stablehlo"])
+def test_exported_runs_are_merged(to: str, run: tuple[Path, dict], tmp_path: Path) -> None:
+    for package in {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}[to]:
+        pytest.importorskip(package, reason="needs requirements-torch.lock")
+    arguments = ["export", str(run[0]), str(tmp_path / "x"), "--to", to]
+    arguments += ["--platform", "cpu"] if to == "stablehlo" else []
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    model = experiment_of().task.model
+    images = np.random.default_rng(0).normal(size=(1, *model.image_size, 3)).astype(np.float32)
+    if to == "stablehlo":
+        found = load_stablehlo(tmp_path / "x").encode(jnp.asarray(images))
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / "x" / ENCODER)
+        (found,) = session.run(None, {"images": images.transpose(0, 3, 1, 2)})
+        found = found.transpose(0, 2, 3, 1)
+    encode = jax.jit(lambda v, x: model.apply(v, x, method=Sam.encode))
+    expected = encode(merged_of(run), images)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # A model without its adapters answers otherwise by more than that.
+    bare = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if path[1].key == "lora" else leaf, run[1]
+    )
+    bare = merged_variables(bare, experiment_of().task.lora)
+    assert np.abs(encode(bare, images) - expected).max() > 0.01
 
 
 def test_adapters_on_their_base_are_the_run(
