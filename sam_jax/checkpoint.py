@@ -400,6 +400,16 @@ class Checkpointer:
             )
         return [json.loads(files[index][0].read_text()) for index in sorted(files)]
 
+    def wait(self) -> None:
+        """Waits until what is being saved is written; any thread may.
+
+        Raises:
+          CheckpointError: if it cannot be written.
+        """
+        if self._manager is not None:
+            with self._failing_as_checkpoint_error():
+                self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until everything is written.
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,6 +73,8 @@ def start_devices(hosts: HostsConfig, cpu_devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not hosts.distributed:
         return
+    # It would take SIGTERM from the run, which has its own way to agree on it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             hosts.coordinator,
@@ -104,12 +104,3 @@ def gathered(value: Any) -> list[Any]:
     padded = np.pad(mine, (0, int(lengths.max()) - mine.size))
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
-
-
-def end_now(message: str, exit_code: int = 1) -> NoReturn:
-    """Ends this process with a message, without waiting for others that may be gone.
-
-    JAX's own shutdown waits for everybody, which a dead process never joins.
-    """
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(exit_code)
