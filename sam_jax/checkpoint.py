@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -119,6 +120,14 @@ class DamagedCheckpoint(NamedTuple):
     fault: str
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the errors that threads of Orbax log, each with its stack, before it raises them.
+
+    There are dozens of an error of the storage, which would bury the one message that says so.
+    """
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
 class Checkpointer:
     """Saves and restores the training state and the data iterator under a working directory.
 
@@ -156,6 +165,7 @@ class Checkpointer:
         """
         if self._manager is not None:
             return []
+        logging.getLogger("absl").addFilter(_is_news)
         put_aside = [self._put_aside(step) for step, _ in self.damaged]
         if jax.process_count() > 1:
             # Orbax would find those that are just being moved.
