@@ -48,7 +48,8 @@ class CheckpointConfig:
     """Schedule of checkpoints: when to save and what to keep.
 
     Attributes:
-      every_steps: steps between checkpoints; the last step is saved in any case.
+      every_steps: steps between checkpoints; the last step is saved in any case, and so is a step
+        that is evaluated.
       keep: the newest checkpoints that are kept.
       keep_period: checkpoints at multiples of it are kept for good; None for none.
     """
