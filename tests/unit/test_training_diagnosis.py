@@ -38,7 +38,9 @@ def program_of(config: str, *settings: str) -> CompiledStep:
 def found(program: CompiledStep, batch: dict[str, np.ndarray]) -> list[str]:
     shapes = {"params": program.state_shapes.params, "constants": program.state_shapes.constants}
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
+    variables = jax.tree.map(
+        lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), shapes
+    )
     return diagnose(program, program.state_from(variables), 1, batch, NAMES)
 
 

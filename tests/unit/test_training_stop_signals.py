@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,26 @@ def test_a_process_that_waits_in_foreign_code_ends_at_once(
         f"error: stopped by {number.name} before its first step, with nothing to save; the same "
         "command continues\n"
     )
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """True once a process has a handler of a signal, as the system says."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_a_run_is_stopped_while_it_imports() -> None:
+    """JAX and the others take seconds, on some file systems minutes."""
+    program = Path(__file__).parents[2] / "train.py"
+    with subprocess.Popen([sys.executable, str(program)], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + SECONDS
+        while not catches(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, said
+    assert said.startswith(b"error: stopped by SIGTERM before its first step")
 
 
 def test_what_is_collected_waits_and_a_second_one_does_not() -> None:
