@@ -3,6 +3,11 @@
 The same command again continues a run that stopped.
 """
 
+# ruff: noqa: E402 - signals count while JAX is imported, which takes seconds
+from sam_jax.training.stop_signals import StopSignals
+
+STOP_SIGNALS = StopSignals(catches=__name__ == "__main__")
+
 import contextlib
 
 import jax
@@ -34,21 +39,20 @@ def main(argv: list[str]) -> None:
     experiment = Experiment.of(config)
     hosts = HostsConfig.of_flags(DISTRIBUTED.value, COORDINATOR.value, PROCESS.value)
     start_devices(hosts, experiment.sharding.cpu_devices)
-    model, kernels = experiment.task.model, experiment.kernels
-    evaluators = build_evaluators(config["evals"], model, kernels=kernels)
-    # Closing it says what of the data was left out.
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    with contextlib.closing(experiment.data_iterator(**share)) as data_iterator:
+    evals = build_evaluators(config["evals"], experiment.task.model, kernels=experiment.kernels)
+    data = experiment.data_iterator(jax.process_index(), jax.process_count())
+    with contextlib.closing(data):  # which says what of the data was left out
         loop.train(
             workdir=WORKDIR.value,
             program=experiment.program(),
             config=experiment.train,
             batch_size=experiment.data.batch_size,
-            data_iterator=data_iterator,
+            data_iterator=data,
             checkpoint_config=from_mapping(CheckpointConfig, config["checkpoint"], "checkpoint"),
-            evaluators=evaluators,
+            evaluators=evals,
             sections=config,
             stage=experiment.stage(),
+            stop_signals=STOP_SIGNALS,
         )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ class CheckpointConfig:
     """Schedule of checkpoints: when to save and what to keep.
 
     Attributes:
-      every_steps: steps between checkpoints; the last step is saved in any case.
+      every_steps: steps between checkpoints; the last step is saved in any case, and so is a step
+        that is evaluated.
       keep: the newest checkpoints that are kept.
       keep_period: checkpoints at multiples of it are kept for good; None for none.
     """
@@ -119,6 +121,14 @@ class DamagedCheckpoint(NamedTuple):
     fault: str
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the errors that threads of Orbax log, each with its stack, before it raises them.
+
+    There are dozens of an error of the storage, which would bury the one message that says so.
+    """
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
 class Checkpointer:
     """Saves and restores the training state and the data iterator under a working directory.
 
@@ -156,6 +166,7 @@ class Checkpointer:
         """
         if self._manager is not None:
             return []
+        logging.getLogger("absl").addFilter(_is_news)
         put_aside = [self._put_aside(step) for step, _ in self.damaged]
         if jax.process_count() > 1:
             # Orbax would find those that are just being moved.
@@ -399,6 +410,16 @@ class Checkpointer:
                 f"{sorted(path.name for path, _ in files.values())}"
             )
         return [json.loads(files[index][0].read_text()) for index in sorted(files)]
+
+    def wait(self) -> None:
+        """Waits until what is being saved is written; any thread may.
+
+        Raises:
+          CheckpointError: if it cannot be written.
+        """
+        if self._manager is not None:
+            with self._failing_as_checkpoint_error():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is written.

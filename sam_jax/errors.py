@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 # What sysexits.h has for what may go better next time (EX_TEMPFAIL): the same command continues.
 TRY_AGAIN = 75
@@ -52,6 +53,17 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
             raise
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
+
+
+def end_now(message: str, exit_code: int = 1) -> NoReturn:
+    """Ends this process with a message, without waiting for others that may be gone.
+
+    JAX's own shutdown waits for everybody, which a dead process never joins.
+    """
+    # A progress bar hides the cursor of a terminal.
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""
+    print(f"{shown}error: {message}", file=sys.stderr, flush=True)
+    os._exit(exit_code)
 
 
 def exit_code_of(error: Exception) -> int:

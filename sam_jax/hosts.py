@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import json
-import os
 import platform
 import re
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,6 +75,8 @@ def start_devices(hosts: HostsConfig, cpu_devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not hosts.distributed:
         return
+    # It would take SIGTERM from the run, which has its own way to agree on it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             hosts.coordinator,
@@ -112,12 +112,3 @@ def gathered(value: Any) -> list[Any]:
 def host_names() -> tuple[str, ...]:
     """Names of all processes' hosts, in their order; the first call is by all together."""
     return tuple(gathered(platform.node()))
-
-
-def end_now(message: str, exit_code: int = 1) -> NoReturn:
-    """Ends this process with a message, without waiting for others that may be gone.
-
-    JAX's own shutdown waits for everybody, which a dead process never joins.
-    """
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(exit_code)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sam_jax.sharding import path_name, replicated
 from sam_jax.training.compiled_step import CompiledStep
@@ -80,14 +81,15 @@ def _in_losses(program, state, fields, key, samples) -> list[str]:
     if not is_bad.any():
         return []
     num_rounds = next(iter(bad.values())).shape[0]
-    num_bad = f"{int(is_bad.sum())} of {len(is_bad)} images"
-    lines = [f"the loss of {num_bad} is not finite ({num_rounds} rounds):"]
+    rounds = f" ({num_rounds} rounds)" if num_rounds > 1 else ""
+    lines = [f"the loss of {int(is_bad.sum())} of {len(is_bad)} images is not finite{rounds}:"]
     for image in np.flatnonzero(is_bad):
-        parts = [
-            f"{name} in round {_numbers(np.asarray(part[:, image].any(axis=1)))}"
-            for name, part in bad.items()
-            if part[:, image].any()
-        ]
+        parts = []
+        for name, part in bad.items():
+            in_rounds = np.asarray(part[:, image].any(axis=1))
+            if in_rounds.any():
+                where = f" in round {_numbers(in_rounds)}" if num_rounds > 1 else ""
+                parts.append(f"{name}{where}")
         lines.append(f"  {samples[image]}: {', '.join(parts)}")
     return lines
 
@@ -102,14 +104,27 @@ def _in_gradients(program, state, fields, key, samples) -> list[str]:
         trained=program.trained,
     )
 
-    def bad_gradients(params: Any, constants: Any, batch: Any) -> Any:
-        return _count_bad(gradients(params, constants, batch, key)[0])
+    def bad_gradients(params: Any, constants: Any, batch: Any) -> tuple[Any, Any, Any]:
+        grads, sums, _ = gradients(params, constants, batch, key)
+        is_finite = jnp.isfinite(jnp.stack([sums["loss"], optax.tree.norm(grads)]))
+        return _count_bad(grads), *is_finite
 
     compiled = jax.jit(bad_gradients, out_shardings=replicated(program.mesh))
-    counts = compiled(state.params, state.constants, fields)
+    counts, *is_finite = compiled(state.params, state.constants, fields)
+    loss_is_finite, norm_is_finite = map(bool, is_finite)
     lines = list(_counted(program.trained, counts))
+    if not loss_is_finite:
+        parts = (
+            "though each part of it is"
+            if isinstance(program.task, ItemizedTask)
+            else "and this task does not tell of which samples"
+        )
+        gradient = "nor is its gradient, by" if lines else "its gradient is"
+        return [f"the loss is not finite, {parts}; {gradient}", *lines]
     if lines:
         return ["the loss is finite, and its gradient is not, by", *lines]
+    if norm_is_finite:
+        return []
     return ["the loss and each gradient are finite; the gradients' norm overflows float32"]
 
 

@@ -20,21 +20,20 @@ from sam_jax.checkpoint import (
     config_changes,
     save_config,
 )
-from sam_jax.errors import TRY_AGAIN, UserError, exit_code_of
-from sam_jax.hosts import end_now, gathered, is_first
+from sam_jax.errors import TRY_AGAIN, UserError, end_now, exit_code_of
+from sam_jax.hosts import gathered, is_first
 from sam_jax.training import diagnosis, manifest
+from sam_jax.training.agreement import StopAgreement
 from sam_jax.training.best import Watch
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.skipped_steps import DivergedError, SkippedSteps
 from sam_jax.training.state import TrainState
+from sam_jax.training.stop_signals import EXIT_CODES, StopSignals
 from sam_jax.training.task import Task
 from sam_jax.training.watchdog import Watchdog
 from sam_jax.weights.files import WeightsError
-
-# Steps between exchanges of signals among processes; an exchange waits for the step before it.
-_STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class EvalReport(Protocol):
@@ -58,7 +57,7 @@ Stage = Callable[[Iterator, Mapping[str, Any], Callable[[str], None]], Iterator]
 class TrainingInterruptedError(UserError):
     """An interrupt from the keyboard stopped the run; its state is saved."""
 
-    exit_code = 130
+    exit_code = EXIT_CODES[signal.SIGINT]
 
 
 class PreemptedError(UserError):
@@ -78,6 +77,7 @@ def train(
     evaluators: Evaluators,
     sections: dict[str, Any] | None = None,
     stage: Stage | None = None,
+    stop_signals: StopSignals | None = None,
 ) -> TrainState:
     """Trains all steps, from the newest checkpoint in ``workdir`` if there is one.
 
@@ -95,6 +95,7 @@ def train(
       evaluators: called with the variables at evaluations, by name.
       sections: the config that all of this is from, kept beside the checkpoints; None keeps none.
       stage: makes batches of the task of those that the iterator yields; None where they are.
+      stop_signals: those that the program catches; None if it catches none.
 
     Raises:
       ConfigError: if the batch does not divide by the devices.
@@ -151,6 +152,7 @@ def train(
                 evaluators,
                 watch,
                 watchdog,
+                stop_signals or StopSignals(),
             )
             return run.steps(state, batches)
         except Exception as error:
@@ -314,6 +316,7 @@ class _Run(NamedTuple):
     evaluators: Evaluators
     watch: Watch | None
     watchdog: Watchdog
+    stop_signals: StopSignals
 
     def steps(self, state: TrainState, batches: Iterator[Mapping[str, Any]]) -> TrainState:
         """All steps that are left."""
@@ -323,12 +326,13 @@ class _Run(NamedTuple):
         profile = Profile(config.profile_steps, reporter)
         skipped = SkippedSteps(reporter.workdir, config.max_skipped_steps, reporter.say)
         first_step = int(state.step)
+        agreement = StopAgreement(first_step)
 
         def diagnose(*what: Any) -> list[str]:
             with watchdog.during("finding out what is not finite", may_work=True):
                 return diagnosis.diagnose(program, state, *what)
 
-        with _stop_signals() as received, contextlib.closing(profile):
+        with contextlib.closing(profile):
             for step in range(first_step + 1, config.num_steps + 1):
                 profile.before(step)
                 with stopwatch.during("input"), watchdog.during("waiting for data", may_work=True):
@@ -336,6 +340,13 @@ class _Run(NamedTuple):
                 batch = program.global_batch(local)
                 with watchdog.during("compiling the step", may_work=True):
                     state, metrics = program.step(state, batch)
+                # From here on there is something to save.
+                self.stop_signals.collect()
+                is_last = step == config.num_steps
+                is_evaluated = bool(self.evaluators) and _is_evaluated(step, config)
+                # What is evaluated is saved first: an evaluation may take as long as many steps,
+                # and one that is cut short is made when the run continues.
+                is_due = is_last or is_evaluated or self.checkpointer.is_due(step)
                 interval.append(metrics)
                 with watchdog.during(f"computing step {step}"):
                     if len(interval) > 1:
@@ -345,10 +356,9 @@ class _Run(NamedTuple):
                     skipped.watch(step, metrics, local, diagnose)
                     reporter.advance(step)
                     profile.after(step, metrics)
-                    stop_signal = _agreed_signal(received, step)
+                    stop_signal = agreement.agreed(step, self.stop_signals.received, is_due=is_due)
 
-                is_last = step == config.num_steps
-                is_saved = is_last or stop_signal or self.checkpointer.is_due(step)
+                is_saved = is_due or stop_signal
                 is_logged = is_last or step % config.log_every == 0
                 if is_logged or is_saved:
                     with watchdog.during(f"computing step {step}"):
@@ -362,17 +372,12 @@ class _Run(NamedTuple):
                         reporter.flush()
                         manifest.write_data(reporter.workdir, self.data_iterator)
                         self.checkpointer.save(state, self.data_iterator)
-                if stop_signal and not is_last:
+                if stop_signal and (is_evaluated or not is_last):
                     self._stop(stop_signal, step)
-                if _is_evaluated(step, config):
-                    with (
-                        stopwatch.during("evaluation"),
-                        watchdog.during("evaluating", may_work=True),
-                    ):
-                        _evaluate(self.evaluators, program.task, state, reporter, self.watch)
+                if is_evaluated:
+                    with stopwatch.during("evaluation"):
+                        self._evaluate(state)
                     if self.watch and self.watch.is_over and not is_last:
-                        with watchdog.during("saving a checkpoint"):
-                            self.checkpointer.save(state, self.data_iterator)
                         reporter.say(
                             f"stopping at step {step} of {config.num_steps}: in {config.patience} "
                             f"evaluations nothing was better; {self.watch.summary}"
@@ -398,6 +403,15 @@ class _Run(NamedTuple):
         }
         news = _news(task, means, rates, num_skipped)
         self.reporter.train_metrics(step, means | rates | {"skipped_steps": num_skipped}, news)
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Evaluates a state that is saved, or is being saved, which is what a signal waits for."""
+        where = f"in the evaluation of step {int(state.step)}, which is saved"
+        with (
+            self.watchdog.during("evaluating", may_work=True),
+            self.stop_signals.at_once(where, self.checkpointer.wait),
+        ):
+            _evaluate(self.evaluators, self.program.task, state, self.reporter, self.watch)
 
     def _stop(self, stop_signal: int, step: int) -> NoReturn:
         """Ends the run; its checkpoint is written before the program ends."""
@@ -433,17 +447,6 @@ def _lacks(done: int, evaluators: Evaluators, reporter: Reporter, watch: Watch |
     return bool(gathered(is_missing or (watch is not None and watch.lacks(done)))[0])
 
 
-def _agreed_signal(received: list[int], step: int) -> int:
-    """A signal that this or another process got, 0 for none: all must stop after the same step."""
-    mine = max(received, default=0, key=lambda number: number == signal.SIGINT)
-    if jax.process_count() == 1:
-        return mine
-    if step % _STEPS_BETWEEN_AGREEMENTS:
-        return 0
-    of_all = multihost_utils.process_allgather(np.array(mine)).reshape(-1)
-    return int(signal.SIGINT) if signal.SIGINT in of_all else int(of_all.max())
-
-
 def _is_evaluated(step: int, config: TrainConfig) -> bool:
     if config.eval_every == 0:
         return False
@@ -476,23 +479,3 @@ def _news(
         f"{rates[f'{task.unit}_per_second']:.1f} {task.unit}/s  "
         f"input wait {100 * rates['input_wait_rate']:.0f} %"
     )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects interrupt and termination signals instead of dying of them; a second one kills."""
-    received: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def receive(number, frame):
-        del frame
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

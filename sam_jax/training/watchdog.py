@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
-from sam_jax.errors import TRY_AGAIN
-from sam_jax.hosts import end_now
+from sam_jax.errors import TRY_AGAIN, end_now
 
 # A process that uses this share of a core is at work.
 _WORKING_RATE = 0.1

@@ -1,5 +1,6 @@
 """Programs as users start them, and what they leave behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -61,11 +62,20 @@ class Program:
         return self._log.read_text(errors="replace")
 
     @property
+    def pid(self) -> int:
+        """Number of its process."""
+        return self._process.pid
+
+    @property
     def children(self) -> list[int]:
         """Processes that it has started, where the system tells."""
         # By the threads that started them.
-        listed = Path(f"/proc/{self._process.pid}/task").glob("*/children")
-        return [int(pid) for path in listed for pid in path.read_text().split()]
+        found = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            # A thread may end in between.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [int(pid) for pid in path.read_text().split()]
+        return found
 
     def wait_for_end_of(self, pid: int) -> None:
         """Waits until a process that it had started is gone."""

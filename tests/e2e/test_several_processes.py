@@ -67,7 +67,7 @@ def assert_close_parameters(first: Path, second: Path, step: int) -> None:
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    """One of them frozen, both resumed and preempted, continued by one, as one device does."""
+    """One of them frozen, both resumed and preempted, continued on another mesh, as one does."""
     workdir = tmp_path / "two"
     flags = ("--workdir", str(workdir), *SHARDED)
     endless = "--config.train.num_steps=100000"
@@ -102,9 +102,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert stopped_at > killed_at
     of_both = json.loads((workdir / "data.json").read_text())
     last = f"--config.train.num_steps={stopped_at + 2}"
-    output = run("train.py", *flags, last, RARE, devices=4, config=PRETRAINING)
+    # On half of the devices, each of which has a whole copy of what four had in halves.
+    mesh = ("--config.sharding.data=2", "--config.sharding.fsdp=1", *PLAIN)
+    arguments = ("--workdir", str(workdir), *mesh, last, RARE)
+    output = run("train.py", *arguments, devices=2, config=PRETRAINING)
     assert f"continuing from the checkpoint of step {stopped_at}" in output
-    assert "4 cpu device(s) of 1 process(es), data 2 x fsdp 2 x tensor 1" in output
+    assert "2 cpu device(s) of 1 process(es), data 2 x fsdp 1 x tensor 1" in output
 
     straight = tmp_path / "one"
     output = run("train.py", "--workdir", str(straight), *PLAIN, last, RARE, config=PRETRAINING)

@@ -1,31 +1,59 @@
 """Whole runs of train.py and eval.py: killed and resumed, evaluated."""
 
 import json
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.e2e import soak
-from tests.e2e.programs import ONE_ROUND, PRETRAINING, logged, run, runner_limit, saved_steps, start
+from tests.e2e.programs import (
+    ONE_ROUND,
+    PRETRAINING,
+    Program,
+    logged,
+    run,
+    runner_limit,
+    saved_steps,
+    start,
+)
 
 pytestmark = runner_limit
 
 RARE = ("--config.checkpoint.every_steps=1000", "--config.train.log_every=1")
 
 
+def fill_the_disk(process: Program, workdir: Path) -> None:
+    """Lets a run write no file as large as the largest of a checkpoint, which the system refuses.
+
+    It refuses so what a full disk has no room for; to fill one takes the rights to mount it.
+    """
+    files = [path for path in (workdir / "checkpoints").rglob("*") if path.is_file()]
+    largest = max(path.stat().st_size for path in files)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest // 2, resource.RLIM_INFINITY))
+
+
 def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
     tmp_path: Path,
 ) -> None:
-    """SIGKILL while a checkpoint is written, with a worker that reads; SIGTERM later.
+    """SIGTERM at the start, SIGKILL in a checkpoint, no room on the disk, SIGTERM in the steps.
 
-    Of pre-training, which is compiled sooner; `python -m tests.e2e.soak` does it with prompts.
+    A worker reads when the run is killed. Of pre-training, which is compiled sooner;
+    `python -m tests.e2e.soak` does it with prompts.
     """
     straight, workdir = tmp_path / "straight", tmp_path / "killed"
     no_evals = "--config.train.eval_every=0"
     run("train.py", "--workdir", str(straight), *RARE, no_evals, config=PRETRAINING)
 
     flags = ("--workdir", str(workdir), *soak.OFTEN, no_evals)
+    with start("train.py", *flags, config=PRETRAINING) as process:
+        process.wait_for_line("0.0 M parameters on 1 cpu device(s)")
+        process.send(signal.SIGTERM)
+        output = process.end(75)
+    assert "error: stopped by SIGTERM before its first step, with nothing to save" in output
+    assert saved_steps(workdir) == []
+
     with start("train.py", *flags, "--config.data.num_workers=1", config=PRETRAINING) as process:
         process.wait_until("a checkpoint", lambda: saved_steps(workdir) != [])
         process.wait_until("a write", lambda: soak.is_writing(workdir), naps=0.0005)
@@ -36,6 +64,18 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
         for worker in workers:
             process.wait_for_end_of(worker)
     killed_at = saved_steps(workdir)[-1]
+
+    with start("train.py", *flags, config=PRETRAINING) as process:
+        process.wait_for_line(f"continuing from the checkpoint of step {killed_at}")
+        fill_the_disk(process, workdir)
+        output = process.end(1)
+    checkpoints = workdir / "checkpoints"
+    assert f"error: a checkpoint could not be written to {checkpoints}: " in output
+    again = "Once that is mended, the same command continues"
+    assert f"File too large; the newest whole one: step {killed_at}. {again}" in output
+    # TensorStore's threads say that nobody waits for them any more; Orbax's say nothing.
+    assert "orbax" not in output
+    assert saved_steps(workdir)[-1] == killed_at
 
     with start("train.py", *flags, config=PRETRAINING) as process:
         process.wait_for_line(f"step {killed_at + 2}/")

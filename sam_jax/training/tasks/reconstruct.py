@@ -4,7 +4,7 @@ Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sam_jax.arrays import Array, Float
 from sam_jax.models.masked_autoencoder import MaskedAutoencoder, init_variables
 from sam_jax.ops.images import normalize_whole_images
 from sam_jax.parallel import BATCH, Parallel
-from sam_jax.training.task import Fields, LossSums
+from sam_jax.training.task import Fields, LossParts, LossSums
 from sam_jax.weights.load import autoencoder_variables_for
 from sam_jax.weights.runs import run_differences
 
@@ -70,6 +70,29 @@ class ReconstructTask:
 
     def loss_sums(self, parallel: Parallel, param_specs: Any | None) -> LossSums:
         """Sums, over the dropped patches, of their mean squared errors."""
+        errors = self._build_errors(parallel, param_specs)
+
+        def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
+            del constants  # there are none
+            loss = jnp.sum(errors(params, fields, key))
+            return loss, {"loss": loss}
+
+        return loss_sums
+
+    def loss_parts(self, parallel: Parallel, param_specs: Any | None) -> LossParts:
+        """The errors of every dropped patch, in one round."""
+        errors = self._build_errors(parallel, param_specs)
+
+        def loss_parts(params: Any, constants: Any, fields: Fields, key: Array):
+            del constants
+            return {"loss": errors(params, fields, key)[None]}
+
+        return loss_parts
+
+    def _build_errors(
+        self, parallel: Parallel, param_specs: Any | None
+    ) -> Callable[[Any, Fields, Array], Float[Array, "b u"]]:
+        """Errors of the dropped patches of a batch as a function of parameters, batch and key."""
         model, of_images = self.model, parallel.spec(BATCH)
 
         def errors(params: Any, images: Array, noise: Array) -> Float[Array, "b u"]:
@@ -82,15 +105,13 @@ class ReconstructTask:
             jax.named_scope("reconstruction")(errors), param_specs, [of_images] * 2, of_images
         )
 
-        def loss_sums(params: Any, constants: Any, fields: Fields, key: Array):
-            del constants  # there are none
+        def of_batch(params: Any, fields: Fields, key: Array) -> Float[Array, "b u"]:
             images = fields["image"]
             # For the whole batch, so that how many devices share it changes nothing.
             noise = jax.random.uniform(key, (len(images), model.num_patches))
-            loss = jnp.sum(on_each_device(params, images, noise))
-            return loss, {"loss": loss}
+            return on_each_device(params, images, noise)
 
-        return loss_sums
+        return of_batch
 
     def headline(self, means: Mapping[str, float]) -> str:
         """The loss; of normalised pixels, 1 is what a patch's mean would give."""
