@@ -471,6 +471,18 @@ def _example_inputs(dtype: Any) -> dict[str, Any]:
     }
 
 
+def _token_attention_examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Tokens to tokens, to the image's and from them."""
+    x = _example_inputs(dtype)
+    weights, tokens, image_tokens = x["weights"], x["tokens"], x["image_tokens"]
+    options = {"num_heads": 8}
+    return [
+        ((weights, tokens, tokens, tokens, x["valid"]), options),
+        ((weights, tokens, image_tokens, image_tokens), options),
+        ((weights, image_tokens, tokens, tokens, x["valid"]), options),
+    ]
+
+
 def _token_to_image_examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     x = _example_inputs(dtype)
     args = (x["weights"], x["tokens"], x["image_tokens"], x["image_pe"])
@@ -490,6 +502,7 @@ def _image_to_token_examples(dtype: Any) -> list[tuple[tuple[Any, ...], dict[str
 TOKEN_ATTENTION = dispatch.Operation(
     "token_attention",
     [dispatch.Form("ordered", _ordered), dispatch.Form("reference", _attention)],
+    examples=_token_attention_examples,
 )
 TOKEN_TO_IMAGE_ATTENTION = dispatch.Operation(
     "token_to_image_attention",
