@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     with contextlib.closing(data):  # which says what of the data was left out
         loop.train(
             workdir=WORKDIR.value,
-            program=experiment.program(),
+            compiled_step=experiment.compiled_step(),
             config=experiment.train,
             batch_size=experiment.data.batch_size,
             data_iterator=data,

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     run = experiment.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
-    program = run.program()
+    program = run.compiled_step()
     state = program.new_state(jax.random.key(run.train.seed))
     jax.block_until_ready(state)
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

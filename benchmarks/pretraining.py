@@ -183,7 +183,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def _seconds_of_steps(experiments: Sequence[Experiment]) -> list[float]:
     """Seconds of a step of each, in turn, so that what else runs here slows all alike."""
-    programs = [experiment.program(jax.devices()[:1]) for experiment in experiments]
+    programs = [experiment.compiled_step(jax.devices()[:1]) for experiment in experiments]
     states = [program.new_state(jax.random.key(0)) for program in programs]
     batches = []
     for experiment, program in zip(experiments, programs, strict=True):
@@ -228,7 +228,7 @@ def _train(sections: dict[str, Any], folder: Path) -> float:
     with contextlib.closing(train_iterator(experiment.data)) as data:
         loop.train(
             workdir=folder,
-            program=experiment.program(jax.devices()[:1]),
+            compiled_step=experiment.compiled_step(jax.devices()[:1]),
             config=experiment.train,
             batch_size=experiment.data.batch_size,
             data_iterator=data,

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     run = experiment.load(args)
     start_devices(HostsConfig(), run.sharding.cpu_devices)
-    program, task = run.program(), run.task
+    program, task = run.compiled_step(), run.task
     if not isinstance(task, SegmentTask):
         raise ConfigError(
             f"{args.config} pre-trains, expected a config of promptable training, whose rounds are "

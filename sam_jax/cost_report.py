@@ -284,46 +284,46 @@ def plan(experiment: Experiment, topology: str = LOCAL, *, batch_size: int | Non
       TopologyError: see ``devices_of``.
     """
     devices, chip = devices_of(topology)
-    program = experiment.program(devices)
+    compiled_step = experiment.compiled_step(devices)
     batch_size = batch_size or experiment.data.batch_size
-    program.check_batch(batch_size)
-    batch = program.placed_batch(batch_size)
+    compiled_step.check_batch(batch_size)
+    batch = compiled_step.placed_batch(batch_size)
     start = time.perf_counter()
     try:
-        compiled = program.step.lower(program.placed_state, batch).compile()
+        compiled = compiled_step.step.lower(compiled_step.placed_state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error).lower():
             raise
         first = next(line for line in str(error).splitlines() if line.strip())
         raise ConfigError(f"it does not fit the devices' memory: {first}") from error
     compile_seconds = time.perf_counter() - start
-    return _read(experiment, topology, chip, program, batch, compiled, compile_seconds)
+    return _read(experiment, topology, chip, compiled_step, batch, compiled, compile_seconds)
 
 
 def _read(
     experiment: Experiment,
     topology: str,
     chip: Chip | None,
-    program: CompiledStep,
+    compiled_step: CompiledStep,
     batch: dict[str, Any],
     compiled: Any,
     compile_seconds: float,
 ) -> Plan:
-    batch_size, num_devices = jax.tree.leaves(batch)[0].shape[0], program.mesh.size
+    batch_size, num_devices = jax.tree.leaves(batch)[0].shape[0], compiled_step.mesh.size
     text = compiled.as_text()
     instructions = list(hlo.instructions(text))
     transfers = hlo.collectives(text)
-    flops = program.task.flops(batch_size, program.trained)
+    flops = compiled_step.task.flops(batch_size, compiled_step.trained)
     if chip is None:
-        chip = _measured_chip(program)
-    memory = _memory(program, batch, compiled, chip)
+        chip = _measured_chip(compiled_step)
+    memory = _memory(compiled_step, batch, compiled, chip)
     transfer = sum(c.sent_bytes for c in transfers) / chip.link_rate if chip.link_rate else None
     return Plan(
         topology=topology,
         num_devices=num_devices,
-        mesh=dict(program.mesh.shape),
+        mesh=dict(compiled_step.mesh.shape),
         batch_size=batch_size,
-        remat=program.task.remat,
+        remat=compiled_step.task.remat,
         memory=memory,
         work_flops=flops / num_devices,
         moved_bytes=float(sum(i.moved_bytes * i.trips for i in instructions)),
@@ -356,12 +356,12 @@ def part_seconds(instructions: Sequence[hlo.Instruction], chip: Chip) -> dict[st
     return seconds
 
 
-def _measured_chip(program: CompiledStep) -> Chip:
+def _measured_chip(compiled_step: CompiledStep) -> Chip:
     """A device of this machine, with the memory it reports and its measured rate of products."""
-    device = program.mesh.devices.flat[0]
+    device = compiled_step.mesh.devices.flat[0]
     stats = device.memory_stats() or {}
     size = 2048 if device.platform == "cpu" else 8192
-    matrix = jax.device_put(jnp.ones((size, size), program.task.dtype), device)
+    matrix = jax.device_put(jnp.ones((size, size), compiled_step.task.dtype), device)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(matrix, matrix))
     seconds = []
@@ -371,15 +371,15 @@ def _measured_chip(program: CompiledStep) -> Chip:
         seconds.append(time.perf_counter() - start)
     peak = 2 * size**3 / min(seconds)
     # Devices that one CPU poses as share its cores.
-    share = program.mesh.size if device.platform == "cpu" else 1
+    share = compiled_step.mesh.size if device.platform == "cpu" else 1
     return Chip(
         device.device_kind, stats.get("bytes_limit") or math.inf, peak / share, 0.0, 0.0, None
     )
 
 
-def _memory(program: CompiledStep, batch: Any, compiled: Any, chip: Chip) -> Memory:
+def _memory(compiled_step: CompiledStep, batch: Any, compiled: Any, chip: Chip) -> Memory:
     planned = compiled.memory_analysis()
-    state = program.placed_state
+    state = compiled_step.placed_state
     return Memory(
         params=_bytes_on_a_device(state.params),
         ema=_bytes_on_a_device(state.ema_params),

@@ -18,7 +18,7 @@ _MOST_LINES = 8
 
 
 def diagnose(
-    program: CompiledStep,
+    compiled_step: CompiledStep,
     state: TrainState,
     step: int,
     batch: Mapping[str, np.ndarray],
@@ -30,16 +30,16 @@ def diagnose(
     All processes must call this.
 
     Args:
-      program: of the run.
+      compiled_step: of the run.
       state: its parameters are still those that the step began with.
       step: its number, from 1.
       batch: its images, this process's share.
       samples: their names, of all processes.
     """
-    key = step_key(program.seed, step - 1)
-    fields = program.global_batch(batch)
+    key = step_key(compiled_step.seed, step - 1)
+    fields = compiled_step.global_batch(batch)
     for find in (_in_parameters, _in_losses, _in_gradients):
-        lines = find(program, state, fields, key, samples)
+        lines = find(compiled_step, state, fields, key, samples)
         if len(lines) > _MOST_LINES + 1:
             lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
         if lines:
@@ -47,25 +47,25 @@ def diagnose(
     return ["computed again, all of it is finite: the devices do not compute the same twice"]
 
 
-def _in_parameters(program, state, fields, key, samples) -> list[str]:
+def _in_parameters(compiled_step, state, fields, key, samples) -> list[str]:
     del fields, key, samples
-    count_bad = jax.jit(_count_bad, out_shardings=replicated(program.mesh))
-    lines = list(_counted(program.state_shapes.params, count_bad(state.params)))
+    count_bad = jax.jit(_count_bad, out_shardings=replicated(compiled_step.mesh))
+    lines = list(_counted(compiled_step.state_shapes.params, count_bad(state.params)))
     return ["parameters are not finite before the step:", *lines] if lines else []
 
 
-def _in_losses(program, state, fields, key, samples) -> list[str]:
-    if not isinstance(program.task, ItemizedTask):
+def _in_losses(compiled_step, state, fields, key, samples) -> list[str]:
+    if not isinstance(compiled_step.task, ItemizedTask):
         return []
-    num_parts = program.accumulate_steps
-    loss_parts = program.task.loss_parts(program.parallel, program.param_specs)
+    num_parts = compiled_step.accumulate_steps
+    loss_parts = compiled_step.task.loss_parts(compiled_step.parallel, compiled_step.param_specs)
 
     def bad_losses(params: Any, constants: Any, batch: Any, index: Any) -> Any:
         part = jax.tree.map(lambda x: x[index], parts_of(batch, num_parts))
         losses = loss_parts(params, constants, part, part_key(key, index, num_parts))
         return jax.tree.map(lambda x: ~jnp.isfinite(x), losses)
 
-    compiled = jax.jit(bad_losses, out_shardings=replicated(program.mesh))
+    compiled = jax.jit(bad_losses, out_shardings=replicated(compiled_step.mesh))
     found = [
         jax.device_get(compiled(state.params, state.constants, fields, index))
         for index in range(num_parts)
@@ -94,14 +94,14 @@ def _in_losses(program, state, fields, key, samples) -> list[str]:
     return lines
 
 
-def _in_gradients(program, state, fields, key, samples) -> list[str]:
+def _in_gradients(compiled_step, state, fields, key, samples) -> list[str]:
     del samples
     gradients = build_gradients(
-        program.task,
-        parallel=program.parallel,
-        param_specs=program.param_specs,
-        accumulate_steps=program.accumulate_steps,
-        trained=program.trained,
+        compiled_step.task,
+        parallel=compiled_step.parallel,
+        param_specs=compiled_step.param_specs,
+        accumulate_steps=compiled_step.accumulate_steps,
+        trained=compiled_step.trained,
     )
 
     def bad_gradients(params: Any, constants: Any, batch: Any) -> tuple[Any, Any, Any]:
@@ -109,14 +109,14 @@ def _in_gradients(program, state, fields, key, samples) -> list[str]:
         is_finite = jnp.isfinite(jnp.stack([sums["loss"], optax.tree.norm(grads)]))
         return _count_bad(grads), *is_finite
 
-    compiled = jax.jit(bad_gradients, out_shardings=replicated(program.mesh))
+    compiled = jax.jit(bad_gradients, out_shardings=replicated(compiled_step.mesh))
     counts, *is_finite = compiled(state.params, state.constants, fields)
     loss_is_finite, norm_is_finite = map(bool, is_finite)
-    lines = list(_counted(program.trained, counts))
+    lines = list(_counted(compiled_step.trained, counts))
     if not loss_is_finite:
         parts = (
             "though each part of it is"
-            if isinstance(program.task, ItemizedTask)
+            if isinstance(compiled_step.task, ItemizedTask)
             else "and this task does not tell of which samples"
         )
         gradient = "nor is its gradient, by" if lines else "its gradient is"

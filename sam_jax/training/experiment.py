@@ -154,14 +154,14 @@ class Experiment:
             train=train,
         )
 
-    def program(self, devices: Sequence[Any] | None = None) -> CompiledStep:
+    def compiled_step(self, devices: Sequence[Any] | None = None) -> CompiledStep:
         """The training step on these devices; see ``compile_step``.
 
         Raises:
           ConfigError: if the config does not fit the devices or the parameters, or trains an
             encoder whose embeddings are kept.
         """
-        program = compile_step(
+        compiled_step = compile_step(
             self.task,
             num_steps=self.train.num_steps,
             seed=self.train.seed,
@@ -173,8 +173,8 @@ class Experiment:
             devices=devices,
         )
         if isinstance(self.task, SegmentTask):
-            _check_trained(self.task, self.train.trainable, program.trained)
-        return program
+            _check_trained(self.task, self.train.trainable, compiled_step.trained)
+        return compiled_step
 
     def stage(self) -> EmbeddingStage | None:
         """The stage from the input pipeline's batches to the task's; None where they are."""

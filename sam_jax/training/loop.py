@@ -69,7 +69,7 @@ class PreemptedError(UserError):
 def train(
     *,
     workdir: str | Path,
-    program: CompiledStep,
+    compiled_step: CompiledStep,
     config: TrainConfig,
     batch_size: int,
     data_iterator: Any,
@@ -86,7 +86,7 @@ def train(
 
     Args:
       workdir: for checkpoints and TensorBoard files.
-      program: the step of the task, on its devices.
+      compiled_step: the step of the task, on its devices.
       config: how long to train, and what to tell.
       batch_size: images of a step, of all processes.
       data_iterator: yields mappings of the fields of the task's batch, this process's share, and
@@ -105,17 +105,17 @@ def train(
       CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
       WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
     """
-    program.check_batch(batch_size)
+    compiled_step.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
-    _check_workdir(Path(workdir), checkpointer, program.task)
+    _check_workdir(Path(workdir), checkpointer, compiled_step.task)
     reporter = Reporter(workdir, config.num_steps, config.wandb)
     with contextlib.closing(Watchdog(config.max_stall_seconds)) as watchdog:
         try:
-            _introduce(program, reporter)
+            _introduce(compiled_step, reporter)
             state = None
             if checkpointer.latest_step:
                 with watchdog.during("reading a checkpoint", may_work=True):
-                    state = _restored_state(program, checkpointer, data_iterator, reporter)
+                    state = _restored_state(compiled_step, checkpointer, data_iterator, reporter)
             done = 0 if state is None else int(state.step)
             watch = None
             if config.watch is not None and config.eval_every != 0:
@@ -125,7 +125,7 @@ def train(
                 if _is_evaluated(done, config) and _lacks(done, evaluators, reporter, watch):
                     reporter.begin(done, sections)
                     with watchdog.during("evaluating", may_work=True):
-                        _evaluate(evaluators, program.task, state, reporter, watch)
+                        _evaluate(evaluators, compiled_step.task, state, reporter, watch)
                 if end := _end_before(done, config, watch):
                     reporter.say(f"nothing is left to do: {end}")
                     return state
@@ -133,17 +133,17 @@ def train(
             with watchdog.during("waiting for data", may_work=True):
                 batches = itertools.chain([next(data_iterator)], data_iterator)
             if state is None:
-                state = _new_state(program, config, reporter)
-            _begin(program, checkpointer, reporter, done, sections, data_iterator)
+                state = _new_state(compiled_step, config, reporter)
+            _begin(compiled_step, checkpointer, reporter, done, sections, data_iterator)
             if not done and _is_evaluated(0, config):
                 with watchdog.during("evaluating", may_work=True):
-                    _evaluate(evaluators, program.task, state, reporter, watch)
+                    _evaluate(evaluators, compiled_step.task, state, reporter, watch)
             if stage is not None:
                 batches = stage(batches, state.variables, reporter.say)
             if not done:
                 reporter.say("the first step is compiled now, which can take minutes")
             run = _Run(
-                program,
+                compiled_step,
                 config,
                 batch_size,
                 data_iterator,
@@ -237,54 +237,54 @@ def _check_workdir(workdir: Path, checkpointer: Checkpointer, task: Task) -> Non
         )
 
 
-def _introduce(program: CompiledStep, reporter: Reporter) -> None:
+def _introduce(compiled_step: CompiledStep, reporter: Reporter) -> None:
     """Says what runs where."""
-    mesh = program.mesh
+    mesh = compiled_step.mesh
     reporter.say(
-        f"{_num_parameters(program)} on "
+        f"{_num_parameters(compiled_step)} on "
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s) of {jax.process_count()} "
         f"process(es), {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
-    for check in program.parallel.check_kernels():
+    for check in compiled_step.parallel.check_kernels():
         reporter.say(str(check))
 
 
-def _num_parameters(program: CompiledStep) -> str:
+def _num_parameters(compiled_step: CompiledStep) -> str:
     total, trained = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (program.state_shapes.params, program.trained)
+        for tree in (compiled_step.state_shapes.params, compiled_step.trained)
     )
     if trained == total:
         return f"{total / 1e6:.1f} M parameters"
     return f"{trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters are trained ({trained:,})"
 
 
-def _restored_state(program, checkpointer, data_iterator, reporter) -> TrainState:
+def _restored_state(compiled_step, checkpointer, data_iterator, reporter) -> TrainState:
     """The newest checkpoint's state; the data are moved to their place."""
-    state = checkpointer.restore(program.placed_state, data_iterator)
+    state = checkpointer.restore(compiled_step.placed_state, data_iterator)
     for step, fault in checkpointer.damaged:
         reporter.say(f"the checkpoint of step {step} is damaged: {fault}")
     reporter.say(
         f"continuing from the checkpoint of step {checkpointer.latest_step} in {reporter.workdir}"
     )
-    if checkpointer.latest_has_ema and not program.keeps_ema:
+    if checkpointer.latest_has_ema and not compiled_step.keeps_ema:
         reporter.say("its averaged parameters are dropped, as train.ema_decay is 0")
-    if program.keeps_ema and not checkpointer.latest_has_ema:
+    if compiled_step.keeps_ema and not checkpointer.latest_has_ema:
         reporter.say("it has no averaged parameters: the average starts from its parameters")
     return state
 
 
-def _new_state(program: CompiledStep, config: TrainConfig, reporter: Reporter) -> TrainState:
+def _new_state(compiled_step: CompiledStep, config: TrainConfig, reporter: Reporter) -> TrainState:
     """The state before the first step, from random or from other weights."""
     key = jax.random.key(config.seed)
     if config.init_from is None:
-        return program.new_state(key)
-    state = program.state_from(program.task.load(config.init_from, key))
+        return compiled_step.new_state(key)
+    state = compiled_step.state_from(compiled_step.task.load(config.init_from, key))
     reporter.say(f"starting from the weights in {config.init_from}")
     return state
 
 
-def _begin(program, checkpointer, reporter, first_step: int, sections, data_iterator) -> None:
+def _begin(compiled_step, checkpointer, reporter, first_step: int, sections, data_iterator) -> None:
     """Makes what a run keeps in its folder; all that is needed for its steps is there."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes have what they need")
@@ -300,14 +300,14 @@ def _begin(program, checkpointer, reporter, first_step: int, sections, data_iter
         if kept is not None:
             what = "; ".join(changes or ["it could not be read"])
             reporter.say(f"the config is another now: {what}; the one before is kept in {kept}")
-    manifest.write_start(reporter.workdir, program, first_step)
-    manifest.write_parameters(reporter.workdir, program)
+    manifest.write_start(reporter.workdir, compiled_step, first_step)
+    manifest.write_parameters(reporter.workdir, compiled_step)
 
 
 class _Run(NamedTuple):
     """The steps of a run, and what is done between them."""
 
-    program: CompiledStep
+    compiled_step: CompiledStep
     config: TrainConfig
     batch_size: int
     data_iterator: Any
@@ -320,7 +320,7 @@ class _Run(NamedTuple):
 
     def steps(self, state: TrainState, batches: Iterator[Mapping[str, Any]]) -> TrainState:
         """All steps that are left."""
-        program, config = self.program, self.config
+        compiled_step, config = self.compiled_step, self.config
         reporter, watchdog = self.reporter, self.watchdog
         stopwatch, interval = Stopwatch(), []
         profile = Profile(config.profile_steps, reporter)
@@ -330,16 +330,16 @@ class _Run(NamedTuple):
 
         def diagnose(*what: Any) -> list[str]:
             with watchdog.during("finding out what is not finite", may_work=True):
-                return diagnosis.diagnose(program, state, *what)
+                return diagnosis.diagnose(compiled_step, state, *what)
 
         with contextlib.closing(profile):
             for step in range(first_step + 1, config.num_steps + 1):
                 profile.before(step)
                 with stopwatch.during("input"), watchdog.during("waiting for data", may_work=True):
                     local = next(batches)
-                batch = program.global_batch(local)
+                batch = compiled_step.global_batch(local)
                 with watchdog.during("compiling the step", may_work=True):
-                    state, metrics = program.step(state, batch)
+                    state, metrics = compiled_step.step(state, batch)
                 # From here on there is something to save.
                 self.stop_signals.collect()
                 is_last = step == config.num_steps
@@ -392,7 +392,7 @@ class _Run(NamedTuple):
         seconds, spent = stopwatch.read()
         seconds -= spent["evaluation"] + spent["checkpoint"]
         fetched = jax.device_get(interval)
-        task = self.program.task
+        task = self.compiled_step.task
         rates = _rates(fetched, task.unit, self.batch_size, seconds, spent["input"])
         good = [metrics for metrics in fetched if not metrics["skipped"]]
         num_skipped = len(fetched) - len(good)
@@ -411,7 +411,7 @@ class _Run(NamedTuple):
             self.watchdog.during("evaluating", may_work=True),
             self.stop_signals.at_once(where, self.checkpointer.wait),
         ):
-            _evaluate(self.evaluators, self.program.task, state, self.reporter, self.watch)
+            _evaluate(self.evaluators, self.compiled_step.task, state, self.reporter, self.watch)
 
     def _stop(self, stop_signal: int, step: int) -> NoReturn:
         """Ends the run; its checkpoint is written before the program ends."""

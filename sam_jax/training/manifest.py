@@ -58,12 +58,12 @@ class DescribedData(Protocol):
         ...
 
 
-def write_start(workdir: Path, program: CompiledStep, first_step: int) -> None:
+def write_start(workdir: Path, compiled_step: CompiledStep, first_step: int) -> None:
     """Appends a line of JSON to ``starts.jsonl`` for this start of the run.
 
     The first process calls it, after all have called ``write_data``, which asks for their hosts.
     """
-    devices = program.mesh.devices.flat
+    devices = compiled_step.mesh.devices.flat
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "after_step": first_step,
@@ -74,14 +74,14 @@ def write_start(workdir: Path, program: CompiledStep, first_step: int) -> None:
         "hosts": list(host_names()),
         "processes": jax.process_count(),
         "devices": [f"{device.platform} {device.device_kind} {device.id}" for device in devices],
-        "mesh": dict(program.mesh.shape),
+        "mesh": dict(compiled_step.mesh.shape),
     }
     places.append_line(workdir / STARTS, json.dumps(start))
 
 
-def write_parameters(workdir: Path, program: CompiledStep) -> None:
+def write_parameters(workdir: Path, compiled_step: CompiledStep) -> None:
     """Writes ``parameters.txt``: path, shape, axes, elements on each device, a line each."""
-    lines = describe(program.state_shapes.params, program.state_shardings.params)
+    lines = describe(compiled_step.state_shapes.params, compiled_step.state_shardings.params)
     places.write_text(workdir / PARAMETERS, "\n".join(lines) + "\n")
 
 

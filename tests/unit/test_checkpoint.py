@@ -136,11 +136,11 @@ def test_a_run_says_what_becomes_of_the_average(
         settings = (f"train.num_steps={STEP}", "train.eval_every=0", f"train.ema_decay={decay}")
         return Experiment.of(read_config(CONFIG, settings))
 
-    state = numbered(experiment(before).program(jax.devices()[:1]))
+    state = numbered(experiment(before).compiled_step(jax.devices()[:1]))
     saved(state, tmp_path, data).close()
     after = loop.train(
         workdir=tmp_path,
-        program=experiment(now).program(jax.devices()[:1]),
+        compiled_step=experiment(now).compiled_step(jax.devices()[:1]),
         config=experiment(now).train,
         batch_size=experiment(now).data.batch_size,
         data_iterator=data,
@@ -439,7 +439,7 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections = read_config(CONFIG, SETTINGS)
     experiment = Experiment.of(sections)
     iterator = train_iterator(experiment.data)
-    saved(numbered(experiment.program(jax.devices()[:1])), workdir, iterator).close()
+    saved(numbered(experiment.compiled_step(jax.devices()[:1])), workdir, iterator).close()
     iterator.close()
     save_config(workdir, sections)
     (workdir / "tensorboard").mkdir()
@@ -454,7 +454,7 @@ def train(workdir: Path, *settings: str) -> TrainState:
     experiment = Experiment.of(sections)
     return loop.train(
         workdir=workdir,
-        program=experiment.program(),
+        compiled_step=experiment.compiled_step(),
         config=experiment.train,
         batch_size=experiment.data.batch_size,
         data_iterator=train_iterator(experiment.data),

@@ -110,7 +110,7 @@ def test_a_recipe_trains_a_part_of_the_weights_model(
 ) -> None:
     write_masks(tmp_path / "mine", 10)
     experiment = experiment_of(method, f"{tmp_path / 'mine'}:{weights}")
-    program = experiment.program(jax.devices()[:2])
+    program = experiment.compiled_step(jax.devices()[:2])
     assert set(program.trained) == parts
     task: Any = experiment.task
     decoder = dataclasses.replace(TINY.mask_decoder, dropout_rate=0.0)

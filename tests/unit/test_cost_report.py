@@ -35,7 +35,7 @@ def example(**changes: Any) -> planning.Plan:
         constants=0,
         batch=10,
         working=490,
-        program=0,
+        compiled_step=0,
         available=1000.0,
     )
     made = planning.Plan(
@@ -131,7 +131,7 @@ def test_a_plan_for_this_machine(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--config", CONFIG, *settings, "--json", str(out)])
     assert result.exit_code == 0, result.output
     (made,) = json.loads(out.read_text())
-    program = Experiment.of(read_config(CONFIG, SMALL)).program()
+    program = Experiment.of(read_config(CONFIG, SMALL)).compiled_step()
     num_params = sum(leaf.size for leaf in _leaves(program.state_shapes.params))
     memory = made["memory"]
     # Devices that split nothing hold everything.

@@ -50,7 +50,7 @@ def test_a_run_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     try:
         state = loop.train(
             workdir=workdir,
-            program=experiment.program(jax.devices()[:1]),
+            compiled_step=experiment.compiled_step(jax.devices()[:1]),
             config=experiment.train,
             batch_size=experiment.data.batch_size,
             data_iterator=data,

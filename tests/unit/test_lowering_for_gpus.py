@@ -87,7 +87,7 @@ def test_a_whole_training_step_is_lowered() -> None:
                 config, ["model.dtype=bfloat16", "prompts.num_corrections=0", "data.max_masks=2"]
             )
         )
-        program = experiment.program(jax.devices()[:1])
+        program = experiment.compiled_step(jax.devices()[:1])
         traced = program.step.trace(program.placed_state, program.placed_batch(2))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert {call: text.count(call) for call in (FORWARD, BACKWARD)} == {FORWARD: 2, BACKWARD: 2}

@@ -75,7 +75,7 @@ def test_a_training_step_keeps_its_types() -> None:
         experiment = Experiment.of(
             read_config(config, ["model.dtype=bfloat16", "prompts.num_corrections=0"])
         )
-        program = experiment.program(jax.devices()[:1])
+        program = experiment.compiled_step(jax.devices()[:1])
         before = program.placed_state
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(before)} == {"float32", "int32"}
         after, metrics = jax.eval_shape(program.step, before, program.placed_batch(2))

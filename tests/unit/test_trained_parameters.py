@@ -98,7 +98,7 @@ def program_of(*trainable: str, num_steps: int = 4, ema_decay: float = 0.5) -> C
 def train(workdir: Path, program: CompiledStep, num_steps: int) -> Any:
     return loop.train(
         workdir=workdir,
-        program=program,
+        compiled_step=program,
         config=TrainConfig(num_steps, log_every=10, eval_every=0, ema_decay=0.5),
         batch_size=8,
         data_iterator=Pixels(),

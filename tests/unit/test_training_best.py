@@ -61,7 +61,7 @@ def train(
 ) -> Any:
     return loop.train(
         workdir=workdir,
-        program=toy_step(MeanColor(), 8),
+        compiled_step=toy_step(MeanColor(), 8),
         config=TrainConfig(
             num_steps,
             log_every=10,

@@ -98,7 +98,7 @@ def train(sections: dict[str, Any], program: Any, workdir: Path, **changes: Any)
     experiment = Experiment.of(sections)
     return loop.train(
         workdir=str(workdir),
-        program=program,
+        compiled_step=program,
         config=dataclasses.replace(experiment.train, **changes),
         batch_size=experiment.data.batch_size,
         data_iterator=train_iterator(experiment.data),
@@ -119,7 +119,7 @@ def run(data: Path, rgb_weights: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("run")
     sections = sections_of(data, rgb_weights)
     # Compiled once, for both.
-    program = Experiment.of(sections).program(jax.devices()[:1])
+    program = Experiment.of(sections).compiled_step(jax.devices()[:1])
     train(sections, program, folder, num_steps=1, eval_every=0)
     train(sections, program, folder)
     return Run(folder, sections)

@@ -30,7 +30,7 @@ def experiment(*settings: str) -> Experiment:
 
 
 def build(*settings: str) -> CompiledStep:
-    return experiment(*settings).program()
+    return experiment(*settings).compiled_step()
 
 
 def compiled(program: CompiledStep) -> Any:
@@ -153,7 +153,7 @@ def on_eight(shared: Compiled) -> History:
 def test_devices_that_share_images_do_what_one_does(on_eight: History) -> None:
     kernel = on_eight.state.params["image_encoder"]["block_00"]["mlp"]["dense_0"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (8, 32)
-    program = experiment(f"train.ema_decay={DECAY}").program(jax.devices()[:1])
+    program = experiment(f"train.ema_decay={DECAY}").compiled_step(jax.devices()[:1])
     on_one = train(program, compiled(program))
     for ours, theirs in zip(on_eight.metrics, on_one.metrics, strict=True):
         assert ours.keys() == theirs.keys()

@@ -32,7 +32,7 @@ NAMES = [f"photo_{number}.jpg" for number in range(4)]
 def program_of(config: str, *settings: str) -> CompiledStep:
     experiment = Experiment.of(read_config(str(CONFIGS / config), [*FLOATS, *settings]))
     assert isinstance(experiment.task, ItemizedTask)
-    return experiment.program(jax.devices()[:2])
+    return experiment.compiled_step(jax.devices()[:2])
 
 
 def found(program: CompiledStep, batch: dict[str, np.ndarray]) -> list[str]:

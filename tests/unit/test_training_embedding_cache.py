@@ -221,7 +221,7 @@ def test_images_that_never_come_again_are_refused(setting: str, named: str, tmp_
 def test_an_encoder_that_is_trained_is_refused(tmp_path: Path) -> None:
     experiment = experiment_of(f"train.embedding_cache={tmp_path}", "train.trainable=('all',)")
     with pytest.raises(ConfigError, match="trains image_encoder"):
-        experiment.program(jax.devices()[:1])
+        experiment.compiled_step(jax.devices()[:1])
 
 
 def test_rounds_are_given_the_embeddings_of_the_batch(

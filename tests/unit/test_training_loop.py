@@ -24,7 +24,7 @@ def train(workdir: Path, experiment: Experiment) -> Any:
     try:
         return loop.train(
             workdir=workdir,
-            program=experiment.program(jax.devices()[:2]),
+            compiled_step=experiment.compiled_step(jax.devices()[:2]),
             config=experiment.train,
             batch_size=experiment.data.batch_size,
             data_iterator=data,

@@ -48,7 +48,7 @@ def test_the_commit_of_code(tmp_path: Path) -> None:
 
 
 def test_a_start_says_what_ran_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = Experiment.of(read_config(TINY, ONE_LAYER)).program(jax.devices()[:2])
+    program = Experiment.of(read_config(TINY, ONE_LAYER)).compiled_step(jax.devices()[:2])
     installed = [
         SimpleNamespace(metadata={"Name": name}, version="1.2")
         for name in ("nvidia-cudnn-cu12", "jax-cuda12-plugin", "libtpu", "requests")

@@ -104,7 +104,7 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setattr("sam_jax.training.report.Reporter.say", lambda self, text: lines.append(text))
         state = loop.train(
             workdir=folder,
-            program=experiment.program(jax.devices()[:1]),
+            compiled_step=experiment.compiled_step(jax.devices()[:1]),
             config=experiment.train,
             batch_size=BATCH_SIZE,
             data_iterator=data,
@@ -331,7 +331,7 @@ def test_devices_that_share_images_and_weights_do_what_one_does(images: Path) ->
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE, 32, 32, 3)).astype(np.uint8)
     for devices, axes in ((1, {}), (8, {"sharding.fsdp": 2, "sharding.tensor": 2})):
         experiment = Experiment.of(sections(images, **axes))
-        program = experiment.program(jax.devices()[:devices])
+        program = experiment.compiled_step(jax.devices()[:devices])
         # Random, so that no kernel has a gradient of zero, which Adam would make a step of.
         state = program.state_from(random_autoencoder(experiment.task.model))
         before = jax.tree.map(np.array, state.params)
@@ -412,7 +412,7 @@ def test_pre_training_on_two_channels(run: Run, tmp_path: Path) -> None:
     workdir = tmp_path / "two"
     loop.train(
         workdir=workdir,
-        program=experiment.program(jax.devices()[:1]),
+        compiled_step=experiment.compiled_step(jax.devices()[:1]),
         config=experiment.train,
         batch_size=2,
         data_iterator=data,

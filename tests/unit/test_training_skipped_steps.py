@@ -85,7 +85,7 @@ def program() -> CompiledStep:
 def train(workdir: Path, program: CompiledStep, data: Pixels, **options: Any) -> Any:
     return loop.train(
         workdir=workdir,
-        program=program,
+        compiled_step=program,
         config=TrainConfig(NUM_STEPS, log_every=3, eval_every=0, ema_decay=0.5, **options),
         batch_size=8,
         data_iterator=data,

@@ -37,7 +37,7 @@ def recipe_of(*settings: str) -> Experiment:
 
 def one_step(num_parts: int, num_devices: int) -> tuple[TrainState, dict[str, float]]:
     recipe = recipe_of(f"optimizer.accumulate_steps={num_parts}")
-    program = recipe.program(jax.devices()[:num_devices])
+    program = recipe.compiled_step(jax.devices()[:num_devices])
     data = train_iterator(recipe.data)
     fields = next(data)
     data.close()
@@ -93,7 +93,7 @@ def test_parts_that_do_not_divide_a_device_s_images_are_refused(
     num_parts: int, num_devices: int
 ) -> None:
     recipe = recipe_of(f"optimizer.accumulate_steps={num_parts}")
-    program: CompiledStep = recipe.program(jax.devices()[:num_devices])
+    program: CompiledStep = recipe.compiled_step(jax.devices()[:num_devices])
     with pytest.raises(
         ConfigError,
         match=rf"accumulate_steps = {num_parts} does not divide .* {8 // num_devices} images",

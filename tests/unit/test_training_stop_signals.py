@@ -169,7 +169,7 @@ class Interrupted:
 def train(workdir: Path, signals: StopSignals, evaluate: Any, data: Pixels, **options: Any) -> Any:
     return loop.train(
         workdir=workdir,
-        program=toy_step(MeanColor(), 8),
+        compiled_step=toy_step(MeanColor(), 8),
         config=TrainConfig(8, log_every=10, **{"eval_every": 4} | options),
         batch_size=8,
         data_iterator=data,

@@ -102,7 +102,7 @@ def test_a_toy_task_trains_reports_and_continues(tmp_path: Path, capsys: Any) ->
     def train(num_steps: int) -> None:
         loop.train(
             workdir=tmp_path / "run",
-            program=toy_step(task, num_steps),
+            compiled_step=toy_step(task, num_steps),
             config=TrainConfig(num_steps, log_every=10, eval_every=0),
             batch_size=8,
             data_iterator=Pixels(),

@@ -291,7 +291,7 @@ def test_settings_that_contradict_adapters_are_refused(
     settings: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        experiment_of(*settings).program(jax.devices()[:1])
+        experiment_of(*settings).compiled_step(jax.devices()[:1])
     with pytest.raises(ConfigError, match="adapters_from needs the weights"):
         experiment_of("train.adapters_from=x")
 
