@@ -35,7 +35,7 @@ def example(**changes: Any) -> planning.Plan:
         constants=0,
         batch=10,
         working=490,
-        compiled_step=0,
+        program=0,
         available=1000.0,
     )
     made = planning.Plan(

@@ -1,6 +1,7 @@
 """Protocols and evaluator, with a model whose answers can be worked out by hand."""
 
 import dataclasses
+import functools
 import json
 import socket
 import subprocess
@@ -118,10 +119,18 @@ def striped_image(widths, masks, name="image.png"):
     )
 
 
+@functools.cache
+def predictor_of(model, num_rows, row_length):
+    """A predictor of a model, to be given variables: what it compiles is compiled once."""
+    buckets = Buckets(images=(num_rows,), rows=(num_rows,), prompts=(row_length,), points=(1, 4))
+    return Predictor(model, variables(), buckets)
+
+
 def outcomes_of(protocol, images, *, model=None, favourite=0, seed=0, num_rows=1, row_length=3):
     """Outcomes of images that are embedded together."""
-    buckets = Buckets(images=(num_rows,), rows=(num_rows,), prompts=(row_length,), points=(1, 4))
-    predictor = Predictor(model or ColorSam(CONFIG), variables(favourite), buckets)
+    predictor = predictor_of(model or ColorSam(CONFIG), num_rows, row_length).with_variables(
+        variables(favourite)
+    )
     with ThreadPoolExecutor(2) as pool:
         context = ProtocolContext(predictor, (1, 2, 3, 4), seed, pool)
         batches = make_batches(predictor, images, num_rows=num_rows, row_length=row_length)
