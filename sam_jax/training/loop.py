@@ -1,12 +1,13 @@
 """The training loop: from a compiled step and a data iterator to checkpoints."""
 
 import contextlib
+import dataclasses
 import itertools
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -143,16 +144,16 @@ def train(
             if not done:
                 reporter.say("the first step is compiled now, which can take minutes")
             run = _Run(
-                compiled_step,
-                config,
-                batch_size,
-                data_iterator,
-                checkpointer,
-                reporter,
-                evaluators,
-                watch,
-                watchdog,
-                stop_signals or StopSignals(),
+                compiled_step=compiled_step,
+                config=config,
+                batch_size=batch_size,
+                data_iterator=data_iterator,
+                checkpointer=checkpointer,
+                reporter=reporter,
+                evaluators=evaluators,
+                watch=watch,
+                watchdog=watchdog,
+                stop_signals=stop_signals or StopSignals(),
             )
             return run.steps(state, batches)
         except Exception as error:
@@ -304,7 +305,8 @@ def _begin(compiled_step, checkpointer, reporter, first_step: int, sections, dat
     manifest.write_parameters(reporter.workdir, compiled_step)
 
 
-class _Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
     """The steps of a run, and what is done between them."""
 
     compiled_step: CompiledStep

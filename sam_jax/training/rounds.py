@@ -19,6 +19,8 @@ from sam_jax.simulated_user import PromptConfig, error_click, mask_round_of, noi
 
 # (prompts, multimask_output, dropout seeds) -> masks.
 Decode = Callable[[Prompts, bool, UInt32[Array, "b p"]], MaskPrediction]
+# Where an object's click goes that it does not get.
+_NO_SLOT = -1
 
 
 @flax.struct.dataclass
@@ -141,21 +143,10 @@ def run_rounds(
         )(click_keys, before.errors, masks, area)
         coords, labels = worth_keeping(found)
         # Slot 0 belongs to the first prompt even where that is a box.
-        slot = jnp.arange(prompt_config.num_points) == 1 + before.num_clicks[..., None]
-        slot &= adds_click[..., None]
-        prompts = before.prompts
-        prompts = dataclasses.replace(
-            prompts,
-            point_coords=jnp.where(
-                slot[..., None], coords[:, :, None].astype(jnp.float32), prompts.point_coords
-            ),
-            point_labels=jnp.where(slot, labels[..., None], prompts.point_labels),
-            point_valid=prompts.point_valid | slot,
-        )
+        slot = jnp.where(adds_click, 1 + before.num_clicks, _NO_SLOT)
+        prompts = _with_click(before.prompts, coords, labels, slot)
         with_mask = dataclasses.replace(
-            prompts,
-            mask_logits=before.logits,
-            mask_valid=jnp.ones(slot.shape[:2], bool),
+            prompts, mask_logits=before.logits, mask_valid=jnp.ones(slot.shape, bool)
         )
         result, logits, errors = judge(decode(with_mask, False, seeds))
         return _Round(prompts, logits, errors, before.num_clicks + adds_click), result
@@ -166,6 +157,24 @@ def run_rounds(
     start = _Round(prompts, logits, errors, jnp.zeros(masks.shape[:2], jnp.int32))
     _, later = jax.lax.scan(one_round, start, jnp.arange(1, prompt_config.num_rounds))
     return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, later)
+
+
+def _with_click(
+    prompts: Any,
+    coords: Int[Array, "b p 2"],
+    labels: Int[Array, "b p"],
+    slot: Int[Array, "b p"],
+) -> Prompts:
+    """Prompts with points, to which each object adds its click in a slot, or in none."""
+    is_there = jnp.arange(prompts.point_valid.shape[-1]) == slot[..., None]
+    return dataclasses.replace(
+        prompts,
+        point_coords=jnp.where(
+            is_there[..., None], coords[:, :, None].astype(jnp.float32), prompts.point_coords
+        ),
+        point_labels=jnp.where(is_there, labels[..., None], prompts.point_labels),
+        point_valid=prompts.point_valid | is_there,
+    )
 
 
 def first_prompts(

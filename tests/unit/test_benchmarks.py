@@ -223,7 +223,11 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 ENCODER = ["--variant", "tiny", "--batch", "2"]
 DECODER = ["--variant", "tiny", "--prompts", "3"]
 # Programs that are compiled sooner.
-SMALL = [part for setting in (*ONE_LAYER, *ONE_ROUND) for part in ("--set", setting)]
+SMALL = [
+    part
+    for setting in (*ONE_LAYER, *ONE_ROUND, "train.ema_decay=0.0")
+    for part in ("--set", setting)
+]
 
 
 @pytest.mark.usefixtures("_tiny")
