@@ -15,10 +15,10 @@ from sam_jax.visualize import picture_form
 from sam_jax.weights.files import write_safetensors
 from sam_jax.weights.load import save
 from sam_jax.weights.names import from_native
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 SQUARE = dataclasses.replace(
-    TINY, image_encoder=dataclasses.replace(TINY.image_encoder, image_size=(48, 48))
+    SHALLOW, image_encoder=dataclasses.replace(SHALLOW.image_encoder, image_size=(48, 48))
 )
 
 
@@ -57,7 +57,7 @@ def test_convert_and_inspect(sam_jax, run: Path, tmp_path: Path) -> None:
     assert done.out.strip() == f"{target}: custom for 48 x 48 pixels, from orbax"
     shown = sam_jax("inspect", target, "--tensors")
     assert shown.code == 0, shown.err
-    for words in ("hugging face", "custom", "48 x 48", "3 blocks of width 24", "float32", "yes"):
+    for words in ("hugging face", "custom", "48 x 48", "2 blocks of width 24", "float32", "yes"):
         assert words in shown.out
     assert "vision_encoder.pos_embed" in shown.out
     assert "1 x 12 x 12 x 24" in shown.out

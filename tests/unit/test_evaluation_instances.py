@@ -19,7 +19,7 @@ from sam_jax.evaluation.detection.proposals import ObjectProposals, ProposalsCon
 from sam_jax.evaluation.evaluation import Evaluation, Report
 from sam_jax.inference.predictor import Predictor
 from sam_jax.models.sam import Sam
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 from tests.unit.scenes import CATEGORIES, SIDE, annotations, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -65,7 +65,7 @@ def written(folder: Path, *, federated: bool) -> Path:
 
 
 def predictor_for(evaluation: Evaluation) -> Predictor:
-    return Predictor(Sam(TINY), random_variables(TINY), evaluation.buckets(1))
+    return Predictor(Sam(SHALLOW), random_variables(SHALLOW), evaluation.buckets(1))
 
 
 def evaluated(evaluation: Evaluation) -> tuple[list[dict[str, Any]], Report]:

@@ -13,16 +13,16 @@ from sam_jax.export.stablehlo import DECODER, ExportedSam, export_stablehlo, loa
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.weights.files import WeightsError
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
-MODEL = Sam(TINY)
+MODEL = Sam(SHALLOW)
 
 pytest.importorskip("flatbuffers", reason="needs requirements-torch.lock")
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return random_variables(TINY)
+    return random_variables(SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_decoder(exported: ExportedSam, variables, b: int, p: int, n: int) -> No
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
 
-    embeddings = normal(b, *TINY.image_encoder.grid, 32)
+    embeddings = normal(b, *SHALLOW.image_encoder.grid, 32)
     prompts = Prompts(
         point_coords=jnp.asarray(rng.uniform(0, 40, (b, p, n, 2)).astype(np.float32)),
         point_labels=jnp.asarray(rng.integers(0, 2, (b, p, n)).astype(np.int32)),

@@ -18,7 +18,7 @@ from sam_jax.inference.images import ImageEmbeddings
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt, PromptError
 from sam_jax.models.sam import Sam
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
 PROMPT = Prompt(points=[(3, 4)])
@@ -27,7 +27,7 @@ FEW = AutomaticOptions(points_per_side=1, points_per_batch=1, pred_iou_thresh=0.
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (1,), (1,)))
+    return Predictor(Sam(SHALLOW), random_variables(SHALLOW), Buckets((1,), (1,), (1,), (1,)))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from sam_jax.inference.automatic import AutomaticOptions, generate_masks, genera
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import PromptError
 from sam_jax.models.sam import Sam
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 RNG = np.random.default_rng(0)
 
@@ -46,7 +46,7 @@ def test_impossible_options_are_named(changes: dict, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (16,), (1,)))
+    return Predictor(Sam(SHALLOW), random_variables(SHALLOW), Buckets((1,), (1,), (16,), (1,)))
 
 
 EVERYTHING = AutomaticOptions(
@@ -120,8 +120,8 @@ def test_a_stream_of_images_is_answered_as_each_alone(
         pytest.skip(f"needs {num_devices} devices")
     images = [RNG.integers(0, 256, (*size, 3), np.uint8) for size in ((30, 50), (48, 40), (7, 9))]
     spread = Predictor(
-        Sam(TINY),
-        random_variables(TINY),
+        Sam(SHALLOW),
+        random_variables(SHALLOW),
         Buckets((regions_per_batch,), (1,), (1,), (1,)),
         devices=jax.local_devices()[:num_devices],
     )

@@ -9,14 +9,14 @@ from sam_jax.inference.box_masks import BoxedImage, BoxOptions, masks_of_boxes
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.models.sam import Sam
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(Sam(TINY), random_variables(TINY), Buckets((2,), (2,), (3,), (1,)))
+    return Predictor(Sam(SHALLOW), random_variables(SHALLOW), Buckets((2,), (2,), (3,), (1,)))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
 from sam_jax.places import PlaceError
 from sam_jax.weights.files import WeightsError
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 OPTIONS = AutomaticOptions(
     points_per_side=2,
@@ -34,7 +34,7 @@ OPTIONS = AutomaticOptions(
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (4,), (1,)))
+    return Predictor(Sam(SHALLOW), random_variables(SHALLOW), Buckets((1,), (1,), (4,), (1,)))
 
 
 @pytest.fixture
@@ -186,7 +186,9 @@ def test_masks_made_otherwise_are_not_mixed(
     other = dataclasses.replace(OPTIONS, box_nms_thresh=0.5)
     with pytest.raises(ConfigError, match=r"box_nms_thresh was 1\.0, is 0\.5"):
         folder.annotate_folder(predictor, pictures, out, other)
-    weights = Predictor(Sam(TINY), random_variables(TINY, seed=1), Buckets((1,), (1,), (4,), (1,)))
+    weights = Predictor(
+        Sam(SHALLOW), random_variables(SHALLOW, seed=1), Buckets((1,), (1,), (4,), (1,))
+    )
     with pytest.raises(ConfigError, match="weights was"):
         folder.annotate_folder(weights, pictures, out, OPTIONS)
     with pytest.raises(ConfigError, match="source was"):

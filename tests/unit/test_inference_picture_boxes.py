@@ -16,14 +16,14 @@ from sam_jax.inference.box_masks import BoxOptions
 from sam_jax.inference.picture_boxes import PictureBoxes, boxes_of_pictures
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.models.sam import Sam
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 OPTIONS = BoxOptions(boxes_per_call=4)
 
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (4,), (1,)))
+    return Predictor(Sam(SHALLOW), random_variables(SHALLOW), Buckets((1,), (1,), (4,), (1,)))
 
 
 @pytest.fixture

@@ -17,15 +17,15 @@ from sam_jax.inference.prompts import Prompt, PromptError
 from sam_jax.models.prompt_encoder import Prompts
 from sam_jax.models.sam import Sam
 from sam_jax.ops.images import normalize_images
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
-MODEL = Sam(TINY)
+MODEL = Sam(SHALLOW)
 BUCKETS = Buckets(images=(1, 3), rows=(1, 2), prompts=(1, 4), points=(1, 4))
 
 
 @pytest.fixture(scope="module")
 def variables() -> dict[str, Any]:
-    return random_variables(TINY)
+    return random_variables(SHALLOW)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
 from sam_jax.models.sam import Sam
 from sam_jax.training.experiment import Experiment, read_config
-from tests.golden.tiny import TINY, random_variables
+from tests.golden.tiny import SHALLOW, random_variables
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 AUTOMATIC = AutomaticOptions(
@@ -27,7 +27,7 @@ AUTOMATIC = AutomaticOptions(
 
 def answers() -> dict[str, Any]:
     """Answers of a predictor for an image, in every way that there is to ask."""
-    predictor = Predictor(Sam(TINY), random_variables(TINY), Buckets((1,), (1,), (4,), (4,)))
+    predictor = Predictor(Sam(SHALLOW), random_variables(SHALLOW), Buckets((1,), (1,), (4,), (4,)))
     embeddings = predictor.embed([IMAGE])
     mask = np.zeros(IMAGE.shape[:2], bool)
     mask[20:40] = True
