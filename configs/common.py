@@ -62,9 +62,9 @@ _RULES_OF_TASKS = {"segment": SHARDING_RULES, "reconstruct": AUTOENCODER_SHARDIN
 def split_argument(argument: str) -> tuple[str, str]:
     """The two parts of a config's argument A:B, each of which may be a bucket's URL; "" for none.
 
-    A colon before two slashes is a URL's, as in ``s3://bucket/data:weights``.
+    A bucket's colon is none of these, as in ``s3://bucket/data:weights``.
     """
-    first, *rest = re.split(r":(?!//)", argument, maxsplit=1)
+    first, *rest = re.split(r"(?<!\bs3)(?<!\bgs):|:(?!//)", argument, maxsplit=1)
     return first, rest[0] if rest else ""
 
 

@@ -28,14 +28,15 @@ on_all_hosts() {
 }
 
 # Train.py on one host, again after the codes after which the same command may be started again
-# (docs/runs.md): 75 of train.py, and 134 of JAX's service when it lost a host.
+# (docs/runs.md): 75 of train.py, 134 of JAX's service when it lost a host, 137 and 143 of a process
+# that was killed.
 train_here() {
   local code start
   for ((start = 0; start <= most_restarts; start++)); do
     code=0
     "${PYTHON:-.venv/bin/python}" train.py --distributed "$@" || code=$?
     echo "train.py ended with $code"
-    if [[ $code -ne 75 && $code -ne 134 ]]; then
+    if [[ ! $code =~ ^(75|134|137|143)$ ]]; then
       return "$code"
     fi
     sleep "${WAIT_SECONDS:-30}" # the others end within a minute, and are started again as well
@@ -50,13 +51,17 @@ create)
     --runtime-version="${3:?its runtime}" --spot
   ;;
 install)
-  on_all_hosts "{ [ -d $folder ] || git clone $(printf %q "${2:?address of the repository}") \
-$folder; } && cd $folder && python3 -m venv .venv && .venv/bin/pip install -e '.[tpu,gs]'"
+  address=$(printf %q "${2:?address of the repository}")
+  clone="{ [ -d $folder ] || git clone $address $folder; }"
+  on_all_hosts "$clone && cd $folder && python3 -m venv .venv && .venv/bin/pip install -e '.[tpu,gs]'"
   ;;
 train)
   shift
-  # Quoted for the other shell, as patterns of tars are train.py's.
-  on_all_hosts "cd $folder && MOST_RESTARTS=$most_restarts launch/cloud_tpu.sh here $(printf '%q ' "$@")"
+  # Quoted for the other shell, as patterns of tars are train.py's. The run outlives the connection,
+  # which shows its log: Ctrl-C ends that alone.
+  arguments=$(printf '%q ' "$@")
+  run="MOST_RESTARTS=$most_restarts nohup launch/cloud_tpu.sh here $arguments"
+  on_all_hosts "cd $folder && $run >>train.log 2>&1 </dev/null & sleep 1; tail -F $folder/train.log"
   ;;
 here)
   shift

@@ -50,7 +50,7 @@ class CheckpointConfig:
     Attributes:
       every_steps: steps between checkpoints; the last step is saved in any case, and so is a step
         that is evaluated.
-      keep: the newest checkpoints that are kept.
+      keep: the newest checkpoints that are kept, those of evaluated steps among them.
       keep_period: checkpoints at multiples of it are kept for good; None for none.
     """
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 # What sysexits.h has for what may go better next time (EX_TEMPFAIL): the same command continues.
 TRY_AGAIN = 75
@@ -45,14 +45,33 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except mendable as error:
-        print(f"error: {_said(error)}", file=sys.stderr)
+        _print_last(f"error: {_said(error)}")
         sys.exit(exit_code_of(error))
     except (RuntimeError, AssertionError):
         reason = _missing_devices()
         if reason is None:
             raise
-        print(f"error: {reason}", file=sys.stderr)
+        _print_last(f"error: {reason}")
         sys.exit(1)
+
+
+def _print_last(message: str) -> None:
+    """Prints a program's last words; whoever read them may be gone, and the exit code must stay."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            if stream is not None:
+                stream.write(text)
+                stream.flush()
+        except OSError:
+            silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Sends to nowhere what a stream is still given, once nobody reads it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def end_now(message: str, exit_code: int = 1) -> NoReturn:
@@ -60,9 +79,14 @@ def end_now(message: str, exit_code: int = 1) -> NoReturn:
 
     JAX's own shutdown waits for everybody, which a dead process never joins.
     """
-    # A progress bar hides the cursor of a terminal.
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""
-    print(f"{shown}error: {message}", file=sys.stderr, flush=True)
+    # Past Python's stream: a progress bar may stand in its place, another thread may hold its lock,
+    # and nobody may read it.
+    with contextlib.suppress(OSError, ValueError):
+        if sys.__stderr__ is not None:
+            # A progress bar hides the cursor of a terminal.
+            shown = "\x1b[?25h" if sys.__stderr__.isatty() else ""
+            text = f"{shown}error: {message}\n"
+            os.write(sys.__stderr__.fileno(), text.encode("utf-8", "backslashreplace"))
     os._exit(exit_code)
 
 

@@ -272,6 +272,7 @@ class WeightShards:
         spec = self._spec_of("/".join((*layer.path, "kernel")))
         # Cast to the computation's type before it is sent between devices.
         kernel, bias = self._gathered(params["kernel"].astype(layer.dtype), spec), params["bias"]
+        # The kernel's rows are this device's, if the tensor axis stores a part of them.
         of_inputs = axis_names(next(iter(spec), None))
         is_stored_in_parts = self._parallel.tensor_axis in of_inputs
         num_inputs = kernel.shape[0] * (self._parallel.num_tensor if is_stored_in_parts else 1)

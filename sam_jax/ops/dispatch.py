@@ -205,7 +205,7 @@ class Operation:
         elif target.partitioned:
             why = "the compiler divides this program over devices, which it cannot do with a kernel"
         else:
-            why = f"on this device it {_checks[self.name, form.name].outcome}"
+            why = f"its check on this device found: {_checks[self.name, form.name].fault}"
         raise ValueError(
             f"{self.name} {form.name!r} is a kernel, and {why}; {AUTO!r} takes another"
         )
@@ -234,15 +234,11 @@ class Check:
     seconds: float
     fault: str | None
 
-    @property
-    def outcome(self) -> str:
-        """The end of a sentence about the kernel."""
-        if self.fault is None:
-            return "agrees with the reference"
-        return f"is not used, the next form is: {self.fault}"
-
     def __str__(self) -> str:
-        return f"{self.operation}'s {self.form} {self.outcome}"
+        name = f"{self.operation}'s {self.form}"
+        if self.fault is None:
+            return f"{name} agrees with the reference"
+        return f"{name} is passed over for the next form: {self.fault}"
 
 
 _checks: dict[tuple[str, str], Check] = {}

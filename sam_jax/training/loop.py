@@ -31,7 +31,7 @@ from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
 from sam_jax.training.skipped_steps import DivergedError, SkippedSteps
 from sam_jax.training.state import TrainState
-from sam_jax.training.stop_signals import EXIT_CODES, StopSignals
+from sam_jax.training.stop_signals import EXIT_CODES, StopSignals, collected_signals
 from sam_jax.training.task import Task
 from sam_jax.training.watchdog import Watchdog
 from sam_jax.weights.files import WeightsError
@@ -96,7 +96,8 @@ def train(
       evaluators: called with the variables at evaluations, by name.
       sections: the config that all of this is from, kept beside the checkpoints; None keeps none.
       stage: makes batches of the task of those that the iterator yields; None where they are.
-      stop_signals: those that the program catches; None if it catches none.
+      stop_signals: those that the program catches from its start on; None in a program of
+        somebody else's, whose signals are taken during the steps alone.
 
     Raises:
       ConfigError: if the batch does not divide by the devices.
@@ -143,19 +144,21 @@ def train(
                 batches = stage(batches, state.variables, reporter.say)
             if not done:
                 reporter.say("the first step is compiled now, which can take minutes")
-            run = _Run(
-                compiled_step=compiled_step,
-                config=config,
-                batch_size=batch_size,
-                data_iterator=data_iterator,
-                checkpointer=checkpointer,
-                reporter=reporter,
-                evaluators=evaluators,
-                watch=watch,
-                watchdog=watchdog,
-                stop_signals=stop_signals or StopSignals(),
-            )
-            return run.steps(state, batches)
+            given = contextlib.nullcontext(stop_signals) if stop_signals else collected_signals()
+            with given as signals:
+                run = _Run(
+                    compiled_step=compiled_step,
+                    config=config,
+                    batch_size=batch_size,
+                    data_iterator=data_iterator,
+                    checkpointer=checkpointer,
+                    reporter=reporter,
+                    evaluators=evaluators,
+                    watch=watch,
+                    watchdog=watchdog,
+                    stop_signals=signals,
+                )
+                return run.steps(state, batches)
         except Exception as error:
             # The others would wait for this process, and it for them when it ends.
             if jax.process_count() > 1 and not isinstance(error, _OF_ALL_PROCESSES):

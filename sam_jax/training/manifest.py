@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 STARTS = "starts.jsonl"
 PARAMETERS = "parameters.txt"
 DATA = "data.json"
+# What it said, each time that the data were others than it says.
+DATA_BEFORE = "data_before.jsonl"
 SKIPPED_SAMPLES = "skipped_samples.json"
 
 _PACKAGES = ("sam-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -88,8 +90,8 @@ def write_parameters(workdir: Path, compiled_step: CompiledStep) -> None:
 def write_data(workdir: Path, data: Any) -> None:
     """Writes ``data.json`` and ``skipped_samples.json``; all processes call together.
 
-    Nothing is written of data that cannot describe themselves. Says in the log which sources have
-    other files than when the first of the two was written before.
+    Nothing is written of data that cannot describe themselves. Where a source has other files than
+    ``data.json`` says, the log says so, and what it said goes into ``data_before.jsonl``.
     """
     host_names()
     if not isinstance(data, DescribedData):
@@ -98,8 +100,12 @@ def write_data(workdir: Path, data: Any) -> None:
     if not is_first():
         return
     described = json.loads(json.dumps(data.manifest(states)))
-    for line in data_changes(_read(workdir / DATA), described):
+    before = _read(workdir / DATA)
+    changes = data_changes(before, described)
+    for line in changes:
         _log.warning("%s", line)
+    if changes:
+        places.append_line(workdir / DATA_BEFORE, json.dumps(before))
     places.write_text(workdir / DATA, json.dumps(described, indent=2) + "\n")
     skipped = data.skipped_samples(states)
     if skipped or (workdir / SKIPPED_SAMPLES).exists():

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sam_jax.errors import silence
 from sam_jax.hosts import is_first
 from sam_jax.training.sinks import (
     EVALUATION,
@@ -27,6 +28,15 @@ from sam_jax.training.sinks import (
 # As evaluations call what they found on average over their data sets.
 _OF_MEAN = "mean/"
 _MOST_FIGURES = 8
+
+
+class _LastingConsole(Console):
+    """A console of a run that outlives whoever reads it, as ``tee`` that Ctrl-C ends, too."""
+
+    def on_broken_pipe(self) -> None:
+        """Is silent from now on, where Rich would end the program before it has saved."""
+        self.quiet = True
+        silence(sys.stderr)
 
 
 class Reporter:
@@ -45,7 +55,7 @@ class Reporter:
         self._workdir = Path(workdir)
         self._num_steps = num_steps
         self._wandb = wandb
-        self._console = Console(stderr=True, quiet=not self._speaks, highlight=False)
+        self._console = _LastingConsole(stderr=True, quiet=not self._speaks, highlight=False)
         self._sinks: list[Sink] = []
         self._progress = Progress(
             TextColumn("training"),
@@ -54,7 +64,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"),
             console=self._console,
-            disable=not (self._speaks and sys.stderr.isatty()),
+            disable=not (self._speaks and self._console.is_terminal),
             transient=True,
         )
         self._task = self._progress.add_task("training", total=num_steps, news="")

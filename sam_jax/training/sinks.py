@@ -3,10 +3,13 @@
 import contextlib
 import json
 import math
+import os
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +23,8 @@ METRICS = "metrics.jsonl"
 EVALUATION = "eval"
 PICTURES = "pictures"
 _WANDB_RUN = "wandb_run.txt"
+# How old what TensorBoard shows may be.
+_FLUSH_SECONDS = 10.0
 
 
 class Sink(Protocol):
@@ -110,47 +115,58 @@ class TensorBoardSink:
     def __init__(self, workdir: Path, first_step: int):
         # Absolute, since what stands before a colon would be taken for a scheme.
         self._folder = workdir.absolute() / "tensorboard"
-        self._writer: Any = _summary_writer()(str(self._folder), purge_step=first_step + 1)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._board = _tensorboardx()
+        # Not by its thread, which need not have written by a flush what it was handed before.
+        with self._failing():
+            self._events: Any = self._board.event_file_writer.EventsWriter(
+                str(self._folder / "events"), filename_suffix=f".{os.getpid()}.{first_step}"
+            )
+        protos = self._board.proto.event_pb2
+        starts = protos.SessionLog(status=protos.SessionLog.START)
+        self._flushed_at = time.monotonic()
+        self._write(first_step + 1, session_log=starts)
 
     def write_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
-            self._check()
-            self._writer.add_scalar(name, value, step)
+            self._write(step, summary=self._board.summary.scalar(name, value))
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        self._check()
-        self._writer.add_image(name, picture, step, dataformats="HWC")
+        summary = self._board.summary.image(name, picture, dataformats="HWC")
+        self._write(step, summary=summary)
 
     def flush(self) -> None:
-        self._check()
-        self._writer.flush()
+        with self._failing():
+            self._events.flush()
+        self._flushed_at = time.monotonic()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            events, self._events = self._events, None
+            with self._failing():
+                events.close()
 
-    def _check(self) -> None:
-        """Raises OSError if nobody takes what is handed over, which would then wait for ever.
+    def _write(self, step: int, **content: Any) -> None:
+        event = self._board.proto.event_pb2.Event(step=step, wall_time=time.time(), **content)
+        with self._failing():
+            self._events.write_event(event)
 
-        tensorboardX writes in a thread, which an error ends without a word to others.
-        """
-        if self._writer is not None:
-            writer = self._writer.file_writer.event_writer
-            if writer._worker.is_alive():
-                return
-            writer._event_queue.cancel_join_thread()
-            with contextlib.suppress(OSError):
-                writer._ev_writer.close()
-            writer._closed = True  # or it would be asked to write when the program ends
-            self._writer = None
-        raise OSError(
-            f"{self._folder} takes no more numbers: the disk is full, or was taken away. Once "
-            "that is mended, the same command continues"
-        )
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """A block in which an error of the disk says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self._folder} takes no more numbers ({error}). Once that is mended, the same "
+                "command continues"
+            ) from error
 
 
-def _summary_writer() -> Any:
-    """Gives tensorboardX's writer, without the PyTorch that it would import for tensors to write.
+def _tensorboardx() -> ModuleType:
+    """Imports tensorboardX without the PyTorch that it would import for tensors to write.
 
     That takes seconds and memory at the start of every run, where PyTorch happens to be installed.
     """
@@ -158,11 +174,12 @@ def _summary_writer() -> Any:
     if is_hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX.event_file_writer
+        import tensorboardX.summary
     finally:
         if is_hidden:
             del sys.modules["torch"]
-    return SummaryWriter
+    return tensorboardX
 
 
 class WandbSink:

@@ -55,7 +55,7 @@ class StopSignals:
     def __init__(self, *, catches: bool = False, end: Callable[[str, int], Any] = end_now):
         self.received: list[int] = []
         self._end = end
-        self._mode = _Mode("before its first step, with nothing to save")
+        self._mode = _Mode("while it started, with nothing to save")
         self._is_ending = False
         self._previous: dict[int, Any] = {}
         self._previous_fd = -1
@@ -72,7 +72,9 @@ class StopSignals:
         listener.start()
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in EXIT_CODES:
-            self._previous[number] = signal.signal(number, self._receive)
+            # A shell has its background jobs ignore Ctrl-C, which is meant for others.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         # A child that shares the socket would tell of signals that it alone was sent.
         os.register_at_fork(after_in_child=self.close)
 
@@ -114,7 +116,7 @@ class StopSignals:
     def _tell(self, code: int) -> None:
         """Wakes the thread."""
         if self._writer is not None:
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):
                 self._writer.send(bytes([code]))
 
     def _listen(self, reader: socket.socket) -> None:
@@ -152,3 +154,30 @@ class StopSignals:
         except Exception as error:
             message, exit_code = f"{message}. {error}", exit_code_of(error)
         self._end(message, exit_code)
+
+
+@contextlib.contextmanager
+def collected_signals() -> Iterator[StopSignals]:
+    """The signals of a run in another program, which keeps its own way to end.
+
+    The first of a kind has the run save and stop, a second one does what it did before. Nothing is
+    taken outside of the main thread, where Python allows no handlers.
+    """
+    signals = StopSignals()
+    before: dict[int, Any] = {}
+
+    def receive(number: int, frame: Any) -> None:
+        if number in signals.received:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        signals.received.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in EXIT_CODES:
+            before[number] = signal.getsignal(number) or signal.SIG_DFL
+            signal.signal(number, receive)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

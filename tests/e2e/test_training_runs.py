@@ -51,7 +51,7 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
         process.wait_for_line("0.0 M parameters on 1 cpu device(s)")
         process.send(signal.SIGTERM)
         output = process.end(75)
-    assert "error: stopped by SIGTERM before its first step, with nothing to save" in output
+    assert "error: stopped by SIGTERM while it started, with nothing to save" in output
     assert saved_steps(workdir) == []
 
     with start("train.py", *flags, "--config.data.num_workers=1", config=PRETRAINING) as process:

@@ -35,7 +35,7 @@ TINY = SamConfig(
     mask_channels=12,
 )
 
-# A block and a layer of each kind, for tests of what is around the model: compiled in half the time.
+# A block of each kind and a layer, for tests of what is around the model: it compiles sooner.
 SHALLOW = dataclasses.replace(
     TINY,
     image_encoder=dataclasses.replace(TINY.image_encoder, depth=2),

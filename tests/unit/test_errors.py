@@ -1,5 +1,6 @@
 """Errors that end a program with a message, and those that end it with a traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,37 @@ def test_a_key_that_is_not_there_is_named(
             "error: a --config flag, or the config file, names a key that there is not: "
             f"num_step{end}\n"
         )
+
+
+def test_the_exit_code_stays_where_nobody_reads() -> None:
+    program = """
+import os, sys
+from sam_jax.errors import TRY_AGAIN, UserError, readable_errors
+class Again(UserError):
+    exit_code = TRY_AGAIN
+print("before", flush=True)
+sys.stdin.readline()
+with readable_errors():
+    print("lost")
+    raise Again("lost, too")
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        # Or what is printed would not wait for the end.
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        **pipes,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stderr.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(timeout=60) == 75
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -147,7 +147,7 @@ def test_a_form_can_be_asked_for_whatever_pays(operation: Callable[..., Operatio
     [
         (Target("tpu", kernels="none"), kernel, "kernels are turned off"),
         (Target("tpu", partitioned=True), kernel, "the compiler divides this program"),
-        (TPU, lambda x, *, interpret: reference(x + 1), "on this device it is not used"),
+        (TPU, lambda x, *, interpret: reference(x + 1), "its check on this device found"),
     ],
 )
 def test_a_kernel_that_is_asked_for_keeps_to_the_policy(
@@ -309,7 +309,7 @@ def test_a_wrong_kernel_is_found_named_and_replaced(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
-        f"doubling's kernel is not used, the next form is: {check.fault} ({check.seconds:.1f} s)"
+        f"doubling's kernel is passed over for the next form: {check.fault} ({check.seconds:.1f} s)"
     )
 
 
@@ -422,5 +422,6 @@ def test_hosts_use_only_what_passed_on_all(
     with tracing_for(TPU):
         assert made.choose(X).name == "fast"
     assert (
-        "doubling's kernel is not used, the next form is: it failed on another host" in caplog.text
+        "doubling's kernel is passed over for the next form: it failed on another host"
+        in caplog.text
     )

@@ -117,6 +117,8 @@ def test_other_data_are_noticed_when_a_run_continues(
     assert "source coco" in record.getMessage()
     assert coco["files"]["digest"] in record.getMessage()
     assert changed["sources"][0]["files"]["digest"] in record.getMessage()
+    (before,) = (tmp_path / manifest.DATA_BEFORE).read_text().splitlines()
+    assert json.loads(before) == first
     # Other options are the config's to say, and runs of earlier versions knew no files.
     now = {"sources": [coco]}
     assert manifest.data_changes({"sources": [coco | {"weight": 2.0}]}, now) == []

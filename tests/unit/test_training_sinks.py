@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sam_jax.errors import ConfigError
-from sam_jax.training.sinks import FileSink, WandbSink
+from sam_jax.training.sinks import FileSink, TensorBoardSink, WandbSink
 
 ROOT = Path(__file__).parents[2]
 PICTURE = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
@@ -43,6 +44,18 @@ def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(tmp_path: Pa
     sink.close()
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last) == {"step": 2, "a": 3.0}
+
+
+def test_what_is_flushed_is_on_the_disk(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint does not make again what came before it."""
+    sink = TensorBoardSink(tmp_path, first_step=0)
+    for step in (1, 2, 3):
+        sink.write_numbers(step, {f"figure/{n}": n / 3 for n in range(9)})
+        sink.flush()
+        found = EventAccumulator(str(tmp_path / "tensorboard"))
+        found.Reload()
+        assert [len(found.Scalars(f"figure/{n}")) for n in range(9)] == [step] * 9
+    sink.close()
 
 
 def test_tensorboard_needs_no_pytorch(tmp_path: Path) -> None:

@@ -92,9 +92,22 @@ def test_a_process_that_waits_in_foreign_code_ends_at_once(
         _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == code
     assert said == (
-        f"error: stopped by {number.name} before its first step, with nothing to save; the same "
+        f"error: stopped by {number.name} while it started, with nothing to save; the same "
         "command continues\n"
     )
+
+
+def test_a_process_that_nobody_reads_ends_all_the_same() -> None:
+    """As ``train.py 2>&1 | tee log``, where Ctrl-C ends tee first."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=SECONDS) == 75
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
@@ -114,7 +127,7 @@ def test_a_run_is_stopped_while_it_imports() -> None:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, said
-    assert said.startswith(b"error: stopped by SIGTERM before its first step")
+    assert said.startswith(b"error: stopped by SIGTERM while it started")
 
 
 def test_what_is_collected_waits_and_a_second_one_does_not() -> None:
@@ -166,7 +179,9 @@ class Interrupted:
         return Report(float(np.sum(variables["params"]["color"])))
 
 
-def train(workdir: Path, signals: StopSignals, evaluate: Any, data: Pixels, **options: Any) -> Any:
+def train(
+    workdir: Path, signals: StopSignals | None, evaluate: Any, data: Pixels, **options: Any
+) -> Any:
     return loop.train(
         workdir=workdir,
         compiled_step=toy_step(MeanColor(), 8),
@@ -212,7 +227,7 @@ def test_an_evaluation_before_the_first_step_is_left_at_once(tmp_path: Path) -> 
         with pytest.raises(StopIteration):
             train(tmp_path, signals, evaluate, Pixels(), eval_before=True)
     assert evaluate.said is not None
-    assert "before its first step, with nothing to save" in evaluate.said[0]
+    assert "while it started, with nothing to save" in evaluate.said[0]
 
 
 class Sending(Pixels):
@@ -244,6 +259,15 @@ def test_steps_are_saved_first(tmp_path: Path, number: signal.Signals, kind: Any
         assert error.value.exit_code == (75 if number == signal.SIGTERM else 130)
         assert checkpoints(tmp_path / str(batch)) == [batch]
         restore_variables(tmp_path / str(batch))
+
+
+def test_a_program_of_somebody_elses_is_stopped_after_a_step(tmp_path: Path) -> None:
+    """As a notebook, which gives no signals of its own and keeps its handlers."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(loop.TrainingInterruptedError, match="at step 3 of 8 by SIGINT"):
+        train(tmp_path, None, lambda variables: Report(0.0), Sending(3, signal.SIGINT))
+    assert checkpoints(tmp_path) == [3]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 class Hosts:
