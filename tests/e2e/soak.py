@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests.e2e.programs import CONFIG, PRETRAINING, Program, logged, run, saved_steps, start
+from tests.e2e.programs import CONFIG, PRETRAINING, Program, logged, saved_steps, start
 
 # A checkpoint after every step, so that much of a run's time is spent on writing one.
 OFTEN = ("--config.checkpoint.every_steps=1", "--config.train.log_every=1")
@@ -251,13 +252,19 @@ def soak(
             f"{after[0] if after else 'none'}"
             + "".join(f", {what} half-written" for what in half_written)
         )
-    output = run(*command, config=config)
+    output = complete(*command, config=config)
     assert not saved_steps(workdir) or "continuing from the checkpoint of step" in output
     assert not is_writing(workdir)
     # No kill damages what was written.
     assert len([*(workdir / "checkpoints_damaged").glob("*")]) == num_damaged
     say(f"{num_damaged} checkpoints were damaged before a start, and put aside")
     return done
+
+
+def complete(*command: str, config: Path) -> str:
+    """Output of a run that may take long, once it has ended well."""
+    with start(*command, config=config) as process:
+        return process.end(seconds=3600)
 
 
 def say(line: str) -> None:
@@ -275,6 +282,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder in which the runs are kept")
     args = parser.parse_args()
     config = args.config.resolve()
+    # What purges the figures that a killed run had made says so each time.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     say(f"seed {args.seed}")
     with contextlib.ExitStack() as ends:
         folder = args.out or Path(ends.enter_context(tempfile.TemporaryDirectory()))
@@ -284,11 +293,11 @@ def main() -> None:
         flags = (*flags, f"--config.train.watch={_WATCHED[config]}")
         length = f"--config.train.num_steps={10 + _STEPS_OF_A_LIFE * args.kills}"
         straight, killed, short = (folder / name for name in ("straight", "killed", "short"))
-        run("train.py", "--workdir", str(straight), *RARE, *flags, length, config=config)
+        complete("train.py", "--workdir", str(straight), *RARE, *flags, length, config=config)
         # What is compiled is kept by now, as for those that will be killed.
         begin = time.monotonic()
         life = f"--config.train.num_steps={_STEPS_OF_A_LIFE}"
-        run("train.py", "--workdir", str(short), *OFTEN, *flags, life, config=config)
+        complete("train.py", "--workdir", str(short), *OFTEN, *flags, life, config=config)
         life_seconds = time.monotonic() - begin
         say(f"a process that makes {_STEPS_OF_A_LIFE} steps lives for {life_seconds:.1f} s")
         rng = random.Random(args.seed)
