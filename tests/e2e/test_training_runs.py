@@ -1,4 +1,4 @@
-"""Whole runs of train.py and eval.py: killed and resumed, evaluated."""
+"""Whole runs of train.py and eval.py: killed and resumed, on data in buckets, evaluated."""
 
 import json
 import signal
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import object_store
 from tests.e2e import soak
 from tests.e2e.programs import ONE_ROUND, PRETRAINING, logged, run, runner_limit, saved_steps, start
 from tests.unit.data_fixtures import sa1b_files, write_tar
@@ -74,6 +75,36 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
     assert f"continuing from the checkpoint of step {stopped_at}" in output
     assert not soak.is_writing(workdir)
     soak.assert_same_end(straight, workdir)
+
+
+@pytest.mark.filterwarnings(
+    # botocore's own.
+    "ignore:datetime.datetime.utcnow:DeprecationWarning"
+)
+def test_a_run_over_dropped_connections_ends_bit_for_bit_where_one_from_a_disk_does(
+    straight: Path, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten connections are reset, some as soon as the tars are scanned; samples are counted once."""
+    pytest.importorskip("s3fs", reason="buckets need the extra s3")
+    pytest.importorskip("moto", reason="the tests' S3 server is moto")
+    # For indices of tars in buckets.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ("--workdir", str(tmp_path / "run"), *soak.RARE, NO_EVALS)
+    with object_store.serve(tmp_path) as connection:
+        object_store.fill("data", {tar.name: tar for tar in tars.glob("*.tar")})
+        with start("train.py", *flags, config=f"{PRETRAINING}:s3://data") as process:
+            for number in range(5):
+                connection.num_drops = 1
+                process.wait_until("a drop", lambda n=number: connection.num_dropped > n)
+                # So that it is not always the same request, which is given up after some attempts.
+                process.nap(0.1)
+            process.wait_for_line("step 1/")
+            connection.num_drops = 5
+            process.end()
+        assert connection.num_dropped == 10
+    soak.assert_same_end(straight, tmp_path / "run")
+    # Ten steps of eight.
+    assert soak.data_manifest(tmp_path / "run")["samples_read"] == 80
 
 
 def test_eval_reproduces_the_numbers_of_the_training_loop(tmp_path: Path) -> None:
