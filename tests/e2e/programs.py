@@ -141,7 +141,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> Program:
+def start(program: str, *flags: str, devices: int = 1, config: Path | str = CONFIG) -> Program:
     """A program of the repository with a tiny config, on a CPU that poses as so many devices."""
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
@@ -154,7 +154,7 @@ def start(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) ->
     return Program([sys.executable, *command], environment)
 
 
-def run(program: str, *flags: str, devices: int = 1, config: Path = CONFIG) -> str:
+def run(program: str, *flags: str, devices: int = 1, config: Path | str = CONFIG) -> str:
     """Output of a program, once it has ended well."""
     with start(program, *flags, devices=devices, config=config) as process:
         return process.end()

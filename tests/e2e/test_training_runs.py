@@ -1,4 +1,4 @@
-"""Whole runs of train.py and eval.py: killed and resumed, evaluated."""
+"""Whole runs of train.py and eval.py: killed and resumed, on data in buckets, evaluated."""
 
 import json
 import resource
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import object_store
 from tests.e2e import soak
 from tests.e2e.programs import (
     ONE_ROUND,
@@ -18,10 +19,32 @@ from tests.e2e.programs import (
     saved_steps,
     start,
 )
+from tests.unit.data_fixtures import sa1b_files, write_tar
 
 pytestmark = runner_limit
 
-RARE = ("--config.checkpoint.every_steps=1000", "--config.train.log_every=1")
+NO_EVALS = "--config.train.eval_every=0"
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two tars as SA-1B has them, of 14 images."""
+    folder = tmp_path_factory.mktemp("tars")
+    for tar in range(2):
+        write_tar(folder / f"sa_{tar}.tar", sa1b_files(range(7 * tar, 7 * tar + 7)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of pre-training on them from the first step to the last.
+
+    Of pre-training, which is compiled sooner; `python -m tests.e2e.soak` has prompts.
+    """
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    flags = ("--workdir", str(workdir), *soak.RARE, NO_EVALS)
+    run("train.py", *flags, config=f"{PRETRAINING}:{tars}")
+    return workdir
 
 
 def fill_the_disk(process: Program, workdir: Path) -> None:
@@ -35,26 +58,22 @@ def fill_the_disk(process: Program, workdir: Path) -> None:
 
 
 def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
-    tmp_path: Path,
+    straight: Path, tars: Path, tmp_path: Path
 ) -> None:
     """SIGTERM at the start, SIGKILL in a checkpoint, no room on the disk, SIGTERM in the steps.
 
-    A worker reads when the run is killed. Of pre-training, which is compiled sooner;
-    `python -m tests.e2e.soak` does it with prompts.
+    A worker reads when the run is killed. `python -m tests.e2e.soak` has kills at any moment.
     """
-    straight, workdir = tmp_path / "straight", tmp_path / "killed"
-    no_evals = "--config.train.eval_every=0"
-    run("train.py", "--workdir", str(straight), *RARE, no_evals, config=PRETRAINING)
-
-    flags = ("--workdir", str(workdir), *soak.OFTEN, no_evals)
-    with start("train.py", *flags, config=PRETRAINING) as process:
+    workdir, config = tmp_path / "killed", f"{PRETRAINING}:{tars}"
+    flags = ("--workdir", str(workdir), *soak.OFTEN, NO_EVALS)
+    with start("train.py", *flags, config=config) as process:
         process.wait_for_line("0.0 M parameters on 1 cpu device(s)")
         process.send(signal.SIGTERM)
         output = process.end(75)
     assert "error: stopped by SIGTERM while it started, with nothing to save" in output
     assert saved_steps(workdir) == []
 
-    with start("train.py", *flags, "--config.data.num_workers=1", config=PRETRAINING) as process:
+    with start("train.py", *flags, "--config.data.num_workers=1", config=config) as process:
         process.wait_until("a checkpoint", lambda: saved_steps(workdir) != [])
         process.wait_until("a write", lambda: soak.is_writing(workdir), naps=0.0005)
         workers = process.children
@@ -65,7 +84,7 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
             process.wait_for_end_of(worker)
     killed_at = saved_steps(workdir)[-1]
 
-    with start("train.py", *flags, config=PRETRAINING) as process:
+    with start("train.py", *flags, config=config) as process:
         process.wait_for_line(f"continuing from the checkpoint of step {killed_at}")
         fill_the_disk(process, workdir)
         output = process.end(1)
@@ -77,7 +96,7 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
     assert "orbax" not in output
     assert saved_steps(workdir)[-1] == killed_at
 
-    with start("train.py", *flags, config=PRETRAINING) as process:
+    with start("train.py", *flags, config=config) as process:
         process.wait_for_line(f"step {killed_at + 2}/")
         process.send(signal.SIGTERM)
         output = process.end(75)
@@ -86,15 +105,56 @@ def test_killed_and_preempted_runs_end_bit_for_bit_where_a_straight_one_does(
     stopped_at = saved_steps(workdir)[-1]
     assert stopped_at >= killed_at + 2
 
-    output = run("train.py", *flags, config=PRETRAINING)
+    output = run("train.py", *flags, config=config)
     assert f"continuing from the checkpoint of step {stopped_at}" in output
     assert not soak.is_writing(workdir)
     soak.assert_same_end(straight, workdir)
 
 
+@pytest.mark.filterwarnings(
+    # botocore's own.
+    "ignore:datetime.datetime.utcnow:DeprecationWarning"
+)
+def test_a_run_over_dropped_connections_ends_bit_for_bit_where_one_from_a_disk_does(
+    straight: Path, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten connections are reset, some as soon as the tars are scanned; samples are counted once."""
+    pytest.importorskip("s3fs", reason="buckets need the extra s3")
+    pytest.importorskip("moto", reason="the tests' S3 server is moto")
+    # For indices of tars in buckets.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ("--workdir", str(tmp_path / "run"), *soak.RARE, NO_EVALS)
+    with object_store.serve(tmp_path) as connection:
+        object_store.fill("data", {tar.name: tar for tar in tars.glob("*.tar")})
+        with start("train.py", *flags, config=f"{PRETRAINING}:s3://data") as process:
+            for number in range(5):
+                connection.num_drops = 1
+                process.wait_until("a drop", lambda n=number: connection.num_dropped > n)
+                # So that it is not always the same request, which is given up after some attempts.
+                process.nap(0.1)
+            process.wait_for_line("step 1/")
+            connection.num_drops = 5
+            process.end()
+        assert connection.num_dropped == 10
+    soak.assert_same_end(straight, tmp_path / "run")
+    # Ten steps of eight.
+    assert soak.data_manifest(tmp_path / "run")["samples_read"] == 80
+
+
 def test_eval_reproduces_the_numbers_of_the_training_loop(tmp_path: Path) -> None:
+    """Of a run that was killed in its evaluation, which the same command then makes."""
     workdir, out = tmp_path / "run", tmp_path / "out"
-    run("train.py", "--workdir", str(workdir), *RARE, *ONE_ROUND)
+    flags = ("--workdir", str(workdir), *soak.RARE, *ONE_ROUND)
+    with start("train.py", *flags) as process:
+        process.wait_until("its checkpoint", lambda: saved_steps(workdir) == [10])
+        process.send(signal.SIGKILL)
+        process.end(-signal.SIGKILL)
+        assert "step 10/" in process.output
+        assert "evaluation shapes" not in process.output
+    output = run("train.py", *flags)
+    assert "continuing from the checkpoint of step 10" in output
+    assert "evaluation shapes at step 10" in output
+
     run("eval.py", "--checkpoint", str(workdir), "--out", str(out))
     report = json.loads((out / "shapes" / "report.json").read_text())
     in_loop = {

@@ -9,9 +9,10 @@ from configs import common
 from tests.e2e.tiny_run import get_config as segmentation
 
 
-def get_config() -> ConfigDict:
-    """Pre-training on 32-pixel crops of shapes."""
+def get_config(path: str = "") -> ConfigDict:
+    """Pre-training on 32-pixel crops of shapes, or of SA-1B tars at a path or URL."""
     promptable = segmentation()
+    sources = ({"kind": "sa1b", "path": path},) if path else promptable.data.sources
     config = common.base_config("reconstruct")
     config.model = {
         "variant": "vit_ti",
@@ -20,7 +21,7 @@ def get_config() -> ConfigDict:
     }
     config.autoencoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
     config.data = {
-        "sources": promptable.data.sources,
+        "sources": sources,
         "batch_size": 8,
         "crop_area_rates": (0.2, 1.0),
         "hflip_rate": 0.5,

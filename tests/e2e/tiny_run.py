@@ -1,6 +1,7 @@
 """A run small enough for a test, as a config file that train.py takes."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import common
 
@@ -46,7 +47,14 @@ def get_config() -> ConfigDict:
     }
     config.losses = {"prompts_per_chunk": 1}
     config.optimizer = {"warmup_steps": 2, "peak_learning_rate": 1e-3, "accumulate_steps": 1}
-    config.train = {"num_steps": 10, "log_every": 5, "eval_every": 10, "ema_decay": 0.7}
+    config.train = {
+        "num_steps": 10,
+        "log_every": 5,
+        "eval_every": 10,
+        "ema_decay": 0.7,
+        # For the command line, which takes no key that is not here.
+        "watch": placeholder(str),
+    }
     config.checkpoint = {"every_steps": 2}
     config.evals = {
         "shapes": {
