@@ -28,7 +28,7 @@ from sam_jax.export.onnx import DECODER, ENCODER, export_onnx
 from sam_jax.inference.images import ImageEmbeddings, model_input
 from sam_jax.inference.predictor import Buckets, Predictor
 from sam_jax.inference.prompts import Prompt
-from sam_jax.ops.images import PIXEL_MEAN, PIXEL_STD
+from sam_jax.ops.images import RGB
 from sam_jax.weights.load import load
 
 # An embedding [1, gh, gw, d], and of 16 points three candidates' logits and scores each.
@@ -137,7 +137,8 @@ class _OnnxWay:
     def encode(self, image: np.ndarray) -> np.ndarray:
         padded, (height, width) = model_input(image, self._size_hw)
         pixels = np.zeros(padded.shape, np.float32)
-        pixels[:height, :width] = (padded[:height, :width] - PIXEL_MEAN) / PIXEL_STD
+        mean, std = RGB.statistics
+        pixels[:height, :width] = (padded[:height, :width] - mean) / std
         (found,) = self._encoder.run(None, {"images": pixels.transpose(2, 0, 1)[None]})
         return found.transpose(0, 2, 3, 1)
 

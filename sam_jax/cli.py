@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sam_jax.cli_results import channels, compare, fairness, report, stats
+from sam_jax.cli_results import channels, compare, fairness, progress_bar, report, stats
 from sam_jax.errors import ConfigError, readable_errors
 from sam_jax.host_memory import keep_freed_memory
 
@@ -449,7 +449,7 @@ def masks(
             decoder_heads=decoder_heads,
         )
     try:
-        with _progress_bar("masks") as advance:
+        with _picture_bar("masks") as advance:
             summary = folder.annotate_folder(
                 predictor,
                 source,
@@ -706,35 +706,17 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _progress_bar(what: str) -> Iterator[Callable[[Any], None]]:
+def _picture_bar(what: str) -> Iterator[Callable[[Any], None]]:
     """A bar on the terminal's error stream, or a line per picture if it is none."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     console = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, last="")
+    with progress_bar(what) as bar:
 
         def advance(progress: Any) -> None:
             count = "skipped" if progress.num_masks is None else f"{progress.num_masks} masks"
             # A name may hold bytes that are no letters.
             name = os.fsencode(progress.path.name).decode(errors="backslashreplace")
             last = f"{name}: {count}"
-            bar.update(task, completed=progress.done, total=progress.total, last=last)
+            bar(progress.done, progress.total, last)
             if not console.is_terminal:
                 console.print(Text(f"{progress.done} of {progress.total}  {last}"))
 

@@ -150,7 +150,7 @@ def stats(
         if store.name in [other.name for other in found]:
             raise ConfigError(f"two stores are called {store.name}: give them names by --name")
         start = time.monotonic()
-        with _bar(store.name) as advance:
+        with progress_bar(store.name) as advance:
             counts = count_masks(
                 store, max_images=max_images, seed=seed, num_workers=workers, on_progress=advance
             )
@@ -186,7 +186,7 @@ def compare(
 
     _check_out(out)
     results = [read_results(path) for path in (a, b)]
-    with _bar("draws") as advance:
+    with progress_bar("draws") as advance:
         comparison = compare_results(
             *results,
             measures=measure or (),
@@ -254,7 +254,7 @@ def fairness(
         keep = keeps_crowds(evaluated.settings, annotations)
         numbers = mask_numbers(annotations, keep_crowds=keep)
     joined = join_attributes(table, evaluated.records, numbers)
-    with _bar("groups") as advance:
+    with progress_bar("groups") as advance:
         report = mean_iou_by_group(
             table,
             joined,
@@ -323,8 +323,11 @@ def _console() -> Console:
 
 
 @contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal's error stream, nothing if it is none."""
+def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+    """A bar on the terminal's error stream, nothing if it is none.
+
+    It moves by ``advance(done, total, last="")``, of which the last stands behind it.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -341,11 +344,12 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(what, total=None, last="")
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def advance(done: int, total: int, last: str = "") -> None:
+            bar.update(task, completed=done, total=total, last=last)
 
         yield advance

@@ -2,8 +2,9 @@
 
 import heapq
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from sam_jax.data.samples import SkippedSampleError
 from sam_jax.data.sources import ListingSource, Source
@@ -21,6 +22,12 @@ def draw(number: int, limit: int | None, key: str) -> Sequence[int]:
     if limit is None or number <= limit:
         return range(number)
     return sorted(heapq.nsmallest(limit, range(number), lambda i: keyed_number(f"{key}/{i}")))
+
+
+def drawn_examples(records: Sequence[Mapping[str, Any]], key: str, limit: int) -> list[int]:
+    """At most ``limit`` records with something under a key, by a hash of their images' ids."""
+    able = [number for number, record in enumerate(records) if record.get(key)]
+    return sorted(able, key=lambda i: keyed_number(f"example/{records[i]['image_id']}"))[:limit]
 
 
 def draw_until(source: Source, target_masks: int, key: str) -> Sequence[int]:

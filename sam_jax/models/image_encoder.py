@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -221,6 +222,72 @@ def drop_path_scales(
     return jnp.where(kept, 1.0 / np.maximum(kept_rates, np.finfo(np.float32).tiny), 0.0)
 
 
+class BlockKind(NamedTuple):
+    """Window and tables of a block, see ``EncoderBlock``; those alike may run as one loop."""
+
+    window_size: int
+    table_grid: tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderBlocks:
+    """Consecutive blocks of the calling module, and how they compute; see ``ImageEncoderViT``."""
+
+    remat: Remat
+    scan: bool
+    implementation: Implementation
+    dtype: DTypeLike
+
+    def apply(
+        self,
+        tokens: Float[Array, "b gh gw d"],
+        kinds: Sequence[BlockKind],
+        *,
+        num_heads: int,
+        mlp_rate: float,
+        is_initializing: bool,
+        path_scales: Float[Array, "depth 2 b"] | None = None,
+    ) -> Float[Array, "b gh gw d"]:
+        """The last block's tokens.
+
+        Args:
+          tokens: of the first.
+          kinds: of each block.
+          num_heads, mlp_rate: see ``ImageEncoderConfig``.
+          is_initializing: whether parameters are being made.
+          path_scales: see ``drop_path_scales``.
+        """
+        dim = tokens.shape[-1]
+        block_class = remat_block(EncoderBlock, self.remat)
+        blocks = [
+            block_class(
+                num_heads=num_heads,
+                head_dim=dim // num_heads,
+                mlp_dim=int(dim * mlp_rate),
+                window_size=kind.window_size,
+                table_grid=kind.table_grid,
+                implementation=self.implementation,
+                dtype=self.dtype,
+                name=f"block_{index:02d}",
+            )
+            for index, kind in enumerate(kinds)
+        ]
+        # Those that run as one loop: consecutive ones of the same kind, or each by itself.
+        runs = [[index] for index in range(len(blocks))]
+        if self.scan and not is_initializing:
+            runs = [
+                list(run) for _, run in itertools.groupby(range(len(blocks)), kinds.__getitem__)
+            ]
+        for run in runs:
+            if len(run) > 1:
+                scales = None if path_scales is None else path_scales[np.array(run)]
+                tokens = scan_modules([blocks[index] for index in run], tokens, scales)
+            else:
+                scales = None if path_scales is None else path_scales[run[0]]
+                tokens = blocks[run[0]](tokens, scales)
+        return tokens
+
+
 def check_multiple(images: Float[Array, "b h w c"], patch_size: int) -> None:
     """Raises ValueError unless height and width of images are multiples of the patch size."""
     _, height, width, _ = images.shape
@@ -286,35 +353,14 @@ class ImageEncoderViT(nn.Module):
         )
         tokens = add_shared(tokens, resize_positions(positions, tokens.shape[1:3]))
 
-        for run in self._runs():
-            blocks = [self._block(index) for index in run]
-            if len(blocks) > 1:
-                scales = None if path_scales is None else path_scales[np.array(run)]
-                tokens = scan_modules(blocks, tokens, scales)
-            else:
-                tokens = blocks[0](tokens, None if path_scales is None else path_scales[run[0]])
-
-        return neck(tokens, cfg.output_dim, self.dtype)
-
-    def _block(self, index: int) -> EncoderBlock:
-        cfg = self.config
-        is_global = index in cfg.global_attention_blocks
-        window_size = 0 if is_global else cfg.window_size
-        return remat_block(EncoderBlock, self.remat)(
+        windows = BlockKind(cfg.window_size, (cfg.window_size, cfg.window_size))
+        whole = BlockKind(0, cfg.grid)
+        tokens = EncoderBlocks(self.remat, self.scan, self.implementation, self.dtype).apply(
+            tokens,
+            [whole if i in cfg.global_attention_blocks else windows for i in range(cfg.depth)],
             num_heads=cfg.num_heads,
-            head_dim=cfg.embed_dim // cfg.num_heads,
-            mlp_dim=int(cfg.embed_dim * cfg.mlp_rate),
-            window_size=window_size,
-            table_grid=cfg.grid if is_global else (window_size, window_size),
-            implementation=self.implementation,
-            dtype=self.dtype,
-            name=f"block_{index:02d}",
+            mlp_rate=cfg.mlp_rate,
+            is_initializing=self.is_initializing(),
+            path_scales=path_scales,
         )
-
-    def _runs(self) -> list[list[int]]:
-        """Blocks that run as one loop: consecutive ones of the same kind, or each by itself."""
-        indices = range(self.config.depth)
-        if not self.scan or self.is_initializing():
-            return [[index] for index in indices]
-        by_kind = itertools.groupby(indices, lambda i: i in self.config.global_attention_blocks)
-        return [list(run) for _, run in by_kind]
+        return neck(tokens, cfg.output_dim, self.dtype)

@@ -23,7 +23,8 @@ LECUN_NORMAL = nn.initializers.lecun_normal()
 def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """A LayerNorm over channels whose statistics are float32 and exact.
 
-    Linen's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
+    Linen's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large. Values are those
+    of ``ops.norm.layer_norm``, bit for bit; gradients are rounded at other places.
     """
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
@@ -72,6 +73,11 @@ class NormParams(nn.Module):
     def __call__(self, channels: int) -> NormWeights:
         scale = self.param("scale", nn.initializers.ones, (channels,))
         return NormWeights(scale, self.param("bias", nn.initializers.zeros, (channels,)))
+
+
+def as_float32(variables: Any) -> Any:
+    """Fresh variables in float32; with JAX's 64 bits turned on, Flax makes float64."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
 
 
 class Mlp(nn.Module):

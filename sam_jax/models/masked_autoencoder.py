@@ -17,12 +17,13 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Bool, Float, Int
 from sam_jax.models.image_encoder import (
-    EncoderBlock,
+    BlockKind,
+    EncoderBlocks,
     ImageEncoderConfig,
     PatchEmbed,
     check_multiple,
 )
-from sam_jax.models.layers import Dense, Remat, layer_norm, remat_block, scan_modules
+from sam_jax.models.layers import Dense, Remat, as_float32, layer_norm
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.full_precision import broadcast_to
 from sam_jax.ops.images import RGB, ImageChannels
@@ -32,6 +33,8 @@ _NORM_EPSILON = 1e-6
 # Added to the variance of a patch's pixels.
 _PIXEL_EPSILON = 1e-6
 _TOKEN_INIT = nn.initializers.normal(0.02)
+# Attention of all with all without relative positions; tokens are one row of the blocks' grid.
+_PLAIN = BlockKind(window_size=0, table_grid=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,49 +148,6 @@ class PixelStatistics(NamedTuple):
         return cls(jnp.mean(patches, axis=-1, keepdims=True), jnp.sqrt(variance + _PIXEL_EPSILON))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """Consecutive transformer blocks, and how they compute; see ``MaskedAutoencoder``."""
-
-    remat: Remat
-    scan: bool
-    implementation: Implementation
-    dtype: DTypeLike
-
-    def apply(
-        self,
-        tokens: Float[Array, "b t d"],
-        *,
-        depth: int,
-        num_heads: int,
-        mlp_rate: float,
-        is_initializing: bool,
-    ) -> Float[Array, "b t d"]:
-        """Tokens after so many blocks, which are the calling module's, each of all with all."""
-        dim = tokens.shape[-1]
-        blocks = [
-            remat_block(EncoderBlock, self.remat)(
-                num_heads=num_heads,
-                head_dim=dim // num_heads,
-                mlp_dim=int(dim * mlp_rate),
-                window_size=0,
-                table_grid=None,
-                implementation=self.implementation,
-                dtype=self.dtype,
-                name=f"block_{index:02d}",
-            )
-            for index in range(depth)
-        ]
-        # Blocks take a grid; without relative positions a row of one will do.
-        row = tokens[:, None]
-        if self.scan and depth > 1 and not is_initializing:
-            row = scan_modules(blocks, row, None)
-        else:
-            for block in blocks:
-                row = block(row)
-        return row[:, 0]
-
-
 class VisiblePatchEncoder(nn.Module):
     """The image encoder as it is pre-trained: plain attention, of the visible patches alone.
 
@@ -200,7 +160,7 @@ class VisiblePatchEncoder(nn.Module):
     """
 
     config: ImageEncoderConfig
-    blocks: _Blocks
+    blocks: EncoderBlocks
 
     @nn.compact
     def __call__(
@@ -214,13 +174,14 @@ class VisiblePatchEncoder(nn.Module):
         # Its position is zero.
         class_token = self.param("class_token", _TOKEN_INIT, (cfg.embed_dim,))
         first = broadcast_to(class_token, (len(images), 1, cfg.embed_dim), dtype)
+        tokens = jnp.concatenate([first, visible], axis=1)
         tokens = self.blocks.apply(
-            jnp.concatenate([first, visible], axis=1),
-            depth=cfg.depth,
+            tokens[:, None],
+            [_PLAIN] * cfg.depth,
             num_heads=cfg.num_heads,
             mlp_rate=cfg.mlp_rate,
             is_initializing=self.is_initializing(),
-        )
+        )[:, 0]
         return layer_norm(_NORM_EPSILON, dtype, "norm")(tokens)
 
 
@@ -239,7 +200,7 @@ class PixelDecoder(nn.Module):
     grid: tuple[int, int]
     patch_size: int
     num_channels: int
-    blocks: _Blocks
+    blocks: EncoderBlocks
 
     @nn.compact
     def __call__(
@@ -259,13 +220,14 @@ class PixelDecoder(nn.Module):
         dropped = broadcast_to(mask_token, (num_images, num_dropped, dim), dtype)
         patches = _take(jnp.concatenate([embedded[:, 1:], dropped], axis=1), restore)
         positions = sincos_positions(self.grid, dim).reshape(-1, dim).astype(dtype)
+        tokens = jnp.concatenate([embedded[:, :1], patches + positions], axis=1)
         tokens = self.blocks.apply(
-            jnp.concatenate([embedded[:, :1], patches + positions], axis=1),
-            depth=cfg.decoder_depth,
+            tokens[:, None],
+            [_PLAIN] * cfg.decoder_depth,
             num_heads=cfg.decoder_heads,
             mlp_rate=cfg.decoder_mlp_rate,
             is_initializing=self.is_initializing(),
-        )
+        )[:, 0]
         tokens = layer_norm(_NORM_EPSILON, jnp.float32, "norm")(tokens[:, 1:])
         return Dense(self.num_channels * self.patch_size**2, jnp.float32, name="prediction")(tokens)
 
@@ -299,7 +261,7 @@ class MaskedAutoencoder(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        blocks = _Blocks(self.remat, self.scan, self.attention, self.dtype)
+        blocks = EncoderBlocks(self.remat, self.scan, self.attention, self.dtype)
         self.image_encoder = VisiblePatchEncoder(self.encoder, blocks)
         self.pixel_decoder = PixelDecoder(
             self.config,
@@ -404,5 +366,5 @@ def _fresh_params(model: MaskedAutoencoder, key: Array) -> dict:
         xavier(key, leaf.shape) if leaf.ndim == 2 else leaf
         for key, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
-    # With JAX's 64 bits turned on, Flax makes float64.
-    return jax.tree.unflatten(structure, [leaf.astype(jnp.float32) for leaf in drawn])
+    params: dict = as_float32(jax.tree.unflatten(structure, drawn))
+    return params

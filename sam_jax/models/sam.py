@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from sam_jax.arrays import Array, Float, UInt32
 from sam_jax.models.image_encoder import ImageEncoderConfig, ImageEncoderViT, drop_path_scales
-from sam_jax.models.layers import Remat
+from sam_jax.models.layers import Remat, as_float32
 from sam_jax.models.mask_decoder import (
     MaskDecoder,
     MaskDecoderConfig,
@@ -200,11 +200,9 @@ def init_variables(model: Sam, key: Array) -> dict:
         point_valid=jnp.ones((1, 1, 1), bool),
     )
     images = jnp.zeros((1, height, width, model.config.channels.count), jnp.float32)
-    variables = jax.jit(model.init, static_argnames="multimask_output")(
-        key, images, prompts, multimask_output=True
-    )
-    # With JAX's 64 bits turned on, Flax makes float64.
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
+    init = jax.jit(model.init, static_argnames="multimask_output")
+    variables: dict = as_float32(init(key, images, prompts, multimask_output=True))
+    return variables
 
 
 def variable_shapes(config: SamConfig) -> dict[str, Any]:

@@ -9,10 +9,6 @@ import numpy as np
 
 from sam_jax.arrays import Array, Bool, Float, Int, Shaped, UInt8
 
-# Channel statistics of ImageNet in 8-bit units, RGB.
-PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
-PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageChannels:
@@ -22,7 +18,7 @@ class ImageChannels:
       in_chans: number of channels, whose values are those of the files, float32; None for 8-bit
         RGB.
       pixel_mean: of each channel, in the units of the files.
-      pixel_std: deviation of each channel, likewise.
+      pixel_std: deviation of each channel, likewise; by default both are ImageNet's.
 
     Raises:
       ValueError: if these are no statistics of so many channels.
@@ -61,6 +57,11 @@ class ImageChannels:
     def count(self) -> int:
         """Number of channels."""
         return 3 if self.in_chans is None else self.in_chans
+
+    @property
+    def statistics(self) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+        """Mean and deviation of each channel, float32."""
+        return np.array(self.pixel_mean, np.float32), np.array(self.pixel_std, np.float32)
 
     @property
     def dtype(self) -> type[np.uint8] | type[np.float32]:
@@ -111,9 +112,7 @@ def normalize_whole_images(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"], channels: ImageChannels = RGB
 ) -> Float[Array, "b h w c"]:
     """``normalize_images`` of images without padding."""
-    mean, std = (
-        np.asarray(values, np.float32) for values in (channels.pixel_mean, channels.pixel_std)
-    )
+    mean, std = channels.statistics
     return (images.astype(jnp.float32) - mean) / std
 
 
@@ -121,9 +120,7 @@ def as_pixels(
     images: Float[np.ndarray, "*shape c"], channels: ImageChannels = RGB
 ) -> Shaped[np.ndarray, "*shape c"]:
     """Normalised images in the units of their files again; 8-bit ones rounded and cut off."""
-    mean, std = (
-        np.asarray(values, np.float32) for values in (channels.pixel_mean, channels.pixel_std)
-    )
+    mean, std = channels.statistics
     pixels = images * std + mean
     if channels.in_chans is not None:
         return pixels

@@ -26,7 +26,7 @@ from sam_jax.trained_parameters import select_trained
 from sam_jax.training.optimizer import OptimizerConfig, build_optimizer
 from sam_jax.training.state import TrainState, init_state
 from sam_jax.training.step import build_train_step
-from sam_jax.training.task import Task, variable_shapes
+from sam_jax.training.task import Task, task_shapes
 
 # Weights are all-gathered before a product. By default XLA pipelines pieces of both (a windowed
 # einsum): a hundred times as many transfers, and half as many cycles again.
@@ -164,7 +164,7 @@ def compile_step(
     parallel = Parallel(
         mesh, BATCH_AXES, TENSOR_AXIS, WEIGHTS_AXIS, sharding_config.reduce_dtype, kernels
     )
-    variables = variable_shapes(task)
+    variables = task_shapes(task)
     params = variables["params"]
     trained = select_trained(params, trainable)
     optimizer = build_optimizer(params, optimizer_config, num_steps, trained=trained)

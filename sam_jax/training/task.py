@@ -100,7 +100,7 @@ class ItemizedTask(Protocol):
         ...
 
 
-def variable_shapes(task: Task) -> dict[str, Any]:
+def task_shapes(task: Task) -> dict[str, Any]:
     """Shapes and types of a task's variables; a dataclass is traced once in a process."""
 
     def variables() -> Any:

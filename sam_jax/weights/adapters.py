@@ -27,7 +27,7 @@ from sam_jax.weights.files import (
     failing_as_os_error,
     written_whole,
 )
-from sam_jax.weights.runs import run_config, run_lora, run_sections
+from sam_jax.weights.runs import run_config, run_lora, run_trainable
 
 # How the file says what it is.
 _FORM, _FORM_NAME = "form", "sam_jax adapters 1"
@@ -84,13 +84,14 @@ def write_adapters(
       ema: whether averaged parameters are taken, where the run keeps them.
 
     Raises:
-      WeightsError: if the run has trained everything, or the file cannot be written.
+      WeightsError: if the run has trained everything, its config is missing or damaged, or the
+        file cannot be written.
       CheckpointError: if there is no such checkpoint.
     """
     run, path = Path(run), Path(path)
     if path.suffix != SAFETENSORS_SUFFIX:
         raise WeightsError(f"{path}: adapters are written as {SAFETENSORS_SUFFIX}")
-    patterns = run_sections(run).get("train", {}).get("trainable", ("all",))
+    patterns = run_trainable(run)
     if "all" in patterns:
         raise WeightsError(
             f"{run} has trained all parameters, as its train.trainable says: without them nothing "

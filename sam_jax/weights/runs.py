@@ -52,6 +52,28 @@ def run_autoencoder(run: Path) -> MaskedAutoencoder | None:
     return _from_sections(run, autoencoder)
 
 
+def run_lora(run: Path) -> LoraConfig:
+    """The adapters that a run trains; of rank 0 for none.
+
+    Raises:
+      WeightsError: if its config is missing or damaged.
+    """
+    return _from_sections(
+        run, lambda sections: from_mapping(LoraConfig, sections.get(ADAPTERS, {}), ADAPTERS)
+    )
+
+
+def run_trainable(run: Path) -> tuple[str, ...]:
+    """Patterns of the parameters that a run trains, see ``trained_parameters``.
+
+    Raises:
+      WeightsError: if its config is missing or damaged.
+    """
+    return _from_sections(
+        run, lambda sections: tuple(sections.get("train", {}).get("trainable", ("all",)))
+    )
+
+
 def is_pretraining(sections: Mapping[str, Any]) -> bool:
     """True if a config's task is to train a masked autoencoder."""
     return sections.get("task") == "reconstruct"
@@ -100,33 +122,3 @@ def _from_sections(run: Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Re
         raise WeightsError(f"{run / CONFIG}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{run / CONFIG}: expected JSON with a map 'model': {error!r}") from None
-
-
-def run_lora(run: Path) -> LoraConfig:
-    """The adapters that a run trains; of rank 0 for none.
-
-    Raises:
-      WeightsError: if its config is damaged.
-    """
-    section = run_sections(run).get(ADAPTERS, {})
-    try:
-        return from_mapping(LoraConfig, section, ADAPTERS)
-    except ConfigError as error:
-        raise WeightsError(f"{run / CONFIG}: {error}") from None
-
-
-def run_sections(run: Path) -> dict[str, Any]:
-    """The config of a run, as it stands; nothing if there is none.
-
-    Raises:
-      WeightsError: if it is damaged.
-    """
-    try:
-        sections = json.loads((run / CONFIG).read_text())
-        if not isinstance(sections, dict):
-            raise ValueError("it is no object")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise WeightsError(f"{run / CONFIG}: expected a run's config as JSON: {error}") from None
-    return sections

@@ -8,6 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sam_jax.cli import app
+from sam_jax.cli_results import progress_bar
 from tests.unit.data_fixtures import sa1b_files, write_coco, write_tar
 from tests.unit.results_fixtures import many_records, write_results
 
@@ -149,3 +150,12 @@ def test_fairness_by_annotation_ids(call, tmp_path):
     edges = write_results(tmp_path / "edges", records, kind="edges")
     refused = call("fairness", edges, "--attributes", table)
     assert "is of kind 'edges'" in str(refused.exception)
+
+
+def test_the_bar_shows_names_as_they_are(monkeypatch, capsys):
+    """Brackets would be marks of style, and one that closes none an error."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress_bar("masks") as advance:
+        advance(1, 2, "[b]a[/i].png: 3 masks")
+    assert "[b]a[/i].png: 3 masks" in capsys.readouterr().err

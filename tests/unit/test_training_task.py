@@ -18,7 +18,7 @@ from sam_jax.training import loop
 from sam_jax.training.compiled_step import CompiledStep, compile_step
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.optimizer import OptimizerConfig
-from sam_jax.training.task import Task, variable_shapes
+from sam_jax.training.task import Task, task_shapes
 
 COLOR = np.array([0.2, 0.5, 0.9], np.float32)
 
@@ -149,11 +149,11 @@ TRACED: list[int] = []
 
 
 def test_a_task_s_variables_are_traced_once() -> None:
-    shapes = [variable_shapes(Sized(size)) for size in (3, 5, 3)]
+    shapes = [task_shapes(Sized(size)) for size in (3, 5, 3)]
     assert TRACED == [3, 5]
     assert [tree["params"]["color"].shape for tree in shapes] == [(3,), (5,), (3,)]
     # Nobody changes another's.
     shapes[0]["params"].clear()
-    assert variable_shapes(Sized(3)) == shapes[2]
+    assert task_shapes(Sized(3)) == shapes[2]
     # What is no dataclass may be another object with the same text.
-    assert variable_shapes(MeanColor())["params"]["color"].shape == (3,)
+    assert task_shapes(MeanColor())["params"]["color"].shape == (3,)

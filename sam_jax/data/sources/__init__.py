@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from sam_jax.buckets import DataPath
 from sam_jax.data.samples import Sample
 from sam_jax.data.tally import Tally
+from sam_jax.files import P, data_files
 
 
 @runtime_checkable
@@ -72,6 +73,14 @@ class TruthSource(Source, Protocol):
           OSError: likewise.
         """
         ...
+
+
+def visible_files(folder: P, suffixes: Iterable[str], left_out: Tally) -> list[P]:
+    """The files of ``files.data_files``; hidden ones are counted as left out."""
+    found, hidden = data_files(folder, suffixes)
+    if hidden:
+        left_out.add("hidden files", str(hidden[0]), len(hidden))
+    return found
 
 
 def truth_of(source: Source, index: int) -> bytes:

@@ -4,13 +4,16 @@ import logging
 from pathlib import Path
 
 from sam_jax.data.label_maps import LabelMap, read_label_map
-from sam_jax.data.mask_files import as_one_object, read_mask_files
-from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
-from sam_jax.data.sources import truth_bytes
-from sam_jax.data.sources.label_map_files import MASK_SUFFIXES, NO_MASK_FILE
-from sam_jax.data.tally import Tally
+from sam_jax.data.mask_files import as_one_object
+from sam_jax.data.sources import visible_files
+from sam_jax.data.sources.masked_pictures import (
+    MASK_SUFFIXES,
+    NO_MASK_FILE,
+    MaskedPicture,
+    MaskedPicturesSource,
+)
 from sam_jax.errors import ConfigError
-from sam_jax.files import data_files, is_hidden
+from sam_jax.files import is_hidden
 from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
@@ -19,7 +22,7 @@ _log = logging.getLogger(__name__)
 NO_PICTURE = "folders without a picture"
 
 
-class ImageFoldersSource:
+class ImageFoldersSource(MaskedPicturesSource):
     """Images of folders `ID/images/*.png` with masks `ID/masks/*.png`, as BBBC038 has them.
 
     A mask file is one object: everything in it that is not 0 (black).
@@ -49,10 +52,7 @@ class ImageFoldersSource:
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
-        self.name = name
-        self.left_out = Tally()
-        self._orientation, self._in_channels = orientation, in_channels
-        self._entries: list[tuple[str, Path, list[Path]]] = []
+        super().__init__(name, orientation, in_channels)
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
         for folder in folders:
             if is_hidden(folder.relative_to(root)):
@@ -70,8 +70,8 @@ class ImageFoldersSource:
             elif not mask_files:
                 self.left_out.add(NO_MASK_FILE, str(pictures[0]))
             else:
-                self._entries.append((folder.name, pictures[0], mask_files))
-        if not self._entries:
+                self._pictures.append(MaskedPicture(folder.name, pictures[0], mask_files))
+        if not self._pictures:
             raise ConfigError(
                 f"none of the {len(folders)} folders in {root} has a picture in {images}/ and "
                 f"masks in {masks}/"
@@ -82,42 +82,11 @@ class ImageFoldersSource:
             _log.warning("%s: left out: %s", root, line)
 
     def _files(self, folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-        if not folder.is_dir():
-            return []
-        found, hidden = data_files(folder, suffixes)
-        if hidden:
-            self.left_out.add("hidden files", str(hidden[0]), len(hidden))
-        return found
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def file_name(self, index: int) -> str:
-        """The name of the image's folder."""
-        return self._entries[index][0]
+        return visible_files(folder, suffixes, self.left_out) if folder.is_dir() else []
 
     def num_masks(self, index: int) -> int:
         """The number of mask files."""
-        return len(self._entries[index][2])
-
-    def truth(self, index: int) -> bytes:
-        """The files of its masks.
-
-        Raises:
-          OSError: one of them cannot be read.
-        """
-        return truth_bytes(self.file_name(index), self._entries[index][2])
-
-    def __getitem__(self, index: int) -> Sample:
-        """The image at 0 <= index < len, and its masks.
-
-        Raises:
-          CorruptSampleError: the image is gone. Mask files that are damaged are left out.
-        """
-        _, path, mask_files = self._entries[index]
-        image = read_picture_file(path)
-        found = read_mask_files(mask_files, self._read)
-        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
+        return len(self._pictures[index].mask_files)
 
     def _read(self, file: Path) -> LabelMap:
         return as_one_object(read_label_map(file, orientation=self._orientation))

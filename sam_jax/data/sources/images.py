@@ -11,11 +11,10 @@ import numpy as np
 
 from sam_jax.buckets import DataPath, size_of
 from sam_jax.data.samples import Sample, read_picture_file
-from sam_jax.data.sources import tars, truth_bytes
+from sam_jax.data.sources import tars, truth_bytes, visible_files
 from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
-from sam_jax.files import data_files
 from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
@@ -118,9 +117,7 @@ class _FolderShard:
 
     def __init__(self, folder: DataPath, suffixes: Sequence[str], left_out: Tally):
         self._folder = folder
-        found, hidden = data_files(folder, suffixes)
-        if hidden:
-            left_out.add("hidden files", str(hidden[0]), len(hidden))
+        found = visible_files(folder, suffixes, left_out)
         # As one array, millions of paths are pickled into workers at once.
         self._names = np.array([file.relative_to(folder).as_posix() for file in found], np.str_)
 
@@ -136,25 +133,15 @@ class _FolderShard:
         return name, size_of(self._folder / name)
 
 
-class _TarShard:
-    """The picture files of one tar, through its index."""
-
-    def __init__(self, path: DataPath, index_path: Path):
-        self._path = path
-        self._index_path = index_path
-        self._length = len(tars.load_index(index_path))
-
-    def __len__(self) -> int:
-        return self._length
+class _TarShard(tars.IndexedTar):
+    """The picture files of one tar."""
 
     def read(self, index: int) -> tuple[str, bytes]:
-        entry = tars.load_index(self._index_path)[index]
-        name = f"{self._path}::{os.fsdecode(entry['name'])}"
-        offset, size = entry["image"].tolist()
-        return name, tars.read_extent(self._path, name, "image", (offset, size))
+        entry = self.entry(index)
+        return self.name(entry), self.read_part(entry, "image")
 
     def name_and_size(self, index: int) -> tuple[str, int]:
-        entry = tars.load_index(self._index_path)[index]
+        entry = self.entry(index)
         return os.fsdecode(entry["name"]), int(entry["image"][1])
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from sam_jax.data.label_encodings import Encoding, components, read_encoded_labels
 from sam_jax.data.label_maps import LabelMap, read_label_map
-from sam_jax.data.mask_files import count_masks, read_mask_files
-from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
-from sam_jax.data.sources import truth_bytes
-from sam_jax.data.tally import Tally
+from sam_jax.data.mask_files import count_masks
+from sam_jax.data.sources.masked_pictures import (
+    MASK_SUFFIXES,
+    NO_MASK_FILE,
+    MaskedPicture,
+    MaskedPicturesSource,
+)
 from sam_jax.errors import ConfigError
 from sam_jax.files import data_files
 from sam_jax.image_channels import hint_of_arrays, image_suffixes
@@ -20,12 +23,10 @@ from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
 
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".npy")
-NO_MASK_FILE = "images without a mask file"
 NOT_INCLUDED = "images that include does not name"
 
 
-class LabelMapsSource:
+class LabelMapsSource(MaskedPicturesSource):
     """Images whose objects are labels in files beside them, or in a tree of the same folders.
 
     The label maps of `city/a_leftImg8bit.png`, with the image suffix `_leftImg8bit.png`, are
@@ -69,17 +70,14 @@ class LabelMapsSource:
     ):
         if encoding is not None and (background is not None or ignore_labels):
             raise ConfigError(f"encoding {encoding!r} says itself what is background")
-        self.name = name
-        self.left_out = Tally()
+        super().__init__(name, orientation, in_channels)
         self._path = Path(path)
         self._encoding = encoding
         self._background, self._ignore_labels = background, tuple(ignore_labels)
         self._components = components
-        self._orientation, self._in_channels = orientation, in_channels
         mask_suffixes = tuple(mask_suffixes)
         masks = Path(masks) if masks is not None else self._path
         mask_files = _by_folder(masks, MASK_SUFFIXES)
-        self._pairs: list[tuple[str, Path, list[Path]]] = []
         image_files = _by_folder(self._path, image_suffixes(in_channels))
         for folder, images in sorted(image_files.items()):
             for file_name, image in images:
@@ -94,10 +92,10 @@ class LabelMapsSource:
                 if include is not None and not any(fnmatch.fnmatchcase(inside, p) for p in include):
                     self.left_out.add(NOT_INCLUDED, str(image))
                 elif found:
-                    self._pairs.append((inside, image, found))
+                    self._pictures.append(MaskedPicture(inside, image, found))
                 else:
                     self.left_out.add(NO_MASK_FILE, str(image))
-        if not self._pairs:
+        if not self._pictures:
             raise ConfigError(
                 f"no image of {path} has a label map in {masks}: for an image of the name "
                 f"x{image_suffix or '.jpg'}, one of "
@@ -108,40 +106,14 @@ class LabelMapsSource:
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", path, line)
 
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def file_name(self, index: int) -> str:
-        """The image's path below the folder."""
-        return self._pairs[index][0]
-
     def num_masks(self, index: int) -> int:
         """The number of objects in the label maps, which are read for it.
 
         Raises:
           CorruptSampleError: none of the label maps can be read.
         """
-        _, image, mask_files = self._pairs[index]
+        _, image, mask_files = self._pictures[index]
         return count_masks(mask_files, self._read, image)
-
-    def truth(self, index: int) -> bytes:
-        """The files of its masks.
-
-        Raises:
-          OSError: one of them cannot be read.
-        """
-        return truth_bytes(self.file_name(index), self._pairs[index][2])
-
-    def __getitem__(self, index: int) -> Sample:
-        """The image at 0 <= index < len, and its objects.
-
-        Raises:
-          CorruptSampleError: the image is gone. Label maps that are damaged are left out.
-        """
-        _, path, mask_files = self._pairs[index]
-        image = read_picture_file(path)
-        found = read_mask_files(mask_files, self._read)
-        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
 
     def _read(self, file: Path) -> LabelMap:
         if self._encoding is not None:

@@ -1,28 +1,28 @@
 """A folder of images beside a folder of mask images."""
 
 import collections
-import functools
 import logging
 import unicodedata
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from sam_jax.data.label_maps import LabelMap, read_label_map
-from sam_jax.data.mask_files import as_one_object, count_masks, read_mask_files
-from sam_jax.data.samples import Sample, read_picture_file, sample_of_file
-from sam_jax.data.sources import truth_bytes
-from sam_jax.data.tally import Tally
+from sam_jax.data.mask_files import as_one_object, count_masks
+from sam_jax.data.sources import visible_files
+from sam_jax.data.sources.masked_pictures import (
+    MASK_SUFFIXES,
+    NO_MASK_FILE,
+    MaskedPicture,
+    MaskedPicturesSource,
+)
 from sam_jax.errors import ConfigError
-from sam_jax.files import data_files
 from sam_jax.image_channels import hint_of_arrays, image_suffixes
 from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
-# Lossy formats smear labels into each other at every outline.
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".npy")
 
 
-class MaskFolderSource:
+class MaskFolderSource(MaskedPicturesSource):
     """Images with masks drawn as images.
 
     For the image `sub/cat.jpg`, any of these in the folder of masks is its:
@@ -63,10 +63,8 @@ class MaskFolderSource:
           ConfigError: two images differ in their suffix only, or two label maps of one; or no mask
             belongs to any image.
         """
-        self.name = name
-        self.left_out = Tally()
+        super().__init__(name, orientation, in_channels)
         self._background, self._ignore_labels = background, tuple(ignore_labels)
-        self._orientation, self._in_channels = orientation, in_channels
         images: dict[str, Path] = {}
         for stem, image in self._files(path, image_suffixes(in_channels)):
             if stem in images:
@@ -76,11 +74,10 @@ class MaskFolderSource:
         folded: dict[str, list[str]] = collections.defaultdict(list)
         for stem in images:
             folded[stem.casefold()].append(stem)
-        # Per image, its files: whether each is a label map.
-        found: dict[str, dict[Path, bool]] = collections.defaultdict(dict)
+        found: dict[str, list[Path]] = collections.defaultdict(list)
         label_maps: dict[str, Path] = {}
         num_masks = 0
-        for stem, mask in self._files(masks, _MASK_SUFFIXES):
+        for stem, mask in self._files(masks, MASK_SUFFIXES):
             num_masks += 1
             owner = _owner(stem, images)
             if owner is None and (alike := _owner(stem.casefold(), folded)):
@@ -93,10 +90,9 @@ class MaskFolderSource:
             if owner is None:
                 self.left_out.add("mask files without an image", str(mask))
                 continue
-            is_label_map = stem.casefold() == owner.casefold()
-            if is_label_map:
+            if stem.casefold() == owner.casefold():
                 _check_alone(mask, label_maps.setdefault(owner, mask), images[owner])
-            found[owner][mask] = is_label_map
+            found[owner].append(mask)
         if not found:
             left_out = f". Left out: {self.left_out}" if self.left_out else ""
             raise ConfigError(
@@ -106,35 +102,25 @@ class MaskFolderSource:
                 + ("" if images else hint_of_arrays(Path(path), in_channels))
             )
         for stem in sorted(images.keys() - found.keys()):
-            self.left_out.add("images without a mask file", str(images[stem]))
+            self.left_out.add(NO_MASK_FILE, str(images[stem]))
         for line in self.left_out.lines():
             _log.warning("%s: left out: %s", path, line)
-        self._pairs = [(images[stem], found[stem]) for stem in sorted(found)]
-        self._names = sorted(found)
+        self._pictures = [MaskedPicture(stem, images[stem], found[stem]) for stem in sorted(found)]
+        self._label_maps = frozenset(label_maps.values())
 
     def _files(self, folder: str | Path, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
         """(path below the folder without suffix, path) of its files, sorted."""
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")
-        found, hidden = data_files(folder, suffixes)
-        if hidden:
-            self.left_out.add("hidden files", str(hidden[0]), len(hidden))
         # The same letters may be stored composed or not, as in zips from other systems.
         return sorted(
             (
                 unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()),
                 path,
             )
-            for path in found
+            for path in visible_files(folder, suffixes, self.left_out)
         )
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def file_name(self, index: int) -> str:
-        """The image's path below the folder, without its ending."""
-        return self._names[index]
 
     def num_masks(self, index: int) -> int:
         """The number of masks; of files only label maps are read for it.
@@ -142,36 +128,14 @@ class MaskFolderSource:
         Raises:
           CorruptSampleError: the label map cannot be read.
         """
-        path, mask_files = self._pairs[index]
-        label_maps = [file for file, is_label_map in mask_files.items() if is_label_map]
+        _, path, mask_files = self._pictures[index]
+        label_maps = [file for file in mask_files if file in self._label_maps]
         num_others = len(mask_files) - len(label_maps)
-        if not label_maps:
-            return num_others
-        return num_others + count_masks(label_maps, functools.partial(self._read, mask_files), path)
+        return num_others + (count_masks(label_maps, self._read, path) if label_maps else 0)
 
-    def truth(self, index: int) -> bytes:
-        """The files of its masks.
-
-        Raises:
-          OSError: one of them cannot be read.
-        """
-        return truth_bytes(self._names[index], self._pairs[index][1])
-
-    def __getitem__(self, index: int) -> Sample:
-        """The image at 0 <= index < len, and its masks.
-
-        Raises:
-          CorruptSampleError: the image is gone. Mask files that are damaged or no label maps are
-            left out.
-        """
-        path, mask_files = self._pairs[index]
-        image = read_picture_file(path)
-        found = read_mask_files(mask_files, functools.partial(self._read, mask_files))
-        return sample_of_file(path, image, self.name, self._orientation, *found, self._in_channels)
-
-    def _read(self, is_label_map: Mapping[Path, bool], file: Path) -> LabelMap:
+    def _read(self, file: Path) -> LabelMap:
         found = read_label_map(file, self._background, self._ignore_labels, self._orientation)
-        return found if is_label_map[file] else as_one_object(found)
+        return found if file in self._label_maps else as_one_object(found)
 
 
 def _check_alone(label_map: Path, first: Path, image: Path) -> None:

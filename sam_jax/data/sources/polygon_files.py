@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 
+from sam_jax.data.sources import visible_files
 from sam_jax.data.sources.json_form import (
     FormError,
     as_object,
@@ -18,7 +19,6 @@ from sam_jax.data.sources.json_form import (
 from sam_jax.data.sources.listed_images import ListedImage, with_objects
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
-from sam_jax.files import data_files
 
 PolygonForm = Literal["via", "labelme", "visor", "woodscape"]
 
@@ -53,9 +53,7 @@ def read_polygons(
     """
     left_out = Tally()
     if path.is_dir():
-        files, hidden = data_files(path, (".json",))
-        if hidden:
-            left_out.add("hidden files", str(hidden[0]), len(hidden))
+        files = visible_files(path, (".json",), left_out)
         if not files:
             raise ConfigError(f"no JSON in {path}")
     else:

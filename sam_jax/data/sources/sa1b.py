@@ -15,16 +15,14 @@ import numpy as np
 
 from sam_jax.buckets import DataPath
 from sam_jax.data.samples import CorruptSampleError, Sample
-from sam_jax.data.sources import tars, truth_bytes
+from sam_jax.data.sources import tars, truth_bytes, visible_files
 from sam_jax.data.sources.shards import Shards
 from sam_jax.data.tally import Tally
 from sam_jax.errors import ConfigError
-from sam_jax.files import data_files
 from sam_jax.image_channels import image_suffixes
 from sam_jax.images import Orientation
 
 _log = logging.getLogger(__name__)
-_HIDDEN = "hidden files"
 
 
 class AnnotationFile(NamedTuple):
@@ -197,10 +195,7 @@ class _FolderShard:
     def __init__(self, folder: DataPath, suffixes: Sequence[str], left_out: Tally):
         self._folder = folder
         pairs: dict[str, list[str]] = {}
-        found, hidden = data_files(folder, (*suffixes, ".json"))
-        if hidden:
-            left_out.add(_HIDDEN, str(hidden[0]), len(hidden))
-        for file in found:
+        for file in visible_files(folder, (*suffixes, ".json"), left_out):
             path = file.relative_to(folder).as_posix()
             _pair_up(pairs, suffixes, path, path, "", str)
         # Millions of paths: as one array they are pickled into workers at
@@ -255,32 +250,18 @@ def _pair_up(
     pair[place] = value
 
 
-class _TarShard:
-    """The pairs of one tar, through its index."""
-
-    def __init__(self, path: DataPath, index_path: Path):
-        self._path = path
-        self._index_path = index_path
-        self._length = len(tars.load_index(index_path))
-
-    def __len__(self) -> int:
-        return self._length
+class _TarShard(tars.IndexedTar):
+    """The pairs of one tar."""
 
     def read(self, index: int) -> tuple[str, bytes, bytes]:
-        entry = tars.load_index(self._index_path)[index]
-        name = f"{self._path}::{os.fsdecode(entry['name'])}"
-        image = self._read(name, "image", entry["image"])
-        return name, image, self._read(name, "json", entry["json"])
+        entry = self.entry(index)
+        image = self.read_part(entry, "image")
+        return self.name(entry), image, self.read_part(entry, "json")
 
     def annotation_file(self, index: int) -> AnnotationFile:
-        entry = tars.load_index(self._index_path)[index]
-        name = f"{self._path}::{os.fsdecode(entry['name'])}"
+        entry = self.entry(index)
         offset, size = entry["json"].tolist()
-        return AnnotationFile(name, self._path, (offset, size))
-
-    def _read(self, name: str, what: str, extent: np.ndarray) -> bytes:
-        offset, size = extent.tolist()
-        return tars.read_extent(self._path, name, what, (offset, size))
+        return AnnotationFile(self.name(entry), self.path, (offset, size))
 
 
 def _index_of_pairs(suffixes: Sequence[str], members: Iterable[tars.Member]) -> np.ndarray:

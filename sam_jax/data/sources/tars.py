@@ -138,6 +138,37 @@ def read_extent(path: DataPath, name: str, what: str, extent: tuple[int, int]) -
     return content
 
 
+class IndexedTar:
+    """The samples of one tar, through its index; reading as ``read_extent``.
+
+    Args:
+      path: the tar.
+      index_path: its index, see ``current_indices``.
+    """
+
+    def __init__(self, path: DataPath, index_path: Path):
+        self.path = path
+        self._index_path = index_path
+        self._length = len(load_index(index_path))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def entry(self, index: int) -> np.void:
+        """The record of a sample in the index."""
+        entry: np.void = load_index(self._index_path)[index]
+        return entry
+
+    def name(self, entry: np.void) -> str:
+        """The name of a sample, for messages and results."""
+        return f"{self.path}::{os.fsdecode(entry['name'])}"
+
+    def read_part(self, entry: np.void, what: str) -> bytes:
+        """A file of a sample, by the field of its extent."""
+        offset, size = entry[what].tolist()
+        return read_extent(self.path, self.name(entry), what, (offset, size))
+
+
 class _Handle:
     """An open file for reading at offsets, from any thread."""
 

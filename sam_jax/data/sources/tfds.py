@@ -14,12 +14,14 @@ from sam_jax.images import Orientation
 _READ_ERRORS = (OSError, RuntimeError, ValueError, IndexError)
 
 
-class _Records:
-    """Records of a prepared split, of which the features in use are decoded.
+class _PreparedSource:
+    """A prepared split, of whose records the features in use are decoded.
 
     Args:
       path: its version folder, as in `.../segment_anything/1.0.0`.
       split: "train", or a part of it such as "train[:1%]".
+      name: what `Sample.dataset` says.
+      orientation: see `Sample`.
       used: of the stored features, those in use and how each is decoded; its errors mean that the
         data set lacks one of them.
       what: the features it needs, for messages.
@@ -33,6 +35,8 @@ class _Records:
         self,
         path: str | Path,
         split: str,
+        name: str,
+        orientation: Orientation,
         used: Callable[[Any, Any], tuple[dict[str, Any], dict[str, Any]]],
         what: str,
     ):
@@ -57,18 +61,21 @@ class _Records:
                 f"{path} is stored as {builder.info.file_format}; prepare it "
                 'again with file_format="array_record"'
             ) from error
-        self.path = str(path)
+        self.name = name
+        self.left_out = Tally()
+        self._orientation = orientation
+        self._path = str(path)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def read(self, index: int) -> dict[str, Any]:
+    def _read(self, index: int) -> dict[str, Any]:
         """The features of the record at 0 <= index < len.
 
         Raises:
           CorruptSampleError: the record is damaged.
         """
-        name = f"{self.path}::{index}"
+        name = f"{self._path}::{index}"
         try:
             record = self._records[index]
         except _READ_ERRORS as error:
@@ -82,7 +89,7 @@ class _Records:
         return features
 
 
-class TfdsSource:
+class TfdsSource(_PreparedSource):
     """The data set `segment_anything`, prepared as ArrayRecord.
 
     Prepare it with `file_format="array_record"`; the default TFRecord allows
@@ -96,25 +103,8 @@ class TfdsSource:
         name: str = "tfds",
         orientation: Orientation = "upright",
     ):
-        """Opens the data set; records are read when asked for.
-
-        Args:
-          path: see `_Records`.
-          split: see there.
-          name: what `Sample.dataset` says.
-          orientation: see `Sample`.
-
-        Raises:
-          FileNotFoundError: nothing is there.
-          ConfigError: it is not ArrayRecord, or lacks SA-1B's features.
-        """
-        self._records = _Records(path, split, _sa1b_features, "SA-1B's features")
-        self.name = name
-        self.left_out = Tally()
-        self._orientation = orientation
-
-    def __len__(self) -> int:
-        return len(self._records)
+        """Opens the data set; arguments and errors as `_PreparedSource` has them."""
+        super().__init__(path, split, name, orientation, _sa1b_features, "SA-1B's features")
 
     def __getitem__(self, index: int) -> Sample:
         """The record at 0 <= index < len.
@@ -122,13 +112,13 @@ class TfdsSource:
         Raises:
           CorruptSampleError: the record is damaged.
         """
-        record = self._records.read(index)
+        record = self._read(index)
         image, masks = record["image"], record["annotations"]["segmentation"]
         return Sample(
             image["content"],
             tuple(_to_rle(*mask) for mask in zip(masks["size"], masks["counts"], strict=True)),
             self.name,
-            f"{self._records.path}::{image['file_name'].decode()}",
+            f"{self._path}::{image['file_name'].decode()}",
             orientation=self._orientation,
         )
 
@@ -143,7 +133,7 @@ class TfdsSource:
         return truth_bytes([sample.name.rpartition("::")[2], masks])
 
 
-class TfdsImagesSource:
+class TfdsImagesSource(_PreparedSource):
     """The images of any data set that was prepared as ArrayRecord, without masks."""
 
     def __init__(
@@ -153,27 +143,12 @@ class TfdsImagesSource:
         name: str = "tfds_images",
         orientation: Orientation = "upright",
     ):
-        """Opens the data set; records are read when asked for.
+        """Opens the data set; arguments and errors as `_PreparedSource` has them.
 
-        Args:
-          path: see `_Records`.
-          split: see there.
-          name: what `Sample.dataset` says.
-          orientation: see `Sample`.
-
-        Raises:
-          FileNotFoundError: nothing is there.
-          ConfigError: it is not ArrayRecord, or has no feature `image` that is an encoded picture,
-            by itself or under `content`, as SA-1B's.
+        The feature `image` is an encoded picture, by itself or under `content`, as SA-1B's.
         """
         what = "a feature 'image' or 'image/content' of encoded pictures"
-        self._records = _Records(path, split, _image_feature, what)
-        self.name = name
-        self.left_out = Tally()
-        self._orientation = orientation
-
-    def __len__(self) -> int:
-        return len(self._records)
+        super().__init__(path, split, name, orientation, _image_feature, what)
 
     def __getitem__(self, index: int) -> Sample:
         """The picture of the record at 0 <= index < len.
@@ -181,10 +156,10 @@ class TfdsImagesSource:
         Raises:
           CorruptSampleError: the record is damaged.
         """
-        image = self._records.read(index)["image"]
+        image = self._read(index)["image"]
         if isinstance(image, dict):
             image = image["content"]
-        name = f"{self._records.path}::{index}"
+        name = f"{self._path}::{index}"
         return Sample(image, (), self.name, name, orientation=self._orientation)
 
     def truth(self, index: int) -> bytes:

@@ -18,7 +18,6 @@ from sam_jax import rle
 from sam_jax.arrays import Float, UInt8
 from sam_jax.data.corruption import NoObjectsError
 from sam_jax.errors import ConfigError
-from sam_jax.evaluation.clicks import keyed_number
 from sam_jax.evaluation.detection.average_precision import (
     Rules,
     average_precisions,
@@ -37,6 +36,7 @@ from sam_jax.evaluation.detection.prompt_boxes import (
     corners_of,
 )
 from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage
+from sam_jax.evaluation.draw import drawn_examples
 from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.targets import NotFiniteError
 from sam_jax.image_channels import rgb_view
@@ -242,10 +242,8 @@ class InstancesFromBoxes:
 
     def _pictures(self, records: Sequence[Record]) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
         """Boxes and masks beside the truth, of images that are drawn by their names."""
-        with_boxes = [index for index, record in enumerate(records) if record.get("counts")]
-        drawn = sorted(with_boxes, key=lambda i: keyed_number(f"example/{records[i]['image_id']}"))
         panels, captions = [], []
-        for index in drawn[: self._config.num_examples]:
+        for index in drawn_examples(records, "counts", self._config.num_examples):
             record, asked = records[index], self._ask(index)
             shown = np.argsort(-np.array(record["scores"]), kind="stable")[:_MASKS_SHOWN].tolist()
             runs = [{"size": record["size"], "counts": record["counts"][place]} for place in shown]

@@ -24,6 +24,7 @@ from sam_jax.evaluation.detection.average_recall import (
 from sam_jax.evaluation.detection.figures_report import SKIPPED, FiguresReport, skipped_tally
 from sam_jax.evaluation.detection.image_stream import records_of_stream
 from sam_jax.evaluation.detection.truth import InstanceTruth, TruthImage
+from sam_jax.evaluation.draw import drawn_examples
 from sam_jax.evaluation.evaluation import Measures, Record
 from sam_jax.evaluation.targets import NotFiniteError
 from sam_jax.image_channels import rgb_view
@@ -217,12 +218,8 @@ class ObjectProposals:
 
     def _pictures(self, records: Sequence[Record]) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
         """Objects, and the best proposal of each, of images that are drawn by their names."""
-        with_objects = [i for i, record in enumerate(records) if record.get("num_objects")]
-        drawn = sorted(
-            with_objects, key=lambda i: keyed_number(f"example/{records[i]['image_id']}")
-        )
         panels, captions = [], []
-        for index in drawn[: self._config.num_examples]:
+        for index in drawn_examples(records, "num_objects", self._config.num_examples):
             record, image = records[index], self._truth.read(index)
             is_found = [bool(bits & _SHOWN_BIT) for bits in record["found"]["all"]]
             height, width = record["size"]

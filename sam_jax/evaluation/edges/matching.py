@@ -93,24 +93,15 @@ def _assign(places, graph, alone, num_columns):
     owners = np.full(num_columns, -1, np.int32)
     taken = np.full(places.size, _WAITING, np.int32)
     taken_costs = np.zeros(places.size, np.int64)
+    matching = prices, owners, taken, taken_costs
     distances = np.full(num_columns, _FAR, np.int64)
     previous = np.empty(num_columns, np.int32)
     previous_costs = np.empty(num_columns, np.int64)
     seen = np.empty(num_columns, np.int32)
-    for first in _bid(places, graph, alone, prices, owners, taken, taken_costs):
+    reached = distances, previous, previous_costs, seen
+    for first in _bid(places, graph, alone, matching):
         best, free_column, left_row, num_seen = _search(
-            first,
-            places,
-            graph,
-            alone,
-            prices,
-            owners,
-            taken,
-            taken_costs,
-            distances,
-            previous,
-            previous_costs,
-            seen,
+            first, places, graph, alone, matching, reached
         )
         for column in seen[:num_seen]:
             prices[column] += max(best - distances[column], 0)
@@ -158,7 +149,7 @@ def _edges(marked, steps, costs, num_places):
 
 @numba.njit(nogil=True)
 @no_type_check
-def _bid(places, graph, alone, prices, owners, taken, taken_costs):
+def _bid(places, graph, alone, matching):
     """Rows take what is cheapest for them and raise its price to that of their second choice.
 
     Each row has two turns at most: where there are more rows than columns, bids would go on for
@@ -168,6 +159,7 @@ def _bid(places, graph, alone, prices, owners, taken, taken_costs):
       the rows that were outbid and are to be searched for.
     """
     starts, columns, costs = graph
+    prices, owners, taken, taken_costs = matching
     waiting = np.arange(taken.size)
     num_waiting = taken.size
     for _ in range(2):
@@ -205,35 +197,25 @@ def _bid(places, graph, alone, prices, owners, taken, taken_costs):
 
 @numba.njit(nogil=True)
 @no_type_check
-def _search(
-    first,
-    places,
-    graph,
-    alone,
-    prices,
-    owners,
-    taken,
-    taken_costs,
-    distances,
-    previous,
-    previous_costs,
-    seen,
-):
+def _search(first, places, graph, alone, matching, reached):
     """Dijkstra's search for the cheapest chain of changes that settles a row.
 
     A chain ends at a column that is free, or with a row of the chain that stays alone from now on.
 
     Args:
       first: the row.
-      distances: of columns, all far away; those that are ``seen`` have theirs afterwards.
-      previous: from which row each column is reached, and ``previous_costs`` at which cost.
-      seen: columns that were reached.
+      places, graph, alone: see ``_assign``.
+      matching: prices and owners of columns; what rows have taken, and its cost.
+      reached: distances of columns, all far away, of which those that are seen have theirs
+        afterwards; from which row each is reached, and at which cost; columns that were seen.
 
     Returns:
       the chain's cost, the free column or -1, the row that stays alone or -1, and the number of
       columns seen.
     """
     starts, columns, costs = graph
+    prices, owners, _, taken_costs = matching
+    distances, previous, previous_costs, seen = reached
     heap = np.empty(64, np.int64)
     heap_columns = np.empty(64, np.int32)
     num_seen, size = 0, 0

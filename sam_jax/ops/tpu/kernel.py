@@ -1,7 +1,7 @@
 """Sizes, calls and arithmetic that the TPU kernels share."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,16 @@ _BLOCKS = (2048, 1024, 512, 256, LANES)
 def tile_size(num_tokens: int) -> int:
     """Tokens of a kernel's step: the largest of ``_BLOCKS`` that divides ``num_tokens``."""
     return next(block for block in _BLOCKS if num_tokens % block == 0)
+
+
+def whole(*shape: int) -> pl.BlockSpec:
+    """The same whole array in every step."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+def wholes(arrays: Iterable[jax.Array]) -> tuple[pl.BlockSpec, ...]:
+    """``whole`` of each of some arrays."""
+    return tuple(whole(*x.shape) for x in arrays)
 
 
 def fused_call(

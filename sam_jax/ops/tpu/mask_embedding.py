@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from sam_jax.arrays import Array, Bool, Float
 from sam_jax.ops.full_precision import product
 from sam_jax.ops.packed_masks import SUBPIXELS, subpixel_kernels
-from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, kernel_gelu, tile_size
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, kernel_gelu, tile_size, wholes
 
 
 def supports(num_tokens: int, dim: int, channels: int) -> bool:
@@ -134,10 +134,6 @@ def _call(static: _Static, kernel: Any, inputs: Any, specs: Any, outputs: Any, *
     )
 
 
-def _same(x: Array) -> pl.BlockSpec:
-    return pl.BlockSpec(x.shape, lambda i, j, k: (0, 0))
-
-
 def _of_logits(logits: Array) -> pl.BlockSpec:
     return pl.BlockSpec(
         (1, 1, logits.shape[2], tile_size(logits.shape[3])), lambda i, j, k: (i, k, 0, j)
@@ -172,7 +168,7 @@ def _add(static: _Static, weights, logits, image, valid):
         static,
         kernel,
         (weights, logits, image, valid),
-        (tuple(map(_same, weights)), _of_logits(logits), _of_image(logits, dim), _of_validity()),
+        (wholes(weights), _of_logits(logits), _of_image(logits, dim), _of_validity()),
         [(jax.ShapeDtypeStruct((b, p, num_tokens, dim), image.dtype), _of_tokens(logits, dim))],
         passes=1,
     )
@@ -221,7 +217,7 @@ def _add_backward(static, inputs, d_out):
         static,
         kernel,
         (weights, logits, valid, d_out),
-        (tuple(map(_same, weights)), _of_logits(logits), _of_validity(), _of_tokens(logits, dim)),
+        (wholes(weights), _of_logits(logits), _of_validity(), _of_tokens(logits, dim)),
         [
             *sums,
             (jax.ShapeDtypeStruct(logits.shape, logits.dtype), _of_logits(logits)),

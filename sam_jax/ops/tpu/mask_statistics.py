@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, Int
 from sam_jax.ops.packed_masks import SIDE, SUBPIXELS, MaskLayout
-from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, whole
 
 # Image tokens that are handled at a time: a handful of their maps fills the registers.
 MOST_TOKENS = 512
@@ -131,7 +131,7 @@ def _per_candidate(rows: int, columns: int) -> pl.BlockSpec:
 def _input_specs(shape: _Shape) -> tuple[pl.BlockSpec, ...]:
     maps = (SUBPIXELS, shape.num_tokens)
     return (
-        pl.BlockSpec(maps, lambda b, p, m: (0, 0)),
+        whole(*maps),
         _per_candidate(*maps),
         pl.BlockSpec((1, 1, *maps), lambda b, p, m: (b, p, 0, 0)),
         pl.BlockSpec((1, *maps), lambda b, p, m: (b, 0, 0)),

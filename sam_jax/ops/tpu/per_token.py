@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from sam_jax.arrays import Array, Float, Int, Shaped
-from sam_jax.ops.tpu.kernel import LANES, fused_call, tile_size
+from sam_jax.ops.tpu.kernel import LANES, fused_call, tile_size, wholes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +114,16 @@ def each_block(tokens: Float[Array, "objects tokens d"]) -> pl.BlockSpec:
     return pl.BlockSpec((1, tile_size(tokens.shape[1]), tokens.shape[2]), lambda i, j: (i, j, 0))
 
 
-def _same(x: Array) -> pl.BlockSpec:
-    return pl.BlockSpec(x.shape, lambda i, j: (0, 0))
-
-
 def _input_specs(weights, per_object, tokens, extras):
     """Block specs of the inputs, in a tree like theirs."""
     constants, positions, seeds = extras
     of_object = each_object(seeds.shape[1:])
     rows = pl.BlockSpec((tile_size(tokens.shape[1]), tokens.shape[2]), lambda i, j: (j, 0))
     return (
-        tuple(_same(x) for x in weights),
+        wholes(weights),
         tuple(each_object(x.shape[1:]) for x in per_object),
         each_block(tokens),
-        (tuple(_same(x) for x in constants), (rows,) * len(positions), of_object),
+        (wholes(constants), (rows,) * len(positions), of_object),
     )
 
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
 from sam_jax.ops.full_precision import product
-from sam_jax.ops.tpu.kernel import LANES, fused_call
+from sam_jax.ops.tpu.kernel import LANES, fused_call, whole
 
 # Relative terms of a window share one tile of lanes: rows have the first half, columns the second.
 # Each half holds the terms' leading digits, then the rest, so a side has a quarter of the lanes.
@@ -142,7 +142,7 @@ def _attend_backward(shape, residuals, d_out):
         (*_input_specs(shape, tokens), _one_window(tokens, shape.dim)),
         [
             (jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), _one_window(tokens, 3 * shape.dim)),
-            (jax.ShapeDtypeStruct(tables.shape, jnp.float32), _whole(LANES, shape.dim)),
+            (jax.ShapeDtypeStruct(tables.shape, jnp.float32), whole(LANES, shape.dim)),
         ],
         **_call_options(shape, n, tokens, products=5),
         name="window_attention_backward",
@@ -155,15 +155,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _input_specs(shape: _Shape, tokens: int) -> tuple[pl.BlockSpec, ...]:
     """Block specs of the projections, the tables, and the ones at keys."""
-    return _one_window(tokens, 3 * shape.dim), _whole(LANES, shape.dim), _whole(tokens, LANES)
+    return _one_window(tokens, 3 * shape.dim), whole(LANES, shape.dim), whole(tokens, LANES)
 
 
 def _one_window(tokens: int, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, tokens, width), lambda window: (window, 0, 0))
-
-
-def _whole(rows: int, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((rows, width), lambda window: (0, 0))
 
 
 def _call_options(shape: _Shape, n: int, tokens: int, products: int) -> dict[str, Any]:

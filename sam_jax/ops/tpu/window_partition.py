@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.arrays import Array, Float, GridShape
-from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call
+from sam_jax.ops.tpu.kernel import LANES, SUBLANES, fused_call, whole
 
 # Rough FLOPs per number of a row, for the compiler's schedule and for cost reports.
 _FLOPS = 20
@@ -303,7 +303,7 @@ def _call(
         kernel,
         inputs,
         (
-            (pl.BlockSpec((1, d), lambda i, r: (0, 0)),) * len(vectors),
+            (whole(1, d),) * len(vectors),
             (of_grid,) * len(grids),
             () if windows is None else (of_windows,),
         ),

@@ -26,7 +26,7 @@ from sam_jax.ops.packed_masks import MaskLayout
 from sam_jax.parallel import BATCH, TENSOR, Parallel
 from sam_jax.simulated_user import PromptConfig
 from sam_jax.training.rounds import RoundResult, run_rounds
-from sam_jax.training.task import Fields, LossParts, LossSums, Sums, variable_shapes
+from sam_jax.training.task import Fields, LossParts, LossSums, Sums, task_shapes
 from sam_jax.weights.adapters import adapted, merged_with, read_adapters
 from sam_jax.weights.load import variables_for
 from sam_jax.weights.runs import run_differences, run_lora
@@ -214,7 +214,7 @@ class SegmentTask:
 
     def flops(self, batch_size: int, trained: Any) -> float:
         """Operations of a step, without padding and what is computed twice."""
-        whole = variable_shapes(self)["params"]
+        whole = task_shapes(self)["params"]
         encoder_rate = _size(trained, (_ENCODER,)) / _size(whole, (_ENCODER,))
         reaches_encoder = bool(encoder_rate or "lora" in trained)
         return flop_counts.step_flops(
