@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,12 +122,29 @@ class DamagedCheckpoint(NamedTuple):
     fault: str
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the errors that threads of Orbax log, each with its stack, before it raises them.
+@functools.cache
+def _silence_storage_threads() -> None:
+    """Passes over the errors that threads of Orbax and TensorStore tell of, each with its stack.
 
-    There are dozens of an error of the storage, which would bury the one message that says so.
+    There are hundreds of one error of the storage. Orbax raises it as well, and the one message
+    that says so would be buried: of a disk that is full, the log may be on it, too.
     """
-    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    told = sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        # TensorStore's threads, of writes that nobody waits for any more.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            told(unraisable)
+
+    sys.unraisablehook = tell
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the errors of a write that Orbax logs, or that asyncio logs of its tasks."""
+    of_asyncio = record.name == "asyncio" and "orbax" in record.getMessage()
+    return not (record.exc_info and (of_asyncio or "orbax" in Path(record.pathname).parts))
 
 
 class Checkpointer:
@@ -166,7 +184,7 @@ class Checkpointer:
         """
         if self._manager is not None:
             return []
-        logging.getLogger("absl").addFilter(_is_news)
+        _silence_storage_threads()
         put_aside = [self._put_aside(step) for step, _ in self.damaged]
         if jax.process_count() > 1:
             # Orbax would find those that are just being moved.
