@@ -52,14 +52,20 @@ class CheckpointConfig:
         that is evaluated.
       keep: the newest checkpoints that are kept.
       keep_period: checkpoints at multiples of it are kept for good; None for none.
+      copy_to: URL of a folder in a bucket, as in "s3://BUCKET/RUN", that the run's folder is copied
+        to after each checkpoint, and from where there is none; see
+        ``training.checkpoint_copies``. None for no copies.
+      copy_seconds: the longest that a run waits at its end for the last copy.
     """
 
     every_steps: int = 1000
     keep: int = 3
     keep_period: int | None = None
+    copy_to: str | None = None
+    copy_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep", "keep_period"):
+        for name in ("every_steps", "keep", "keep_period", "copy_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
