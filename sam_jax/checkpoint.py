@@ -98,7 +98,10 @@ def checkpoint_path(path: str | Path) -> epath.Path:
     root = Path(absolute).parts[1:2]
     reason = None
     if _URL.match(os.fspath(path)):
-        reason = "it is a URL, expected a folder; of a bucket, name the folder it is mounted at"
+        reason = (
+            "it is a URL, expected a folder; of a bucket, name the folder that it is mounted at, "
+            "or have the run copied to it (checkpoint.copy_to)"
+        )
     elif "\\" in absolute:
         reason = "TensorStore takes the backslash for a slash, and would write to another folder"
     elif "gs:/" in f"{absolute}/":
