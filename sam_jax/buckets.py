@@ -1,10 +1,11 @@
-"""Objects in buckets (``s3://``, ``gs://``), read whole or by ranges, over connections that fail.
+"""Objects in buckets (``s3://``, ``gs://``), over connections that fail: read, written, removed.
 
 A path of a bucket has the part of pathlib's interface that data sources use, so that a source reads
 the same way from a disk and from a bucket. fsspec, and what it needs for the kind of bucket, is
 imported with the first path that is one.
 """
 
+import contextlib
 import errno
 import functools
 import io
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 # The extra of this package that each kind of bucket needs.
 _EXTRAS = {"s3": "s3", "gs": "gs"}
+# Kinds that fsspec knows as well, of what is no bucket, or takes nothing.
+_NO_BUCKETS = ("file", "local", "http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # A PurePosixPath has one slash where a URL has two.
 _SCHEME_PART = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
@@ -34,6 +37,12 @@ _ATTEMPTS = 8
 _FIRST_WAIT_SECONDS = 0.25
 # Of one request, however slowly its bytes come.
 _REQUEST_SECONDS = 60
+# Of a whole file that is written there are more, as if no slower than this.
+_SLOWEST_UPLOAD_BYTES_PER_SECOND = 1 << 20
+# What a file that is copied from a bucket is read by, each piece in a request.
+_PIECE_BYTES = 32 * 1024 * 1024
+# Requests of fsspec's that change something.
+_CHANGES = ("pipe_file", "put_file", "rm_file")
 # More than a process has threads that read.
 _MAX_CONNECTIONS = 128
 # What a scan reads at once: the header of a member, and what is small beside it.
@@ -43,7 +52,7 @@ _VERSIONS = ("ETag", "etag", "generation", "LastModified", "mtime", "created")
 
 
 class BucketError(UserError):
-    """A bucket that cannot be read; the message says which object, why, and what to do."""
+    """A bucket that cannot be used; the message says which object, why, and what to do."""
 
 
 class UnreachableBucketError(BucketError):
@@ -63,7 +72,7 @@ class ObjectInfo(NamedTuple):
 class BucketPath(PurePosixPath):
     """The URL of an object, or of all whose names begin with it and a slash.
 
-    Raises, in every method that reads:
+    Raises, in every method that asks the bucket:
       BucketError: access is denied, or nothing here reads such URLs.
       UnreachableBucketError: no answer after some attempts.
     """
@@ -140,6 +149,53 @@ class BucketPath(PurePosixPath):
         """All objects below, in order of their names."""
         yield from self._paths(self._ask("find"))
 
+    def sizes_below(self) -> dict[str, int]:
+        """Sizes of all objects below in bytes, by their names from here on."""
+        found = self._ask("find", detail=True)
+        return {
+            path.relative_to(self).as_posix(): int(found[name]["size"])
+            for name in found
+            for path in self._paths([name])
+        }
+
+    def write_bytes(self, content: bytes) -> None:
+        """Makes the object anew, of this content.
+
+        Raises:
+          FileNotFoundError: there is no such bucket.
+        """
+        self._ask("pipe_file", str(self), content)
+
+    def upload(self, path: Path) -> None:
+        """Makes the object anew, of a file's content; large ones in parts, and yet whole or not.
+
+        Raises:
+          FileNotFoundError: there is no such file, or no such bucket.
+        """
+        seconds = _REQUEST_SECONDS + path.stat().st_size / _SLOWEST_UPLOAD_BYTES_PER_SECOND
+        try:
+            self._ask("put_file", str(path), str(self), seconds=seconds)
+        except FileNotFoundError:
+            # It may have been removed meanwhile, and then it is the file's name that helps.
+            path.stat()
+            raise
+
+    def download(self, path: Path, size: int) -> None:
+        """Writes the first ``size`` bytes of the object to a file.
+
+        Raises:
+          FileNotFoundError: it is not there.
+          OSError: the file cannot be written.
+        """
+        with path.open("wb") as file:
+            for offset in range(0, size, _PIECE_BYTES):
+                file.write(self.read_range(offset, min(_PIECE_BYTES, size - offset)))
+
+    def remove(self) -> None:
+        """Removes the object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("rm_file")
+
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         """Objects and folders below whose names fit the pattern."""
         yield from (self / pattern).matches()
@@ -170,23 +226,34 @@ class BucketPath(PurePosixPath):
     def _ask(
         self,
         request: str,
-        *,
+        *arguments: Any,
         check: Callable[[Any], None] = lambda answer: None,
+        seconds: float | None = None,
         **options: Any,
     ) -> Any:
-        """The answer to a request of fsspec's, which is repeated while the connection fails."""
+        """The answer to a request of fsspec's, which is repeated while the connection fails.
+
+        Args:
+          request: name of fsspec's method.
+          *arguments: of it; none for the path alone.
+          check: raises what stands for a failed connection if the answer is not whole.
+          seconds: of an attempt, `_REQUEST_SECONDS` if None.
+          **options: of the method, by name.
+        """
         name = str(self)
+        done = "written" if request in _CHANGES else "read"
+        seconds = seconds or _REQUEST_SECONDS
         files = _filesystem(self.parts[0].removesuffix(":"))
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                answer = _answer(files, request, name, options)
+                answer = _answer(files, request, arguments or (name,), options, seconds)
                 check(answer)
                 return answer
             except Exception as error:
-                _raise_if_final(error, name)
+                _raise_if_final(error, name, done)
                 if attempt == _ATTEMPTS:
                     raise UnreachableBucketError(
-                        f"{name} could not be read, tried {_ATTEMPTS} times: {_said(error)}. The "
+                        f"{name} could not be {done}, tried {_ATTEMPTS} times: {_said(error)}. The "
                         "same command continues once the bucket answers"
                     ) from error
                 wait = _FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)
@@ -216,6 +283,19 @@ def data_path(path: str | PurePath) -> DataPath:
             + " or ".join(f"{known}://BUCKET/NAME" for known in _EXTRAS)
         )
     return BucketPath(path)
+
+
+def writable_path(url: str) -> BucketPath:
+    """The path of a folder in a bucket of any kind that fsspec knows, which may be written to.
+
+    Raises:
+      BucketError: it is no such URL, or the packages for it are not installed.
+    """
+    scheme = _URL.match(url)
+    if scheme is None or scheme[1] in _NO_BUCKETS or not url.removeprefix(scheme[0]).strip("/"):
+        raise BucketError(f"{url!r} is no URL of a bucket's folder, as s3://BUCKET/NAME")
+    _filesystem(scheme[1])
+    return BucketPath(url)
 
 
 def size_of(path: DataPath) -> int:
@@ -258,10 +338,13 @@ def _filesystem(scheme: str) -> Any:
             return files
         return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
+        # What fsspec says of other kinds names their package.
+        remedy = f": pip install 'sam-jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         raise BucketError(
-            f"{scheme}:// needs packages that are not installed ({error}): pip install "
-            f"'sam-jax[{_EXTRAS[scheme]}]'"
+            f"{scheme}:// needs packages that are not installed ({error}){remedy}"
         ) from error
+    except ValueError as error:
+        raise BucketError(f"{scheme}:// is no kind of bucket that fsspec knows: {error}") from error
 
 
 def disconnect() -> None:
@@ -273,17 +356,17 @@ def disconnect() -> None:
 os.register_at_fork(after_in_child=disconnect)
 
 
-def _answer(files: Any, request: str, name: str, options: dict[str, Any]) -> Any:
+def _answer(
+    files: Any, request: str, arguments: tuple[Any, ...], options: dict[str, Any], seconds: float
+) -> Any:
     if not files.async_impl:
-        return getattr(files, request)(name, **options)
+        return getattr(files, request)(*arguments, **options)
     from fsspec.asyn import sync
 
-    return sync(
-        files.loop, getattr(files, f"_{request}"), name, timeout=_REQUEST_SECONDS, **options
-    )
+    return sync(files.loop, getattr(files, f"_{request}"), *arguments, timeout=seconds, **options)
 
 
-def _raise_if_final(error: Exception, name: str) -> None:
+def _raise_if_final(error: Exception, name: str, done: str) -> None:
     """Raises errors that another attempt would not mend."""
     if isinstance(error, FileNotFoundError):
         raise FileNotFoundError(
@@ -291,10 +374,13 @@ def _raise_if_final(error: Exception, name: str) -> None:
         ) from error
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         raise BucketError(
-            f"{name} may not be read: {_said(error)}. Access comes from the environment "
+            f"{name} may not be {done}: {_said(error)}. Access comes from the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE; "
             "GOOGLE_APPLICATION_CREDENTIALS), or from the role of the machine"
         ) from error
+    if type(error).__name__ == "ParamValidationError":
+        reason = " ".join(str(error).split())[:300]
+        raise BucketError(f"{name} cannot be the name of an object: {reason}") from error
     if isinstance(error, (UserError, TypeError, NotImplementedError)):
         raise error
     if isinstance(error, OSError) and error.errno == errno.EINVAL:

@@ -53,14 +53,20 @@ class CheckpointConfig:
         that is evaluated.
       keep: the newest checkpoints that are kept, those of evaluated steps among them.
       keep_period: checkpoints at multiples of it are kept for good; None for none.
+      copy_to: URL of a folder in a bucket, as in "s3://BUCKET/RUN", that the run's folder is copied
+        to after each checkpoint, and from where there is none; see
+        ``training.checkpoint_copies``. None for no copies.
+      copy_seconds: the longest that a run waits at its end for the last copy.
     """
 
     every_steps: int = 1000
     keep: int = 3
     keep_period: int | None = None
+    copy_to: str | None = None
+    copy_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep", "keep_period"):
+        for name in ("every_steps", "keep", "keep_period", "copy_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -93,7 +99,10 @@ def checkpoint_path(path: str | Path) -> epath.Path:
     root = Path(absolute).parts[1:2]
     reason = None
     if _URL.match(os.fspath(path)):
-        reason = "it is a URL, expected a folder; of a bucket, name the folder it is mounted at"
+        reason = (
+            "it is a URL, expected a folder; of a bucket, name the folder that it is mounted at, "
+            "or have the run copied to it (checkpoint.copy_to)"
+        )
     elif "\\" in absolute:
         reason = "TensorStore takes the backslash for a slash, and would write to another folder"
     elif "gs:/" in f"{absolute}/":

@@ -25,10 +25,23 @@ class Digest(NamedTuple):
 def write_digests(folder: Path) -> None:
     """Writes into a folder the digests of all that is in its folders.
 
+    Raises:
+      OSError: if a file cannot be read, or the digests cannot be written.
+    """
+    text = digests_text(folder)
+    with (folder / NAME).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def digests_text(folder: Path) -> str:
+    """The digests of all that is in a folder's folders, as a file holds them.
+
     Files directly in it have none: who makes such a folder may go on to write there.
 
     Raises:
-      OSError: if a file cannot be read, or the digests cannot be written.
+      OSError: if a file cannot be read.
     """
     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
@@ -37,10 +50,7 @@ def write_digests(folder: Path) -> None:
             path.relative_to(folder).as_posix(): digest
             for path, digest in zip(files, digests, strict=True)
         }
-    with (folder / NAME).open("w", encoding="utf-8") as file:
-        json.dump(found, file, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
+    return json.dumps(found, indent=0)
 
 
 def find_damage(folder: Path, part: str = "") -> str | None:

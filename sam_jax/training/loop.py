@@ -26,6 +26,7 @@ from sam_jax.hosts import gathered, is_first
 from sam_jax.training import diagnosis, manifest
 from sam_jax.training.agreement import StopAgreement
 from sam_jax.training.best import Watch
+from sam_jax.training.checkpoint_copies import CheckpointCopies
 from sam_jax.training.compiled_step import CompiledStep
 from sam_jax.training.experiment import TrainConfig
 from sam_jax.training.report import Profile, Reporter, Stopwatch
@@ -105,14 +106,18 @@ def train(
       PreemptedError: after a termination signal, once the state is saved.
       DivergedError: if ``config.max_skipped_steps`` in a row had nothing finite to learn from.
       CheckpointError: if there is a checkpoint that does not fit, or the folder is not a run's.
+      BucketError, CopyError: if the run cannot be copied to or from where the config says.
       WeightsError, NamesError: if ``config.init_from`` cannot be read or does not fit.
     """
     compiled_step.check_batch(batch_size)
     checkpointer = Checkpointer(workdir, checkpoint_config)
-    _check_workdir(Path(workdir), checkpointer, compiled_step.task)
     reporter = Reporter(workdir, config.num_steps, config.wandb)
+    copies = CheckpointCopies(workdir, checkpoint_config, reporter.say)
     with contextlib.closing(Watchdog(config.max_stall_seconds)) as watchdog:
         try:
+            # Before anybody looks for checkpoints.
+            copies.bring_back()
+            _check_workdir(Path(workdir), checkpointer, compiled_step.task)
             _introduce(compiled_step, reporter)
             state = None
             if checkpointer.latest_step:
@@ -128,6 +133,8 @@ def train(
                     reporter.begin(done, sections)
                     with watchdog.during("evaluating", may_work=True):
                         _evaluate(evaluators, compiled_step.task, state, reporter, watch)
+                # It may have been stopped before it was copied.
+                copies.request(done)
                 if end := _end_before(done, config, watch):
                     reporter.say(f"nothing is left to do: {end}")
                     return state
@@ -152,6 +159,7 @@ def train(
                     batch_size=batch_size,
                     data_iterator=data_iterator,
                     checkpointer=checkpointer,
+                    copies=copies,
                     reporter=reporter,
                     evaluators=evaluators,
                     watch=watch,
@@ -165,10 +173,10 @@ def train(
                 _end_alone(error, workdir)
             raise
         finally:
-            with (
-                watchdog.during("writing the last of a checkpoint"),
-                contextlib.ExitStack() as ends,
-            ):
+            with contextlib.ExitStack() as ends:
+                # Which bounds its wait itself, and comes when the files are closed.
+                ends.callback(copies.close)
+                ends.enter_context(watchdog.during("writing the last of a checkpoint"))
                 ends.callback(checkpointer.close)
                 ends.callback(reporter.close)
 
@@ -317,6 +325,7 @@ class _Run:
     batch_size: int
     data_iterator: Any
     checkpointer: Checkpointer
+    copies: CheckpointCopies
     reporter: Reporter
     evaluators: Evaluators
     watch: Watch | None
@@ -377,6 +386,7 @@ class _Run:
                         reporter.flush()
                         manifest.write_data(reporter.workdir, self.data_iterator)
                         self.checkpointer.save(state, self.data_iterator)
+                        self.copies.request(step)
                 if stop_signal and (is_evaluated or not is_last):
                     self._stop(stop_signal, step)
                 if is_evaluated:
@@ -414,9 +424,14 @@ class _Run:
         where = f"in the evaluation of step {int(state.step)}, which is saved"
         with (
             self.watchdog.during("evaluating", may_work=True),
-            self.stop_signals.at_once(where, self.checkpointer.wait),
+            self.stop_signals.at_once(where, self._finish),
         ):
             _evaluate(self.evaluators, self.compiled_step.task, state, self.reporter, self.watch)
+
+    def _finish(self) -> None:
+        """Waits for the checkpoint that is being saved, and for its copy."""
+        self.checkpointer.wait()
+        self.copies.wait()
 
     def _stop(self, stop_signal: int, step: int) -> NoReturn:
         """Ends the run; its checkpoint is written before the program ends."""

@@ -68,7 +68,6 @@ class Reporter:
             transient=True,
         )
         self._task = self._progress.add_task("training", total=num_steps, news="")
-        self._progress.start()
 
     @property
     def workdir(self) -> Path:
@@ -85,6 +84,7 @@ class Reporter:
         Raises:
           ConfigError: if ``wandb`` is asked for and not installed.
         """
+        self._progress.start()
         self._progress.update(self._task, completed=first_step)
         if self._speaks and not self._sinks:
             self._workdir.mkdir(parents=True, exist_ok=True)

@@ -210,6 +210,34 @@ def test_ranges_end_with_the_object(connection, files: Path) -> None:
         assert file.read(4) == content[3:7]
 
 
+def test_what_is_written_is_read_again(connection, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(buckets, "_PIECE_BYTES", 7)
+    object_store.fill("written", {"folder/": b"", "folder-2/other": b"no part of it"})
+    folder = buckets.writable_path("s3://written/folder")
+    (tmp_path / "file").write_bytes(bytes(range(30)))
+    connection.num_drops = 2
+    (folder / "a" / "file").upload(tmp_path / "file")
+    (folder / "b").write_bytes(b"few")
+    (folder / "c").write_bytes(b"")
+    assert folder.sizes_below() == {"a/file": 30, "b": 3, "c": 0}
+    for name, size in folder.sizes_below().items():
+        (folder / name).download(tmp_path / "copy", size)
+        assert (tmp_path / "copy").read_bytes() == (folder / name).read_bytes(), name
+    (folder / "b").remove()
+    (folder / "b").remove()
+    assert folder.sizes_below() == {"a/file": 30, "c": 0}
+    with pytest.raises(FileNotFoundError) as raised:
+        (folder / "d").upload(tmp_path / "nothing")
+    assert raised.value.filename == str(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="s3://unwritten/a is not there"):
+        BucketPath("s3://unwritten/a").upload(tmp_path / "file")
+    monkeypatch.setattr(buckets, "_ATTEMPTS", 2)
+    connection.is_down = True
+    buckets.disconnect()
+    with pytest.raises(UnreachableBucketError, match="s3://written/folder/b could not be written"):
+        (folder / "b").write_bytes(b"")
+
+
 def test_a_tar_cut_short_is_one_in_a_bucket(connection, files: Path, tmp_path: Path) -> None:
     whole = (files / "tars" / "sa_0.tar").read_bytes()
     # In the middle of the last picture's json, of which only the beginning is there.
@@ -236,12 +264,12 @@ def test_every_sample_comes_once_over_a_connection_that_drops(
 
     local = batches(str(files / "tars"))
     # Some of them during the scan of the tars, the others while samples are read.
-    connection.num_drops = 4
+    connection.num_drops, dropped_before = 4, connection.num_dropped
     Sa1bSource("s3://data/tars", cache_dir=tmp_path)
-    assert connection.num_dropped == 4
+    assert connection.num_dropped == dropped_before + 4
     connection.num_drops, connection.delay_seconds = 6, 0.002
     remote = batches("s3://data/tars")
-    assert connection.num_dropped == 10
+    assert connection.num_dropped == dropped_before + 10
     # Some requests are repeated by aiohttp already, where a kept connection was closed.
     assert any("attempt 1 of" in record.message for record in caplog.records)
     for batch, expected in zip(remote, local, strict=True):
