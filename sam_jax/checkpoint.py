@@ -53,8 +53,8 @@ class CheckpointConfig:
         that is evaluated.
       keep: the newest checkpoints that are kept, those of evaluated steps among them.
       keep_period: checkpoints at multiples of it are kept for good; None for none.
-      copy_to: URL of a folder in a bucket, as in "s3://BUCKET/RUN", that the run's folder is copied
-        to after each checkpoint, and from where there is none; see
+      copy_to: URL of a folder in a bucket, as in "s3://BUCKET/RUN", to which the run's folder is
+        copied after each checkpoint, and from which it is copied back where it has none; see
         ``training.checkpoint_copies``. None for no copies.
       copy_seconds: the longest that a run waits at its end for the last copy.
     """

@@ -37,6 +37,10 @@ def test_none_is_none_whatever_a_field_holds() -> None:
         "--config.model.kernels=none",
         "--config.train.num_steps",
         "7",
+        "--config.model.encoder.patch_size=8",
+        "--config.model.decoder.depth",
+        "1",
+        "--config.model.encoder.global_attention_blocks=(1, 3)",
         "left",
     )
     assert result.returncode == 0, result.stderr
@@ -46,6 +50,10 @@ def test_none_is_none_whatever_a_field_holds() -> None:
     assert config["data"]["scale_jitter"] is None
     assert config["model"]["kernels"] == "none"
     assert config["train"]["num_steps"] == 7
+    # Fields that the config does not name.
+    assert config["model"]["encoder"]["patch_size"] == 8
+    assert config["model"]["encoder"]["global_attention_blocks"] == [1, 3]
+    assert config["model"]["decoder"]["depth"] == 1
     assert left == ["left"]
 
 

@@ -140,7 +140,6 @@ def imported_names(source: str) -> Iterator[str]:
 
 # What the models know nothing of: they read like the paper, on one device, without kernels.
 NOT_FOR_MODELS = ("sam_jax.ops.tpu", "sam_jax.ops.dispatch", "sam_jax.parallel", "sam_jax.sharding")
-# The type of an option, which ``ModelConfig`` has as it has all of a model's.
 WORDS_NOT_FOR_MODELS = ("pallas", "shard_map", "all_gather", "psum", "interpret=", "placement")
 
 
