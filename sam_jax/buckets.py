@@ -43,6 +43,8 @@ _SLOWEST_UPLOAD_BYTES_PER_SECOND = 1 << 20
 _PIECE_BYTES = 32 * 1024 * 1024
 # Requests of fsspec's that change something.
 _CHANGES = ("pipe_file", "put_file", "rm_file")
+# The way on where the error ends the program, and that is the end of its message.
+ONCE_IT_ANSWERS = ". The same command continues once the bucket answers"
 # More than a process has threads that read.
 _MAX_CONNECTIONS = 128
 # What a scan reads at once: the header of a member, and what is small beside it.
@@ -253,8 +255,8 @@ class BucketPath(PurePosixPath):
                 _raise_if_final(error, name, done)
                 if attempt == _ATTEMPTS:
                     raise UnreachableBucketError(
-                        f"{name} could not be {done}, tried {_ATTEMPTS} times: {_said(error)}. The "
-                        "same command continues once the bucket answers"
+                        f"{name} could not be {done}, tried {_ATTEMPTS} times: {_said(error)}"
+                        f"{ONCE_IT_ANSWERS}"
                     ) from error
                 wait = _FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)
                 level = logging.WARNING if attempt > 2 else logging.INFO

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from sam_jax import digests
-from sam_jax.buckets import BucketPath, writable_path
+from sam_jax.buckets import ONCE_IT_ANSWERS, BucketPath, writable_path
 from sam_jax.checkpoint import CHECKPOINTS, DAMAGED, CheckpointConfig
 from sam_jax.errors import UserError, exit_code_of
 from sam_jax.hosts import gathered, is_first
@@ -398,8 +398,9 @@ class CheckpointCopies:
         except Exception as error:
             self._said_step = None
             kind = "" if isinstance(error, UserError | OSError) else f"{type(error).__name__}: "
+            reason = kind + str(error).removesuffix(ONCE_IT_ANSWERS)
             self._say(
-                f"the run could not be copied to {self._url}: {kind}{error}. "
+                f"the run could not be copied to {self._url}: {reason}. "
                 f"{self._way_on()}; {self._what_is_there()}"
             )
             return
