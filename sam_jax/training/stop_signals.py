@@ -72,9 +72,7 @@ class StopSignals:
         listener.start()
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in EXIT_CODES:
-            # A shell has its background jobs ignore Ctrl-C, which is meant for others.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
+            self._previous[number] = signal.signal(number, self._receive)
         # A child that shares the socket would tell of signals that it alone was sent.
         os.register_at_fork(after_in_child=self.close)
 
