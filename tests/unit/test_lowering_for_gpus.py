@@ -68,7 +68,7 @@ def test_a_gpus_program_is_lowered_without_one(
 @pytest.mark.parametrize("implementation", ["window_kernel", "flash_kernel"])
 def test_a_tpu_kernel_in_a_gpus_program_would_be_found(implementation: Implementation) -> None:
     grid = (14, 14) if implementation == "window_kernel" else (64, 64)
-    with tracing_for(Target("tpu")):
+    with tracing_for(Target("tpu", described=True)):
         traced = jax.jit(
             lambda qkv: grid_attention(qkv, None, None, 12, implementation=implementation)
         ).trace(jax.ShapeDtypeStruct((1, *grid, 3 * 12 * 64), jnp.bfloat16))

@@ -22,7 +22,8 @@ from sam_jax.ops.resize import resize_bilinear, resize_positions
 from tests.unit.jaxprs import inexact_products, on_one_pass
 
 DIM = 32
-FREQUENCIES = np.random.default_rng(0).standard_normal((2, DIM // 2)).astype(np.float32)
+RANDOM = np.random.default_rng(0).standard_normal((2, DIM // 2))
+FREQUENCIES = jnp.asarray(RANDOM.astype(np.float32))
 # Enough image tokens for a kernel.
 MASK_LAYOUT = MaskLayout((8, 16), 4)
 

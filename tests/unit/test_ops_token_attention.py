@@ -80,7 +80,7 @@ def test_definition(asking: tuple[int, int], asked: tuple[int, int], implementat
     valid[..., 0] = True
     for keys_valid in (None, jnp.asarray(valid)):
         ours = jax.jit(
-            functools.partial(attention, num_heads=HEADS, implementation=implementation)
+            functools.partial(token_attention, num_heads=HEADS, implementation=implementation)
         )(weights, queries, keys, values, keys_valid)
         expected = definition(weights, queries, keys, values, keys_valid, HEADS)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
