@@ -146,6 +146,8 @@ def start(program: str, *flags: str, devices: int = 1, config: Path | str = CONF
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
         "PYTHONPATH": str(ROOT),
+        # A run that is started again compiles nothing again.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [str(ROOT / program), "--config", str(config), *flags]
     if any(flag.startswith("--process=") for flag in flags):
